@@ -125,6 +125,11 @@ class StageSettings:
     def label(self) -> str:
         return f"{self.number}_{self.do}"
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks the writer."""
+        return self.do not in WITHOUT_WRITER
+
 
 @dataclasses.dataclass(frozen=True)
 class MakeSettings:
@@ -187,7 +192,7 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
     """Settings that are each valid, but not together: (the keys of one of them, problem and fix)."""
     if make.writer is not None:
         yield from ((("writer", name), problem) for name, problem in _of_writer(make.writer))
-    elif asking := next((stage for stage in stages if stage.do not in WITHOUT_WRITER), None):
+    elif asking := next((stage for stage in stages if stage.asks), None):
         yield (
             ("writer",),
             f"not given, and the stage {asking.do} asks it; name the model that writes, or its server, a command, or a file of recorded answers",
@@ -200,16 +205,15 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
             )
         if source.weight != 1:
             yield (*setting.split("."), "weight"), f"found {source.weight:g}, and every seed is used once; leave it out"
-    known, unscored, scored = False, "", set()
+    if not as_tuple(make.seeds) and stages[0].do != "topics":
+        yield ("seeds",), f"not given, and the stage {stages[0].do} begins with rows; name them, or begin with the stage topics"
+    unscored, scored = "", set()
     for stage in stages:
         for name, problem in stage_contradictions(stage.do, stage.settings, make.writer and make.writer.temperature):
             yield ("stages", stage.number - 1, *name.split(".")), problem
-        if not known and not as_tuple(make.seeds) and stage.do != "topics":
-            yield ("seeds",), f"not given, and the stage {stage.do} begins with rows; name them, or begin with the stage topics"
-        known = True
         if stage.do == "score":
             scored |= {column for score in stage.settings.scores for column in SCORES[score]}
-        elif stage.do not in WITHOUT_WRITER:
+        elif stage.asks:
             unscored, scored = stage.do, set()
         for name, column in read_scores(stage.do, stage.settings) if unscored else ():
             if column not in scored:

@@ -123,13 +123,18 @@ _PARTS = {
 }
 
 
+def more_than_most(settings: Any) -> Iterator[tuple[str, str]]:
+    """Of settings with min_words and max_words: (setting, problem and fix)."""
+    if settings.min_words and settings.max_words and settings.min_words > settings.max_words:
+        yield "min_words", f"found {settings.min_words}, more than max_words ({settings.max_words}), so that nothing is left; swap them"
+
+
 def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
     """Settings of the stage that are each valid, but not together: (setting, problem and fix)."""
     for part, whole in _PARTS.items():
         if getattr(settings, part) is not None and not getattr(settings, whole):
             yield part, f"set without {whole}, to which it belongs; set {whole}, or leave it out"
-    if settings.min_words and settings.max_words and settings.min_words > settings.max_words:
-        yield "min_words", f"found {settings.min_words}, more than max_words ({settings.max_words}); no answer is left"
+    yield from more_than_most(settings)
     for setting, held_out in with_setting_names(settings.contamination, "contamination"):
         yield from ((f"{setting}.where.{path}".rstrip("."), problem) for path, problem in where_contradictions(held_out.where))
     if (balance := settings.balance) is None:

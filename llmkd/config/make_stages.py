@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .fields import Count, config_dataclass, path_to
-from .make_keep import Keep, keep_contradictions
+from .make_keep import Keep, keep_contradictions, more_than_most
 from .make_score import SCORES, Score, Select, score_contradictions, select_contradictions
 
 OPERATIONS = ("add_constraint", "deepen", "concretise", "reasoning", "broaden")
@@ -14,6 +14,14 @@ OPERATIONS = ("add_constraint", "deepen", "concretise", "reasoning", "broaden")
 
 def prompt_file() -> Any:
     return path_to("file", None, description="A text file of prompts in the place of llmkd's own, with the same sections and places.")
+
+
+def least_words() -> Any:
+    return Field(3, description="Shorter questions are rejected.")
+
+
+def most_words() -> Any:
+    return Field(150, description="Longer questions are rejected.")
 
 
 @config_dataclass
@@ -43,8 +51,8 @@ class Expand:
     in_context: Count = Field(8, description="Questions that are shown in each ask.")
     made_in_context: Annotated[int, Field(ge=0)] = Field(2, description="Of these, how many are new ones, once there are so many.")
     per_ask: Count = Field(8, description="New questions that each ask wants.")
-    min_words: Count = Field(3, description="Shorter questions are rejected.")
-    max_words: Count = Field(150, description="Longer questions are rejected.")
+    min_words: Count = least_words()
+    max_words: Count = most_words()
     prompt: str | None = prompt_file()
 
 
@@ -60,8 +68,8 @@ class Topics:
         0, description="Narrower topics that the writer first names for each leaf, which then are the leaves."
     )
     per_topic: Count = Field(4, description="Questions on each leaf by each persona.")
-    min_words: Count = Field(3, description="Shorter questions are rejected.")
-    max_words: Count = Field(150, description="Longer questions are rejected.")
+    min_words: Count = least_words()
+    max_words: Count = most_words()
     prompt: str | None = prompt_file()
 
 
@@ -126,7 +134,7 @@ STAGES: dict[str, type] = {
     "select": Select,
 }
 
-#: Those that ask for no text.
+#: Those that ask for no text. `--dry_run` takes the rows past them: they are then at most as many.
 WITHOUT_WRITER = ("keep", "score", "select")
 
 
@@ -149,8 +157,8 @@ def stage_contradictions(do: str, settings: Any, temperature: float | None) -> I
         yield from _CONTRADICTIONS[do](settings)
     if temperature == 0 and do in ("answer", "paraphrase") and settings.samples > 1:
         yield "samples", f"found {settings.samples} with writer.temperature 0, where all would be the same; raise the temperature, or use 1"
-    if do in ("expand", "topics") and settings.min_words > settings.max_words:
-        yield "min_words", f"found {settings.min_words}, and max_words is {settings.max_words}; swap them"
+    if do in ("expand", "topics"):
+        yield from more_than_most(settings)
     if do == "expand" and settings.made_in_context >= settings.in_context:
         yield "made_in_context", f"found {settings.made_in_context}, and in_context is {settings.in_context}; use less"
     if do == "topics" and (problem := _tree_problem(settings.topics)):

@@ -90,8 +90,8 @@ class Pipeline:
         for one, stage, prompts in zip(self.stages, self.made, self.prompts, strict=True):
             counted = StageCount(one.label, len(rows))
             work = self._work(one, prompts, counted)
-            with contextlib.nullcontext() if stage.asks else _named(one):  # what a writer refuses is no matter of its stage
-                outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
+            with contextlib.nullcontext() if one.asks else _named(one):  # what a writer refuses is no matter of its stage
+                outcome = Outcome(list(rows)) if self.dry_run and not one.asks else stage.run(rows, work)
             rows = outcome.rows
             self._count(counted, outcome, stage)
             if not rows and not self.dry_run:

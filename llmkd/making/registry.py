@@ -1,5 +1,6 @@
-"""The stages by the name that `do:` has. Their settings, under the same names, are in `config/make_stages.py`. No torch."""
+"""The stages by the name that `do:` has, which `config/make_stages.py` gives to their settings. No torch."""
 
+from ..config.make_stages import STAGES as SETTINGS
 from .stage import Stage
 from .stages.answer import Answer
 from .stages.evolve import Evolve
@@ -12,17 +13,21 @@ from .stages.score import Score
 from .stages.select import Select
 from .stages.topics import Topics
 
-STAGES: dict[str, type[Stage]] = {
-    "answer": Answer,
-    "explain": Explain,
-    "expand": Expand,
-    "topics": Topics,
-    "evolve": Evolve,
-    "paraphrase": Paraphrase,
-    "back_translate": BackTranslate,
-    "reflect_instruction": ReflectInstruction,
-    "reflect_response": ReflectResponse,
-    "keep": Keep,
-    "score": Score,
-    "select": Select,
-}
+_CLASSES = (
+    Answer,
+    BackTranslate,
+    Evolve,
+    Expand,
+    Explain,
+    Keep,
+    Paraphrase,
+    ReflectInstruction,
+    ReflectResponse,
+    Score,
+    Select,
+    Topics,
+)
+_BY_CLASS = {one.__name__: one for one in _CLASSES}
+
+#: A stage's class has the name of the class of its settings.
+STAGES: dict[str, type[Stage]] = {do: _BY_CLASS[kind.__name__] for do, kind in SETTINGS.items()}

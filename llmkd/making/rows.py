@@ -70,14 +70,6 @@ class Row:
         return {"messages": list(self.messages), **self.columns, MADE: made}
 
 
-def from_json(line: Mapping[str, Any]) -> Row:
-    """The row of a line that `as_json` gave. KeyError or TypeError for anything else."""
-    made = dict(line[MADE])
-    known = {name: made.pop(name) for name in ("id", "stage", "writer", "parents")}
-    columns = {name: value for name, value in line.items() if name not in ("messages", MADE)}
-    return Row(known["id"], tuple(line["messages"]), columns, known["stage"], known["writer"], tuple(known["parents"]), made)
-
-
 def made_row(
     stage: str,
     writer: str | None,

@@ -54,11 +54,8 @@ class Stage(Protocol):
 
     A static method `places(settings)` may say which sections of its prompt file a user's own must have, and which places in each; by default all.
 
-    asks     whether it asks the writer. `--dry_run` takes the rows past a stage that does not ask: they are then at most as many
-    chooses  whether it is meant to leave out most rows: `max_rejected` is not for it. May be missing: False
+    `chooses` says whether it is meant to leave out most rows: `max_rejected` is not for it. May be missing: False.
     """
-
-    asks: bool
 
     def __init__(self, settings: Any): ...
 

@@ -8,8 +8,6 @@ from ..stage import Outcome, Rejected, Work, unusable
 
 
 class Answer:
-    asks = True
-
     def __init__(self, settings: Settings):
         self.settings = settings
 

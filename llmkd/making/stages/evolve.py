@@ -24,8 +24,6 @@ _VERDICT = re.compile(r"\W*(equal|different|not equal)\b", re.IGNORECASE)
 
 
 class Evolve:
-    asks = True
-
     def __init__(self, settings: Settings):
         self.settings = settings
 

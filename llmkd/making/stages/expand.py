@@ -17,8 +17,6 @@ _MOST = 4  # times as many asks as would do, if every item were new
 
 
 class Expand:
-    asks = True
-
     def __init__(self, settings: Settings):
         self.settings = settings
 

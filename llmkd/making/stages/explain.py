@@ -10,8 +10,6 @@ from ..stage import Outcome, Rejected, Work, unusable
 
 
 class Explain:
-    asks = True
-
     def __init__(self, settings: Settings):
         self.settings = settings
 

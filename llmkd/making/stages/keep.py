@@ -27,8 +27,6 @@ Reasons = list[Reason | None]
 
 
 class Keep:
-    asks = False
-
     def __init__(self, settings: Settings):
         self.settings = settings
         self.held_out = _held_out(settings) if settings.contamination else None

@@ -14,7 +14,6 @@ from ..stage import Outcome, Rejected, Work
 
 
 class _Reflect:
-    asks = True
     marks: tuple[str, ...]
     #: The version that a version becomes.
     becomes: dict[str, str]

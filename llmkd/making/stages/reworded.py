@@ -12,8 +12,6 @@ from .questions import plain_words
 
 
 class Paraphrase:
-    asks = True
-
     def __init__(self, settings: ParaphraseSettings):
         self.settings = settings
 
@@ -30,8 +28,6 @@ class Paraphrase:
 
 
 class BackTranslate:
-    asks = True
-
     def __init__(self, settings: BackTranslateSettings):
         self.settings = settings
 

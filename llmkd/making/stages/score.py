@@ -22,8 +22,6 @@ _CHUNK = 256  # rows that are computed, and written down, together
 
 
 class Score:
-    asks = False
-
     def __init__(self, settings: Settings):
         self.settings = settings
         self.models = {"student": Scorer(settings.student.loaded, "student")}

@@ -13,7 +13,7 @@ from .score import BY, column_of
 
 
 class Select:
-    asks, chooses = False, True
+    chooses = True
 
     def __init__(self, settings: Settings):
         self.settings = settings

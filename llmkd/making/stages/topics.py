@@ -13,8 +13,6 @@ _ANYBODY = "anybody"
 
 
 class Topics:
-    asks = True
-
     def __init__(self, settings: Settings):
         self.settings = settings
 

@@ -174,7 +174,7 @@ FAULTS = [
         (
             "asking-without-a-writer",
             "a stage that asks passes without a writer",
-            "elif asking := next((stage for stage in stages if stage.do not in WITHOUT_WRITER), None):",
+            "elif asking := next((stage for stage in stages if stage.asks), None):",
             "elif asking := None:",
             PIPELINE,
         ),
