@@ -36,7 +36,8 @@ def data_card(
     ]
     lines += ["| | |", "|---|---|"]
     if own:
-        sampling = f"temperature {own.temperature:g}, top_p {own.top_p:g}, at most {own.max_new_tokens} tokens, seed {make.seed}"
+        limits = f"top_p {own.top_p:g}, top_k {own.top_k or 'off'}, min_p {own.min_p:g}"
+        sampling = f"temperature {own.temperature:g}, {limits}, at most {own.max_new_tokens} tokens, seed {make.seed}"
         lines += [f"| writer | {_plain(writer.label)} ({own.kind}) |", f"| sampling | {sampling} |"]
         lines.append(f"| licence of what it writes | {_plain(own.license) if own.license else 'not given (`writer.license`)'} |")
     if served := Counter(one.model for one in answers.known.values() if one.model):

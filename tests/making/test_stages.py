@@ -154,7 +154,7 @@ def test_expansion_shows_new_questions_too_and_says_why_others_are_left_out(tmp_
     said = iter(
         [
             "1. Name three birds of prey.\n2. What\n3. question 0 OF THE seeds\n4. How do owls hunt at",
-            "1. Why do rivers bend?\n2. Name three birds of prey!\n3. What is a delta?\n\nI hope that these help.",
+            "1. 河流为什么弯曲？\n2. Name three birds of prey!\n3. What is a delta?\n\nI hope that these help.",
             "no list",
             *(f"1. Fresh question number {i}?" for i in range(9)),
         ]
@@ -172,7 +172,7 @@ def test_expansion_shows_new_questions_too_and_says_why_others_are_left_out(tmp_
     assert adds_up(done)
     assert done.counts[0].reasons == {"too_short": 1, "duplicate": 2, "cut_off": 1, "trailing_text": 1, "marks_missing": 1}
     new = [row["messages"][0]["content"] for row in lines(tmp_path / "out" / "train.jsonl")][4:]
-    assert new == ["Name three birds of prey.", "Why do rivers bend?", "Fresh question number 0?"]
+    assert new == ["Name three birds of prey.", "河流为什么弯曲？", "Fresh question number 0?"]
     asked = [ask.messages[-1]["content"] for ask in writer.asked if "Write 4" in ask.messages[-1]["content"]]
     assert all(len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 3 for text in asked) and "birds of prey" in asked[1]
 
@@ -266,6 +266,16 @@ def test_operations_are_drawn_alike_often_by_seed_and_are_kept_with_the_row(tmp_
     run_make(write_make(tmp_path, [{"do": "evolve", "judge": False, "answers": False}, {"do": "answer"}], pairs[:3]), Function(RIGHT))
     made = [row["made"] for row in lines(tmp_path / "out" / "train.jsonl")]
     assert {one["stage"] for one in made} == {"2_answer"} and sum("operation" in one for one in made) == 3
+
+
+def test_a_cut_answer_is_known_as_one_in_other_words_of_its_question_too(tmp_path):
+    def says(ask):
+        text = ask.messages[-1]["content"]
+        return RIGHT(ask) if "Say this in other words" in text else Answer("Half of it", "length" if "Question 0" in text else "stop", 1, 1)
+
+    path = write_make(tmp_path, [{"do": "answer"}, {"do": "paraphrase"}, {"do": "keep", "finish": "stop"}], PAIRS[:2])
+    assert adds_up(done := run_make(path, Function(says))) and done.counts[2].reasons == {"cut_off": 2}
+    assert [row["made"]["finish"] for row in lines(tmp_path / "out" / "train.jsonl")] == ["stop", "stop"]
 
 
 def test_reflection_makes_four_versions_of_a_row_and_none_where_marks_are_missing(tmp_path):

@@ -243,6 +243,10 @@ def test_a_recorded_file_is_that_of_a_run_or_made_by_hand(tmp_path):
         one.unlink()
     run_make(path, writer(recorded=str(record)), writer__temperature=1.0)
     assert (tmp_path / "out" / "train.jsonl").read_text() == data
+    with record.open("a") as file:
+        file.write(json.dumps({"asked": lines(record)[1]["asked"], "text": "of another writer"}) + "\n")
+    with pytest.raises(UserError, match="record.jsonl:7: has another answer to the ask of an earlier line"):
+        writer(recorded=str(record))
     (tmp_path / "hand.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Question 0?"}], "text": "yes"}) + "\n")
     one = writer(recorded=str(tmp_path / "hand.jsonl"))
     assert written(one, asks(1, one))[0].text == "yes"

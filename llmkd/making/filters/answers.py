@@ -50,7 +50,7 @@ def empty(answer: str) -> Reason | None:
 
 
 def length(answer: str, least: int | None, most: int | None) -> Reason | None:
-    """An answer of fewer or more words; punctuation is none."""
+    """A text of fewer or more words; punctuation is none."""
     found = len(words(answer))
     if least is not None and found < least:
         return "too_short", f"{found} words, fewer than {least}"

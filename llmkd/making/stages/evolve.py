@@ -75,12 +75,7 @@ class Evolve:
         """Those that the writer says ask for something else than before."""
         asks = [
             work.ask(
-                work.prompts.messages("judge", instruction=old.instruction, evolved=new.instruction),
-                pretend="Different",
-                temperature=0.0,
-                top_p=1.0,
-                top_k=None,
-                min_p=0.0,
+                work.prompts.messages("judge", instruction=old.instruction, evolved=new.instruction), pretend="Different", temperature=0.0
             )
             for old, new in made
         ]

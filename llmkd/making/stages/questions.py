@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..asks import CUT, Answer
+from ..filters.answers import length
+from ..filters.words import Reason
 from ..marks import Unreadable, numbered
 from ..rows import Row, made_row
 from ..stage import Outcome, Rejected, Work, unusable
@@ -34,25 +36,20 @@ class Questions:
                 self._reject(("trailing_text", "what follows the list may belong to it or not"), text, parents, columns, (number, place))
             elif place >= wanted:
                 self._reject(("more_than_asked", ""), text, parents, columns, (number, place))
-            elif problem := self._problem(text):
-                self._reject((problem, ""), text, parents, columns, (number, place))
+            elif problem := length(text, self.least, self.most) or self._duplicate(text):
+                self._reject(problem, text, parents, columns, (number, place))
             else:
                 self.known.add(plain_words(text))
                 self.outcome.kept.append(self._row(text, parents, columns, (number, place)))
 
-    def _problem(self, text: str) -> str | None:
-        words = len(text.split())
-        if words < self.least:
-            return "too_short"
-        if words > self.most:
-            return "too_long"
-        return "duplicate" if plain_words(text) in self.known else None
+    def _duplicate(self, text: str) -> Reason | None:
+        return ("duplicate", "") if plain_words(text) in self.known else None
 
     def _row(self, text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> Row:
         said = ({"role": "user", "content": text},)
         return made_row(self.work.label, self.work.writer, said, parents, number, columns)
 
-    def _reject(self, problem: tuple[str, str], text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> None:
+    def _reject(self, problem: Reason, text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> None:
         self.outcome.rejected.append(Rejected(self._row(text, parents, columns, number), *problem))
 
 

@@ -61,7 +61,8 @@ def _add(row: Row, text: str, sample: int, work: Work, outcome: Outcome, seen: s
         return
     seen.add((row.id, plain_words(text)))
     messages = row.asking(text) if row.answer is None else (*row.asking(text), row.messages[-1])
-    outcome.kept.append(row.child(work.label, work.writer, messages, sample))
+    of_the_answer = {name: value for name, value in row.notes.items() if name == "finish"}
+    outcome.kept.append(row.child(work.label, work.writer, messages, sample, **of_the_answer))
 
 
 def _pretend(row: Row, number: int) -> str:

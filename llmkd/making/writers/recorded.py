@@ -38,15 +38,18 @@ class RecordedWriter:
             answer = Answer(
                 text, str(row.get("finish", STOP)), int(row.get("tokens", estimated_tokens(text))), int(row.get("prompt_tokens", 0))
             )
-            if "asked" in row:
-                self.by_ask[row["asked"]] = answer
-            else:
-                said = [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
-                self.by_messages[row_id(said)].append(answer)
+            asked = str(row["asked"]) if "asked" in row else None
+            said = () if asked else [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"writer.recorded: {self.path}:{number}: expected an object with text, and with messages or asked; correct the line"
             ) from None
+        if asked is None:
+            self.by_messages[row_id(said)].append(answer)
+        elif self.by_ask.setdefault(asked, answer).text != text:
+            raise UserError(
+                f"writer.recorded: {self.path}:{number}: has another answer to the ask of an earlier line, as of two writers; keep one of them"
+            )
 
     def check(self) -> None:
         pass

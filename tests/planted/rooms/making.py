@@ -136,6 +136,20 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/making/stages/reworded.py",
+        ("cut-in-other-words", "a paraphrase's answer is no longer known to be cut off", 'if name == "finish"', 'if name == ""', STAGES),
+    ),
+    *in_file(
+        "llmkd/making/writers/recorded.py",
+        (
+            "last-of-two-writers",
+            "of two recorded answers to one ask one is taken",
+            "elif self.by_ask.setdefault(asked, answer).text != text:",
+            "elif self.by_ask.setdefault(asked, answer).text == 0:",
+            WRITERS,
+        ),
+    ),
+    *in_file(
         "llmkd/making/stages/reflect.py",
         (
             "old-answer-as-reflected",
