@@ -13,7 +13,7 @@ from ..rollouts.append_only import AppendOnly
 from .asks import Answer, Ask, asked_of
 
 NAME = "answers.jsonl"
-_FIELDS = ("text", "finish", "tokens", "prompt_tokens", "model")
+_FIELDS = ("text", "finish", "tokens", "prompt_tokens", "model", "reasoning")
 
 
 class Answers:

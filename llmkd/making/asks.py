@@ -37,6 +37,7 @@ class Answer:
     tokens         of the text, prompt_tokens of what was read: as the writer counts them, or estimated
     problem        why there is no answer. Such an answer is not kept: the next run asks again
     model          the name that the server itself gives, where it is another one than was asked for
+    reasoning      characters of the reasoning that the server gave apart from the text, and that is not kept; None: it gave none
     """
 
     text: str
@@ -45,6 +46,7 @@ class Answer:
     prompt_tokens: int = 0
     problem: str | None = None
     model: str | None = None
+    reasoning: int | None = None
 
 
 def failed(problem: str) -> Answer:

@@ -7,6 +7,7 @@ nothing, and a changed prompt asks for what depends on it alone.
 import contextlib
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from .stage import Outcome, Rejected, Stage, Work
 from .writers.writer import Writer
 
 TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
+_THINKS = re.compile(r"</?think>")  # of some models the chat template has opened it, and the text has its end alone
 _FEW = 20  # candidates of which all may be rejected
 
 
@@ -69,6 +71,7 @@ class Pipeline:
         self.counts: list[StageCount] = []
         self.rejected: list[tuple[str, Rejected]] = []
         self.unanswered = 0  # asks that got no answer in this run
+        self.reasoned = 0  # answers whose reasoning stood apart from the text
 
     def run(self) -> list[StageCount]:
         """All stages. UserError for what a user can correct; Stopped where a signal arrived: what was written is kept, and the same call goes on."""
@@ -178,6 +181,7 @@ class Pipeline:
         per_key = {ask.key: said for ask, said in zip(asks, answers, strict=True)}
         counted.prompt_tokens += sum(said.prompt_tokens for said in per_key.values())
         counted.tokens += sum(said.tokens for said in per_key.values())
+        self.reasoned += sum(said.reasoning is not None for said in per_key.values())
         return answers
 
     def _within_limit(self, missing: list[Ask]) -> list[Ask]:
@@ -296,6 +300,15 @@ def say_end(pipeline: Pipeline) -> None:
         warn(
             f"note: {count(cut, 'answer')} of {done.out:,} ended at writer.max_new_tokens; training gives them an end token all the same: "
             "{do: keep, finish: stop} leaves them out"
+        )
+    if pipeline.reasoned:
+        warn(
+            f"note: {count(pipeline.reasoned, 'answer')} came with reasoning apart from the text; it is not kept, and the student does not learn it"
+        )
+    if thinking := sum(bool(row.writer and _THINKS.search(row.answer)) for row in pipeline.rows):
+        warn(
+            f"note: {count(thinking, 'answer')} of {done.out:,} have <think> in the text, and the student learns it; a server leaves it out with "
+            "writer.body: {chat_template_kwargs: {enable_thinking: false}}, or with its reasoning parser"
         )
     if pipeline.unanswered:
         warn(f"note: {count(pipeline.unanswered, 'ask')} got no answer ({REJECTED} says why); the same command asks for these again")

@@ -24,6 +24,11 @@ from ..errors import UserError
 
 #: Statuses of a server that is busy, starting or broken for a moment.
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
+#: Answers that are no JSON, however often they are asked for; and what to do.
+_OTHER = {
+    "text/html": ("a page of HTML", "name the address of its API"),
+    "text/event-stream": ("a stream of events", "let it send whole answers"),
+}
 _CONNECT = 10.0  # seconds within which a connection is accepted
 _LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
 _SHORTEST_WAIT = 0.1  # even where it names less
@@ -80,6 +85,7 @@ class Server:
         self._secret = self._key if self._key and len(self._key) >= _SHORTEST_SECRET else None
         self._pool = _pool(self.address, connections)
         self._ended, self._gone = threading.Event(), threading.Event()
+        self._answers_json = False  # once it has, a page of HTML is that of a proxy whose server is gone for a moment
 
     def get(self, path: str, patience: float | None = None, within: float | None = None) -> Any:
         """The answer as JSON gives it. `within`: seconds that it may take where these are less than the server's `timeout`."""
@@ -189,9 +195,16 @@ class Server:
                 text = f"sends the request elsewhere ({to}); name that address"
             raise Refused(status, text)
         try:
-            return parse(body)
+            found = parse(body)
+            if parse is json.loads:
+                self._answers_json = True
+            return found
         except (ValueError, RecursionError):
             begins = f": {start[:60]!r}" if (start := self._told(body)) else ""
+            kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if kind in _OTHER and not self._answers_json:
+                what, fix = _OTHER[kind]
+                raise Refused(status, f"{what}, expected JSON{begins}; {fix}") from None
             raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes{begins})") from None
 
     def _told(self, body: bytes) -> str:

@@ -9,6 +9,7 @@ import pytest
 from llmkd.config.make import Writer as Settings
 from llmkd.errors import Stopped, UserError
 from llmkd.making.asks import Answer, Ask, canonical, key_of
+from llmkd.making.pipeline import say_end
 from llmkd.making.writers import outside
 from llmkd.making.writers.writer import writer_of
 from llmkd.rollouts.sampling import Sampling
@@ -133,6 +134,27 @@ def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
     assert (plain_one.tokens, plain_one.prompt_tokens, plain_one.model) == (5, 7, "m-2026")  # 4 and 11 bytes
 
 
+def test_reasoning_apart_from_the_text_is_counted_and_of_an_answer_cut_off_in_it_nothing_is_asked_again(fake, tmp_path, capsys):
+    replies = [
+        with_choice(message={"content": "Four.", "reasoning_content": "2 + 2"}),
+        with_choice(message={"content": None, "reasoning": "Well, let"}, finish_reason="length"),
+        with_choice(message={"content": "<think>2</think> Four.", "reasoning_content": None}),
+        with_choice(message={"content": "So </think> four.", "reasoning": " "}),
+    ]
+    fake.misbehave = lambda answer, number: replies[number]
+    settings = {"server": fake.url, "model": "m", "requests": 1}
+    path = write_make(tmp_path, [{"do": "answer"}], 4, writer=settings)
+    for _ in range(2):
+        done = run_make(path, writer(**settings))
+        say_end(done)
+        said = capsys.readouterr().err
+        assert "note: 2 answers came with reasoning apart from the text; it is not kept" in said
+        assert "note: 2 answers of 3 have <think> in the text" in said and "got no answer" not in said
+    assert len([one for one in fake.asked if one]) == 4 and done.counts[0].reasons == {"empty": 1}
+    assert [one.get("reasoning") for one in lines(tmp_path / "out" / "answers.jsonl")] == [5, 9, None, None]
+    assert "cut off by max_new_tokens before its first word" in lines(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
+
+
 def test_further_fields_of_a_request_are_sent_and_are_a_part_of_the_key(fake):
     body = {"max_tokens": None, "max_completion_tokens": 12, "chat_template_kwargs": {"enable_thinking": False}}
     one, other = writer(server=fake.url, model="m", body=body), writer(server=fake.url, model="m")
@@ -247,9 +269,10 @@ def test_a_recorded_file_is_that_of_a_run_or_made_by_hand(tmp_path):
         file.write(json.dumps({"asked": lines(record)[1]["asked"], "text": "of another writer"}) + "\n")
     with pytest.raises(UserError, match="record.jsonl:7: has another answer to the ask of an earlier line"):
         writer(recorded=str(record))
-    (tmp_path / "hand.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Question 0?"}], "text": "yes"}) + "\n")
+    by_hand = {"messages": [{"role": "user", "content": "Question 0?"}], "text": "yes", "reasoning": "Well."}
+    (tmp_path / "hand.jsonl").write_text(json.dumps(by_hand) + "\n")
     one = writer(recorded=str(tmp_path / "hand.jsonl"))
-    assert written(one, asks(1, one))[0].text == "yes"
+    assert [(said.text, said.reasoning) for said in written(one, asks(1, one))] == [("yes", 5)]
     with pytest.raises(UserError, match="has no answer to 1 of 2 asks"):
         written(one, asks(2, one))
     (tmp_path / "hand.jsonl").write_text('{"text": 3}\n')

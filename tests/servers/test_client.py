@@ -58,6 +58,14 @@ def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_ba
         ((429, {"Retry-After": "7", "body": {"detail": "slow\ndown"}}), "URL answers 429: slow down"),
         (b'{"choices": [', "gives an answer that is no whole JSON (13 bytes: '{\"choices\": [')"),
         (b"", "gives an answer that is no whole JSON (0 bytes)"),
+        (
+            (200, {"Content-Type": "text/html; charset=utf-8", "body": b"<!doctype html>"}),
+            "answers 200: a page of HTML, expected JSON: '<!doctype html>'; name the address of its API",
+        ),
+        (
+            (200, {"Content-Type": "text/event-stream", "body": b"data: {}"}),
+            "answers 200: a stream of events, expected JSON: 'data: {}'; let it send whole answers",
+        ),
         ((400, {"body": {"error": {"message": "no such thing"}}}), "answers 400: no such thing"),
         ((422, {"body": b"\x1b[31m<html>" + b"x" * 900}), "answers 422: \\x1b[31m<html>xxx"),
         ((307, {"Location": "http://elsewhere/x"}), "answers 307: sends the request elsewhere (http://elsewhere/x); name that address"),
@@ -67,6 +75,14 @@ def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_ba
 def test_each_wrong_answer_has_its_line(fake, answer, said):
     line = told(fake, answer)
     assert said in line and "\n" not in line and len(line) < 500
+
+
+def test_a_page_of_html_is_waited_out_only_of_a_server_that_has_answered_in_json(fake):
+    fake.misbehave = lambda right, number: {"a": number} if number % 2 else (200, {"Content-Type": "text/html", "body": b"<html>"})
+    server = Server(fake.url, "teacher.server", patience=5)
+    with pytest.raises(Refused):
+        server.post("/x", {})
+    assert [server.post("/x", {}) for _ in range(2)] == [{"a": 1}, {"a": 3}] and len(fake.asked) == 4
 
 
 def test_the_first_question_to_a_server_that_never_answers_has_a_limit_of_its_own(monkeypatch):

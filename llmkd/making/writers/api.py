@@ -15,6 +15,8 @@ from .outside import Ending, bad_text, counted
 
 #: Statuses by which no ask would be answered: a wrong key, a path or a model that is not there.
 _FOR_ALL = (401, 403, 404, 405)
+#: Where servers put what a model thinks before it answers.
+_REASONING = ("reasoning_content", "reasoning")
 #: So many asks in a row, the first ones, are refused for whatever reason: then no other one is made.
 _FIRST = 8
 
@@ -93,6 +95,7 @@ class ServedWriter:
 
     def _explained(self, error: Refused) -> UserError:
         fix = {
+            200: "",  # it says what to do
             401: "; name the variable that holds the key in writer.api_key_env",
             403: "; name the variable that holds the key in writer.api_key_env",
             404: "; check writer.server and writer.model",
@@ -109,6 +112,9 @@ class ServedWriter:
         text = message.get("content")
         if message.get("tool_calls") or message.get("function_call"):
             return failed("the server's answer calls a tool")
+        reasoning = next((said for name in _REASONING if isinstance(said := message.get(name), str) and said.strip()), None)
+        if text is None and reasoning:  # it was cut off while it reasoned, which was paid for
+            text = ""
         if not isinstance(text, str):
             return failed("the server's answer has no text")
         if not isinstance(finish, str):
@@ -119,4 +125,4 @@ class ServedWriter:
         tokens, read = counted(ask, text, usage.get("completion_tokens"), usage.get("prompt_tokens"))
         model = found.get("model")
         other = model if isinstance(model, str) and model != self.settings.model and not self.server.holds_key(model) else None
-        return Answer(text, finish[:40], tokens, read, model=other and other[:200])
+        return Answer(text, finish[:40], tokens, read, model=other and other[:200], reasoning=reasoning and len(reasoning))

@@ -35,9 +35,10 @@ class RecordedWriter:
             row = json.loads(line)
             text = row["text"]
             text.encode()
-            answer = Answer(
-                text, str(row.get("finish", STOP)), int(row.get("tokens", estimated_tokens(text))), int(row.get("prompt_tokens", 0))
-            )
+            tokens, read = int(row.get("tokens", estimated_tokens(text))), int(row.get("prompt_tokens", 0))
+            reasoning = row.get("reasoning")  # characters in the file of a run; a file made by hand may have the text
+            reasoning = len(reasoning) if isinstance(reasoning, str) else int(reasoning or 0)
+            answer = Answer(text, str(row.get("finish", STOP)), tokens, read, reasoning=reasoning or None)
             asked = str(row["asked"]) if "asked" in row else None
             said = () if asked else [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -13,6 +13,13 @@ FAULTS = [
     *in_file(
         "llmkd/servers/client.py",
         ("endless-answer", "an answer without an end fills the memory", "if size > _LARGEST:", "if False:", "servers/test_client.py"),
+        (
+            "pages-of-html",
+            "a page of HTML is asked for until patience is over",
+            "if kind in _OTHER and",
+            "if False and",
+            "servers/test_client.py",
+        ),
         ("half-a-key", "half of a key stays where a message is cut", "self._without_key(text).split())", "text.split())", WRITERS),
     ),
     *in_file(
@@ -59,6 +66,20 @@ FAULTS = [
         "llmkd/making/writers/api.py",
         ("key-in-an-answer", "an answer that holds the key is kept", 'self.server.holds_key(f"{text}\\n{finish}")', "False", WRITERS),
         ("no-end-of-asking", "a stop is not followed", "and not end.asked", "and True", WRITERS),
+        (
+            "cut-while-it-reasoned",
+            "an answer that was cut off in its reasoning is paid again by every run",
+            "if text is None and reasoning:",
+            "if False:",
+            WRITERS,
+        ),
+        (
+            "reasoning-is-not-said",
+            "reasoning is left out without a word",
+            "reasoning=reasoning and len(reasoning)",
+            "reasoning=None",
+            WRITERS,
+        ),
         ("cut-is-not-said", "how an answer ended is not kept", "Answer(text, finish[:40], tokens", 'Answer(text, "stop", tokens', WRITERS),
     ),
     *in_file(
