@@ -1,0 +1,88 @@
+"""The processes in which clips are decoded and augmented (`worker.py`), as the process that asks them sees them.
+
+A clip follows from its job alone, so how many processes there are, and which of them a clip goes to, changes nothing but speed.
+"""
+
+import atexit
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import ChangedFiles, UserError
+from .worker import Job, Way
+
+_START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.audio.worker import main; main()"
+
+
+class ClipWorkers:
+    """`count` processes, started at the first question and ended by `close` or with this process. One question at a time."""
+
+    def __init__(self, way: Way, count: int):
+        self.way, self.count = way, count
+        self._processes: list[subprocess.Popen] = []
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __call__(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """The clips of the jobs, in their order. UserError where one is refused: the first of the jobs' order within a process."""
+        if not self._processes:
+            self._start()
+        parts = [jobs[i :: self.count] for i in range(self.count)]
+        asked = [self._threads.submit(_ask, process, part) for process, part in zip(self._processes, parts, strict=True) if part]
+        try:
+            answers = [one.result() for one in asked]
+        except BaseException:  # what is still to come must not be taken for the answer of the next question
+            self.close()
+            raise
+        return [answers[i % self.count][i // self.count] for i in range(len(jobs))]
+
+    def close(self) -> None:
+        processes, self._processes = self._processes, []
+        for process in processes:
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            process.wait()
+        if self._threads:
+            self._threads.shutdown(wait=False)
+            atexit.unregister(self.close)
+            self._threads = None
+
+    def _start(self) -> None:
+        path = filter(None, [str(Path(__file__).parents[3]), *sys.path])
+        command = [sys.executable, "-S", "-E", "-c", _START, *path]
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+        self._threads = ThreadPoolExecutor(self.count, "llmkd-clips")
+        for _ in range(self.count):
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | one_thread
+            )
+            self._processes.append(process)
+            _write(process, self.way)
+        atexit.register(self.close)
+
+
+def _write(process: subprocess.Popen, value) -> None:
+    pickle.dump(value, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+    process.stdin.flush()
+
+
+def _ask(process: subprocess.Popen, jobs: Sequence[Job]) -> list[np.ndarray]:
+    try:
+        _write(process, list(jobs))
+        kind, answer = pickle.load(process.stdout)
+    except (EOFError, BrokenPipeError, ConnectionResetError, pickle.UnpicklingError) as error:
+        ended = f"exit code {process.wait()}" if process.poll() is not None else type(error).__name__
+        raise RuntimeError(f"the process that decodes clips ended ({ended}) at one of {jobs[0].place} to {jobs[-1].place}") from None
+    if kind == "clips":
+        return answer
+    if kind == "bug":
+        raise RuntimeError(answer)
+    raise (ChangedFiles if kind == "changed" else UserError)(*answer)

@@ -1,0 +1,95 @@
+"""Sounds and images as rows: a folder for each class, file names that a regular expression reads, and what a row says of its file."""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from .files import BadRow, Records
+from .values import kind
+
+#: Endings of sounds and images that cannot be read here: left out, they would be missing without a word.
+_UNREADABLE = (".m4a", ".aac", ".wma", ".webm", ".mp4", ".amr", ".heic", ".heif", ".avif", ".svg", ".raw")
+
+
+def media_files(root: Path, name: str, endings: Sequence[str], setting: str) -> list[Path]:
+    """The files of a folder and of those in it that have one of the endings, relative to it and sorted.
+
+    Names that begin with a dot are left out. UserError where there is none, or one in an encoding that cannot be read.
+    """
+    every = sorted(Path(folder, file).relative_to(root) for folder, _, files in os.walk(root, followlinks=True) for file in files)
+    every = [path for path in every if not any(part.startswith(".") for part in path.parts)]
+    found = [path for path in every if path.suffix.lower() in endings]
+    if other := next((path for path in every if path.suffix.lower() in _UNREADABLE), None):
+        raise UserError(f"{setting}.path: {name}/{other} cannot be read; convert it to {endings[0]}, or remove it ({', '.join(endings)})")
+    if not found:
+        there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{setting}.path: {name} has no file with one of the endings {', '.join(endings)}; it has {there}; name another folder"
+        )
+    return found
+
+
+def media_rows(root: Path, name: str, column: str, files: Sequence[Path], pattern: str | None) -> Records:
+    """A row for each file, with its path under `column`: {audio: path, label: class}, or with the named groups of the pattern.
+
+    pattern   matched with the whole name of a file or, where it contains a slash, with the whole path in the folder; None: the folder that a
+              file is in is its label
+
+    The place of a row is its file. A file that does not fit is a BadRow.
+    """
+    named = re.compile(pattern) if pattern is not None else None
+    for file in files:
+        yield f"{name}/{file}", functools.partial(_row, root, file, column, named)
+
+
+def _row(root: Path, file: Path, column: str, named: re.Pattern | None) -> dict[str, Any]:
+    row = {column: str(root / file)}
+    if named is None:
+        if len(file.parts) != 2:
+            where = "in no folder of a class" if len(file.parts) == 1 else f"{len(file.parts) - 1} folders deep"
+            raise BadRow(
+                f"it lies {where}, expected CLASS/{file.name}; name the folder above the classes, or give a pattern",
+                "its folder is no class",
+            )
+        return {**row, "label": file.parts[0]}
+    whole = file.as_posix() if "/" in named.pattern else file.name
+    found = named.fullmatch(whole)
+    if not found:
+        raise BadRow(
+            f"{whole!r} does not match the pattern {named.pattern!r}; rename it, remove it, or correct the pattern",
+            "it does not match the pattern",
+        )
+    return {**row, **found.groupdict()}
+
+
+def media_of(value: Any, place: str) -> Path | bytes:
+    """What a row says of its file: its path, its bytes, or an object with either, as `datasets` writes it. A path is relative to the rows' file.
+
+    place   of the row: `FILE:LINE`
+    """
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        what = "an empty text" if isinstance(value, str) else kind(value)
+        raise BadRow(f"found {what}, expected the path of a file, or its bytes")
+    if re.match(r"[a-z][a-z0-9+.-]+://", value):
+        raise BadRow(f"found the address {value[:80]}, expected the path of a file; download it first")
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else Path(place.rpartition(":")[0]).expanduser().parent / path
+
+
+def pattern_problem(pattern: str, column: str) -> str | None:
+    """What is wrong with a `pattern`: found, expected; None where nothing is."""
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        return f"found {pattern!r}, which is no regular expression ({error})"
+    if not groups:
+        return f"found {pattern!r} without a named group; name what it reads: (?P<label>...)"
+    return f"found the group {column!r}, which is the file itself; name it otherwise" if column in groups else None

@@ -1,0 +1,75 @@
+"""Faults in sound: decoding, features, augmentation, transcripts, and edits of prompts."""
+
+from tests.planted.fault import in_file
+
+DECODE, MEL, AUGMENT = "data/audio/test_decode.py", "data/audio/test_log_mel.py", "data/audio/test_augment.py"
+WORKERS, MEDIA, EDITS = "data/audio/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
+CNN, TRANSCRIPTS = "models/test_builtin_cnn.py", "tasks/test_transcripts.py"
+
+
+FAULTS = [
+    *in_file(
+        "llmkd/data/audio/decode.py",
+        ("pitch", "a sound at another rate is taken as it is", "if own != rate:", "if False:", DECODE),
+        ("one-channel", "the first channel stands for all", "if C == 1 else", "if True else", DECODE),
+        ("cut-wav", "a WAV file that was cut short is read", "size not in _UNKNOWN and size > there", "False", DECODE),
+        ("piped-wav", "a WAV file of unknown size is refused", "size not in _UNKNOWN and size > there", "size > there", DECODE),
+    ),
+    *in_file(
+        "llmkd/data/audio/log_mel.py",
+        ("areas", "mel filters have no areas of one", " * (2 / (high - low))", "", MEL),
+        ("top-of-filters", "filters end elsewhere than at half the rate", "_to_mel(rate / 2)", "_to_mel(8000)", MEL),
+        ("floor", "the floor follows no clip", "log_MF.max() - _RANGE", "-_RANGE", MEL),
+    ),
+    *in_file(
+        "llmkd/data/audio/augment.py",
+        ("epochs-alike", "every epoch augments alike", '"{seed} {epoch} {content_hash}"', '"{seed} {content_hash}"', AUGMENT),
+        ("numpy-unseeded", "numpy's generator is not seeded", "            np.random.seed(numpy)\n", "", AUGMENT),
+        ("python-left", "Python's generator is left where augmentation ended", "            random.setstate(before[0])\n", "", AUGMENT),
+        ("numpy-left", "numpy's generator is left where augmentation ended", "            np.random.set_state(before[1])\n", "", AUGMENT),
+    ),
+    *in_file(
+        "llmkd/data/audio/workers.py",
+        (
+            "order-of-clips",
+            "clips come in the order of the processes",
+            "answers[i % self.count][i // self.count]",
+            "sum(answers, [])[i]",
+            WORKERS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/audio/worker.py",
+        ("changed-clip", "a file that changes during a run is read", "if clip.content_hash != job.content_hash:", "if False:", WORKERS),
+    ),
+    *in_file(
+        "llmkd/data/reading/media.py",
+        ("part-of-a-name", "a pattern matches a part of a name", "named.fullmatch(whole)", "named.search(whole)", MEDIA),
+        ("rows-folder", "a path is relative to where the command runs", "parent / path", "parents[0].parents[0] / path", MEDIA),
+    ),
+    *in_file(
+        "llmkd/data/prompt_edits.py",
+        ("all-deleted", "a prompt may lose all words", "if len(gone) == len(places) and gone:", "if False:", EDITS),
+        ("swapped-again", "a word that was swapped is swapped on", "i += 1 + chosen", "i += 1", EDITS),
+    ),
+    *in_file(
+        "llmkd/models/builtin_cnn.py",
+        (
+            "norm-over-batch",
+            "an example's logits follow from its batch",
+            "self.norm(self.convolution(x))",
+            "F.batch_norm(self.convolution(x), None, None, self.norm.weight, self.norm.bias, True)",
+            CNN,
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/metrics/transcripts.py",
+        (
+            "empty-references",
+            "what is written where nothing was said is no error",
+            "found.insertions + inserted",
+            "found.insertions",
+            TRANSCRIPTS,
+        ),
+    ),
+]
