@@ -1,5 +1,6 @@
 """The input of a step: Batch with its target weights, View, Example, and the layout of a packed row."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -92,20 +93,40 @@ Rows = slice | Tensor
 class View:
     """The inputs of one model, and the flattened positions that predict the N targets. Student and teacher may have different views."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
-    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
+    inputs: dict[str, Tensor]  # keyword arguments of the model; the first dimension of each is B
+    rows_N: Tensor  # positions in the flattened [B * T] of what the model gives that predict the targets, each once
     packed: PackedLayout | None = None  # how examples lie in a packed row
     keys: Tensor | None = None  # [B, T] int32, of each position: what its dropout follows from (`models/dropout.py`)
+    given: int | None = None  # T, where a model gives another number of positions than it reads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what the model reads: B, and of text the positions of a row, padding included."""
+        return tuple(next(iter(self.inputs.values())).shape)
+
+    @property
+    def size(self) -> int:
+        """The numbers, of text the tokens, that the model reads, padding included."""
+        return math.prod(self.shape)
+
+    @property
+    def B(self) -> int:
+        return self.shape[0]
+
+    @property
+    def T(self) -> int:
+        """The positions that the model gives of each row."""
+        return self.shape[1] if self.given is None else self.given
 
     @property
     def spans(self) -> list[Span]:
         """Of each example; of rows that are not packed with padding."""
-        B, T = self.inputs["input_ids"].shape
+        B, T = self.B, self.T
         return self.packed.spans if self.packed else [Span(0, 0, b * T, T) for b in range(B)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
         inputs, keys = {k: change(v) for k, v in self.inputs.items()}, None if self.keys is None else change(self.keys)
-        return View(inputs, change(self.rows_N), self.packed and self.packed.each(change), keys)
+        return View(inputs, change(self.rows_N), self.packed and self.packed.each(change), keys, self.given)
 
 
 @dataclass(frozen=True)
@@ -122,13 +143,13 @@ class Example:
 class Batch:
     """N targets, and the views from which student and teacher predict them.
 
-    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict. Labels are aligned once, in the collator;
+    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict. Labels are aligned once, where batches are made;
     no other code shifts them. The targets of one example are contiguous, in the order of `examples`.
 
     `weights[name]` [N] weighs the part `name` of the loss ("ce", "kd") at each target: any finite numbers, also 0 and negative ones. A part
     without an entry has weight 1 everywhere; one that is given as all ones is left out here. `zeros` are the targets by the names of the
     parts whose weight there is 0, so that what need not be computed is known without waiting for a device; empty where no weight is 0. They
-    are found when a batch is made: do that on the CPU, as the collator does, since elsewhere it waits for the device.
+    are found when a batch is made: do that on the CPU, as `Examples.batch` does, since elsewhere it waits for the device.
 
     `kept`: the indices of the targets that count, ascending; the others are in no part of the loss. None: all count.
     """

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from llmkd.data.collate import collate, select_examples
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 
 #: Three examples that share nine tokens, and one of its own; the token says where it stands: 100 times its example and its place.
 LENGTHS, SHARED, PROMPTS = (14, 12, 17, 5), 9, (11, 10, 12, 2)
 
 
-def examples() -> Examples:
+def examples() -> TokenExamples:
     ids = [np.arange(n) + 100 * (i + 1) for i, n in enumerate(LENGTHS)]
     for x in ids[:3]:
         x[:SHARED] = np.arange(SHARED)
     marks = [np.arange(n) >= prompt for n, prompt in zip(LENGTHS, PROMPTS, strict=True)]
-    return Examples(np.concatenate(ids).astype(np.int32), np.concatenate(marks), np.cumsum([0, *LENGTHS]), np.arange(4))
+    return TokenExamples(np.concatenate(ids).astype(np.int32), np.concatenate(marks), np.cumsum([0, *LENGTHS]), np.arange(4))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 0, 1]], ids=str)

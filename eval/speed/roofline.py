@@ -32,8 +32,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from llmkd.batch import Batch  # noqa: E402
 from llmkd.config.loader import load_recipe  # noqa: E402
 from llmkd.config.recipe import Recipe  # noqa: E402
-from llmkd.data.batch_source import Collator  # noqa: E402
-from llmkd.data.examples import Examples  # noqa: E402
+from llmkd.data.examples import Collator, Draw, TokenExamples  # noqa: E402
 from llmkd.planning.build import build  # noqa: E402
 from llmkd.planning.find import find  # noqa: E402
 from llmkd.planning.live_memory import operations  # noqa: E402
@@ -135,8 +134,8 @@ def batch_of(tokens: int = TOKENS, length: int = LENGTH, packing: bool = True) -
     count = tokens // length
     one = np.arange(length) >= round((1 - SUPERVISED) * length)
     offsets = np.arange(count + 1, dtype=np.int64) * length
-    examples = Examples(np.zeros(tokens, np.int32), np.tile(one, count), offsets, np.arange(count))
-    return Collator(0, packing)(examples, list(range(count)))
+    examples = TokenExamples(np.zeros(tokens, np.int32), np.tile(one, count), offsets, np.arange(count), collator=Collator(packing=packing))
+    return examples.batch(range(count), Draw(0, 0, 1))
 
 
 def recipe_of(folder: str, teacher: str, changes: dict) -> Recipe:

@@ -1,5 +1,6 @@
 """The setup of eval/speed/step.py: two models with random weights, data with Alpaca's lengths, and reference values of a step's loss."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import transformers
 from torch import nn
 
 from llmkd.config.recipe import Lora
-from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batch_source import PlannedSource
 from llmkd.data.batching import BatchPlan, TokenBudget
 from llmkd.data.collate import collate
-from llmkd.data.examples import Examples
+from llmkd.data.examples import Collator, TokenExamples
 from llmkd.models import float8, shared_weights
 from llmkd.models.compile import compile_layers, configure_torch_compile
 from llmkd.models.language_model import LanguageModel
@@ -141,8 +142,8 @@ class Setup:
     def source(self, size: int | TokenBudget) -> PlannedSource:
         """Batches of one warm-up step and the measured steps."""
         plan = BatchPlan(self.data.lengths, 0, self.options.batch, None, self.options.steps + 1)
-        collator = Collator(0, isinstance(size, TokenBudget) and size.packing)
-        return PlannedSource(self.data, (), plan, size, collator).for_rank(0, 1, self.device)
+        data = dataclasses.replace(self.data, collator=Collator(packing=isinstance(size, TokenBudget) and size.packing))
+        return PlannedSource(data, (), plan, size).for_rank(0, 1, self.device)
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -194,10 +195,10 @@ class Setup:
         return logits_BTV.flatten(0, 1)[batch.student.rows_N].double().log_softmax(-1)
 
 
-def random_examples(count: int, vocab: int, median: float = 105, spread: float = 0.6, supervised: float = 0.56) -> Examples:
+def random_examples(count: int, vocab: int, median: float = 105, spread: float = 0.6, supervised: float = 0.56) -> TokenExamples:
     """Random tokens of log-normal lengths, whose last part is supervised: as Alpaca's, unless told otherwise."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(math.log(median), spread, count), median // 5, 512).astype(int)
     marks = np.concatenate([np.arange(n) >= round((1 - supervised) * n) for n in lengths])
     ids = rng.integers(0, vocab, lengths.sum(), np.int32)
-    return Examples(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})
+    return TokenExamples(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})

@@ -88,7 +88,6 @@ class Recorder:
     teacher: Callable
     examples: Examples
     format: object  # a `records.RecordFormat`
-    pad: int
     device: object
     batch_size: int  # examples
 
@@ -97,9 +96,7 @@ class Recorder:
 
     def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
         """Of those examples: content hashes, numbers of targets, and records [targets, bytes]."""
-        from ..data.collate import collate
-
-        batch = collate(self.examples, batch_examples, self.pad).to(self.device)
+        batch = self.examples.batch(batch_examples).to(self.device)
         records = self.format.record(self.teacher(batch), batch.labels_N, batch.examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
@@ -110,7 +107,6 @@ class ServerRecorder:
 
     teacher: object  # a `ServedTeacher`
     examples: Examples
-    pad: int
     batch_size: int
 
     @property
@@ -122,9 +118,7 @@ class ServerRecorder:
 
     def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
         """As `Recorder`'s."""
-        from ..data.collate import collate
-
-        batch = collate(self.examples, batch_examples, self.pad)
+        batch = self.examples.batch(batch_examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], self.teacher.kept(batch)
 
 
@@ -135,7 +129,7 @@ def _open_server(
 
     served = open_served(prepared.teachers, "cpu", prepared.vocab, stop)[source.setting]
     on_main_process(accelerator, lambda: check_served(served, prepared.train, prepared.validation, prepared.tokenizer))
-    return ServerRecorder(served, examples, prepared.tokenizer.eos_token_id, 4 * source.settings.of_server("requests"))
+    return ServerRecorder(served, examples, 4 * source.settings.of_server("requests"))
 
 
 def _load_recorder(
@@ -148,10 +142,10 @@ def _load_recorder(
     from ..training.model_watch import ModelWatch
 
     device = accelerator.device
-    number, size, pad = prepared.teachers.index(source), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
+    number, size = prepared.teachers.index(source), recipe.validation.micro_batch_size
 
     def probe(setting: str) -> list:
-        return sample_teacher_batches(examples, number, size, pad, device)
+        return sample_teacher_batches(examples, number, size, device)
 
     if sharded_teacher(recipe.train, source.settings) and accelerator.num_processes > 1:
         info(f"{source.setting}: is not sharded to write a cache; each of {accelerator.num_processes} processes holds all of it")
@@ -160,7 +154,7 @@ def _load_recorder(
     with report_from_any_rank():
         ModelWatch(prepared)  # what is loaded is what the cache is said to be of
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
-    return Recorder(LiveTeacher(model), examples, record_format, pad, device, size)
+    return Recorder(LiveTeacher(model), examples, record_format, device, size)
 
 
 def check_disk_space(writer, shards: list[int]) -> None:

@@ -10,7 +10,6 @@ from ..batch import Batch
 from ..config.recipe import Recipe, Student
 from ..console import info, progress_bar, table, warn
 from ..data.batching import make_micro_batches
-from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..models.language_model import LanguageModel
@@ -32,10 +31,10 @@ class RecordedTeacher:
 
     metrics = TEACHER_METRICS
 
-    def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
+    def __init__(self, model: LanguageModel, data: Examples, size: int, device):
         live, self.head, self.hidden = LiveTeacher(model), None, {}
         for examples in progress_bar("the unquantised teacher")(make_micro_batches(list(range(len(data))), data.lengths, size)):
-            batch = collate(data, examples, pad).to(device)
+            batch = data.batch(examples).to(device)
             signal = live(batch)
             self.head = signal.head
             parts = signal.hidden_NH.split([example.num_targets for example in batch.examples])
@@ -57,7 +56,7 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     context = LoadContext(prepared.vocab, accelerator.device, recipe.seed)
-    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size)
+    evaluator = Evaluator(accelerator, recipe.validation.micro_batch_size)
     out: dict[str, dict] = {}
     for source in sources:
         mine = examples_of(prepared.train, prepared.teachers.index(source))
@@ -66,8 +65,8 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
             warn(f"note: {source.setting}: no training rows use this teacher")
             continue
         cached = open_cache(recipe, prepared, source)
-        info(f"on {len(sample)} training examples with {int(sample.loss_mask.sum())} targets; nats per target")
-        found = out[source.setting] = {"examples": len(sample), "targets": int(sample.loss_mask.sum())}
+        info(f"on {len(sample)} training examples with {int(sample.num_targets.sum())} targets; nats per target")
+        found = out[source.setting] = {"examples": len(sample), "targets": int(sample.num_targets.sum())}
         if source.settings.held:
             found["held"] = compare_transformed(source, sample, context, evaluator)
             print(table(found["held"]))
@@ -81,7 +80,7 @@ def compare_transformed(source: TeacherSource, sample: Examples, context: LoadCo
     """Two rows of metrics: the teacher as it was saved, and quantised or merged. Only one of them is in memory at a time."""
     whole = dataclasses.replace(source.settings, quantization=None, merge_adapter=False)
     (model,) = load_models([], [(source.setting, whole)], context)[1]
-    before = RecordedTeacher(model, sample, evaluator.pad, evaluator.micro_batch_size, context.device)
+    before = RecordedTeacher(model, sample, evaluator.micro_batch_size, context.device)
     del model
     gc.collect()
     (model,) = load_models([], [(source.setting, source.settings)], context)[1]

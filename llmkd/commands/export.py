@@ -109,7 +109,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     if saved:
         load_trained_weights(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
-    found = Evaluator(accelerator, tokenizer.eos_token_id, 4).validate([plain], LiveTeacher(trained), sample)[0].metrics()
+    found = Evaluator(accelerator, 4).validate([plain], LiveTeacher(trained), sample)[0].metrics()
     metrics = {
         "ce": found["ce"],
         "trained_ce": found["teacher_ce"],
@@ -128,7 +128,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
 def _sample(run: Path, vocab: int):
     """Examples of the run's held-out rows, or else of its training rows; random tokens if the data cannot be read. And a description."""
     from ..config.loader import load_recipe
-    from ..data.examples import Examples
+    from ..data.examples import TokenExamples
 
     try:
         recipe = load_recipe(run / "recipe.yaml")
@@ -142,7 +142,7 @@ def _sample(run: Path, vocab: int):
     ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False
-    return Examples(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
+    return TokenExamples(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
 
 
 def checkpoint_folder(run: Path, which: str) -> Path:

@@ -97,7 +97,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
     first = recipes[pipeline.students[0]]
     prepared = prepare(first)
     accelerator = start()
-    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, first.validation.micro_batch_size)
+    evaluator = Evaluator(accelerator, first.validation.micro_batch_size)
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)

@@ -191,7 +191,7 @@ def _amount(size: float, unit: str) -> str:
 
 def _work_text(planned: Plan) -> str:
     work, flops, writing = planned.work, sum(planned.flops.values()), planned.writing
-    shape = " x ".join(f"{n:,}" for n in work.batch.student.inputs["input_ids"].shape)
+    shape = " x ".join(f"{n:,}" for n in work.batch.student.shape)
     text = f"largest micro-batch: {shape} tokens, {work.batch.num_targets:,} targets, {flops / 1e12:,.3g} TFLOP"
     if writing:
         text += (

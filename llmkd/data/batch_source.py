@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.fields import part_of
 from .batching import BatchPlan, TokenBudget, make_micro_batches
-from .examples import Examples
+from .examples import Draw, Examples
 from .prefetch import prefetch
 
 if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
@@ -117,22 +117,8 @@ class TrainingSource(BatchSource, Protocol):
         """Resume from a checkpoint's state. ValueError, in a few words, if it cannot be of this run."""
 
 
-@dataclass(frozen=True)
-class Collator:
-    """From examples to a batch on the CPU; see `collate.collate`."""
-
-    pad: int
-    packing: bool = False
-    share_prefixes: bool = False
-
-    def __call__(self, data: Examples, examples: list[int], key: tuple[int, ...] | None = None) -> "Batch":
-        from .collate import collate
-
-        return collate(data, examples, self.pad, self.packing, self.share_prefixes, key)
-
-
 class ExampleSource:
-    """Planned data and a stream: a step's examples are split into micro-batches and collated, one step ahead of training.
+    """Planned data and a stream: a step's examples are split into micro-batches, whose batches are made one step ahead of training.
 
     micro_batch_size   examples, or tokens of a budget. The one thing here that changes during a run: `AutoBatchSize` sets it.
     """
@@ -140,8 +126,8 @@ class ExampleSource:
     examples: Examples
     complete = reads_while_training = False
 
-    def __init__(self, seed: int, total_steps: int, micro_batch_size: int | TokenBudget, collator: Collator):
-        self.seed, self.total_steps, self.micro_batch_size, self.collator = seed, total_steps, micro_batch_size, collator
+    def __init__(self, seed: int, total_steps: int, micro_batch_size: int | TokenBudget):
+        self.seed, self.total_steps, self.micro_batch_size = seed, total_steps, micro_batch_size
         self.rank, self.ranks, self.device = 0, 1, None
         self.on_built: Callable[[list[Batch]], None] = lambda batches: None
 
@@ -171,7 +157,8 @@ class ExampleSource:
 
     def build(self, step: Step) -> "list[Batch]":
         """A step's micro-batches."""
-        built = [self.collator(step.data, examples, (self.seed, step.number)) for examples in step.micro_batches]
+        draw = Draw(self.seed, step.epoch, step.number)
+        built = [step.data.batch(examples, draw) for examples in step.micro_batches]
         return [batch.pinned() for batch in built] if self._on_gpu else built
 
     def split(self, examples: list[int], max_lengths: np.ndarray) -> list[list[int]]:
@@ -217,8 +204,8 @@ class PlannedSource(ExampleSource):
 
     complete = True
 
-    def __init__(self, examples: Examples, places: Sequence[str], plan: BatchPlan, micro_batch_size: int | TokenBudget, collator: Collator):
-        super().__init__(plan.seed, plan.total_steps, micro_batch_size, collator)
+    def __init__(self, examples: Examples, places: Sequence[str], plan: BatchPlan, micro_batch_size: int | TokenBudget):
+        super().__init__(plan.seed, plan.total_steps, micro_batch_size)
         self.examples, self.places, self.plan = examples, places, plan
         self._max_lengths = examples.max_lengths
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Example, PackedLayout, View
-from .examples import Examples
+from .examples import TokenExamples
 from .shared_prefixes import shared_prefixes
 
 _NONE = np.zeros(0, np.int64)
 
 
 def collate(
-    data: Examples, indices: list[int], pad: int, packing: bool = False, share: bool = False, key: tuple[int, ...] | None = None
+    data: TokenExamples, indices: list[int], pad: int, packing: bool = False, share: bool = False, key: tuple[int, ...] | None = None
 ) -> Batch:
     """A batch of the examples `indices`, on the CPU. No examples give one padding token and no targets.
 
@@ -40,7 +40,7 @@ def collate(
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known, weights)
 
 
-def build_view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool, key: tuple[int, ...] | None = None) -> View:
+def build_view(data: TokenExamples, indices: list[int], pad: int, packing: bool, share: bool, key: tuple[int, ...] | None = None) -> View:
     ids, rows = [], []
     for ids_L, mask_L in map(data.example, indices):
         rows.append(np.flatnonzero(mask_L[1:]))
@@ -98,8 +98,7 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
     """Some of a batch's examples, for a teacher: `mine[i]`: whether example i is kept. Both views are the teacher's."""
     view, keep_N = batch.teacher, per_target(batch, mine).to(batch.labels_N.device)
     kept_N, device, packed = view.rows_N[keep_N], batch.labels_N.device, None
-    ids_BT = view.inputs["input_ids"]
-    T = ids_BT.shape[1]
+    T = view.T
     if view.packed:
         packed, keep = view.packed.select(mine)
         keep_T = torch.tensor(keep).repeat_interleave(torch.tensor(view.packed.lengths)).to(device)
@@ -110,7 +109,7 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
         wanted = torch.tensor(mine, device=device)
         inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
         rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
-    part = View(inputs, rows_N, packed)
+    part = View(inputs, rows_N, packed, given=view.given)
     examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
     return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
 

@@ -1,17 +1,97 @@
-"""Examples: token ids, loss masks, and the rows and sources that they came from."""
+"""Examples: what a run has of its data, as a protocol, and examples of tokens: ids, loss masks, and the rows and sources that they came from."""
 
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
+    from ..batch import Batch
 
 ALL_TEACHERS = -1  # `Examples.teacher_index` of an example that all teachers answer together
 
 
+class Draw(NamedTuple):
+    """What all randomness of a training batch follows from, with its examples' content: the run's seed, the epoch (from 0) and the step (from 1)."""
+
+    seed: int
+    epoch: int
+    step: int
+
+
+class Examples(Protocol):
+    """The examples of a run: what they cost, what they came from, how they weigh, and their batches. Who uses them does not ask what they are.
+
+    row, source, teacher_index   int64 [examples]: the row and the source that each came from, and its teacher, or ALL_TEACHERS
+    counts                       what became of the rows
+    weights                      float32 [examples] by part of the loss, see `Batch.weights`; 1 without
+    num_targets                  int64 [examples]
+    lengths, max_lengths         int64 [examples]: what each costs the student, and the student or the teacher, whichever is more: tokens, of
+                                 text. Examples of like lengths are put together
+    """
+
+    row: np.ndarray
+    source: np.ndarray
+    teacher_index: np.ndarray
+    counts: dict[str, int]
+    weights: dict[str, np.ndarray]
+
+    @property
+    def num_targets(self) -> np.ndarray: ...
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def max_lengths(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
+        """The examples `indices` as a batch on the CPU; of none, a batch without targets that a model can read.
+
+        draw   of a training batch. Without one nothing is random: so batches are measured and validated on
+        """
+
+    def content_hash(self, i: int) -> str:
+        """A hash of all that an example is to student and teacher, 16 hex digits: it does not depend on the other examples."""
+
+    def student_hash(self, i: int) -> str:
+        """The same of what the student alone reads."""
+
+    def take(self, chosen: np.ndarray) -> "Examples":
+        """The examples with these indices, in this order. `counts` are not kept."""
+
+    def subset(self, keep: np.ndarray) -> "Examples":
+        """The examples where the boolean array `keep` [examples] is true."""
+
+    def weigh(self, weights: dict[str, float]) -> None:
+        """Set the weights of all examples, by part of the loss."""
+
+    def unweighted(self) -> "Examples":
+        """The same examples with all weights 1."""
+
+    def weight(self, name: str) -> np.ndarray:
+        """The weight of each example in a part of the loss, float32 [examples]."""
+
+    def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
+        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
+        number of those that are not 0."""
+
+
+class Collator(NamedTuple):
+    """How examples of tokens become a batch, see `collate.collate`: the token of padding, and of training batches whether they are packed."""
+
+    pad: int = 0
+    packing: bool = False
+    share_prefixes: bool = False
+
+
 @dataclass
-class Examples:
+class TokenExamples:
     """Examples as flat arrays, one after another; example i is `ids[offsets[i] : offsets[i + 1]]`."""
 
     ids: np.ndarray  # int32 [tokens]
@@ -21,9 +101,10 @@ class Examples:
     counts: dict[str, int] = field(default_factory=dict)  # what became of the rows, see `encode`
     source: np.ndarray | None = None  # int64 [examples]: the source that each came from
     teacher_index: np.ndarray | None = None  # int64 [examples]: the index of its teacher, or ALL_TEACHERS
-    teacher_view: "Examples | None" = None  # the same examples as the teacher reads them, where its input differs
+    teacher_view: "TokenExamples | None" = None  # the same examples as the teacher reads them, where its input differs
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [examples] by part of the loss, see `Batch.weights`; 1 without
     token_weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [tokens] likewise: further factors of single targets
+    collator: Collator = Collator()
 
     def __post_init__(self):
         if self.source is None:
@@ -38,6 +119,13 @@ class Examples:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part], self.loss_mask[part]
 
+    def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
+        """See `Examples`. Training batches are packed where the collator says so, and dropout follows their draw."""
+        from .collate import collate
+
+        pad, *packed = self.collator
+        return collate(self, list(indices), pad, *((*packed, (draw.seed, draw.step)) if draw else ()))
+
     def content_hash(self, i: int) -> str:
         """A hash of an example's tokens and loss mask, 16 hex digits.
 
@@ -50,11 +138,11 @@ class Examples:
         """The same hash of the student's input alone: equal with and without a context for the teacher."""
         return _digest(b"".join(x.tobytes() for x in self.example(i)))
 
-    def subset(self, keep: np.ndarray) -> "Examples":
+    def subset(self, keep: np.ndarray) -> "TokenExamples":
         """The examples where the boolean array `keep` [examples] is true."""
         return self.take(np.flatnonzero(keep))
 
-    def take(self, chosen: np.ndarray) -> "Examples":
+    def take(self, chosen: np.ndarray) -> "TokenExamples":
         """The examples with these indices, in this order. `counts` are not kept."""
         lengths = self.lengths[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -63,13 +151,13 @@ class Examples:
         of_each = self.row[chosen], {}, self.source[chosen], self.teacher_index[chosen]
         weights = {name: w_E[chosen] for name, w_E in self.weights.items()}
         of_tokens = {name: w_T[tokens] for name, w_T in self.token_weights.items()}
-        return Examples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights, of_tokens)
+        return TokenExamples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights, of_tokens, self.collator)
 
     def weigh(self, weights: dict[str, float]) -> None:
         """Set the weights of all examples, by part of the loss."""
         self.weights = {name: np.full(len(self), weight, np.float32) for name, weight in weights.items() if weight != 1}
 
-    def unweighted(self) -> "Examples":
+    def unweighted(self) -> "TokenExamples":
         """The same examples with all weights 1."""
         return replace(self, weights={}, token_weights={})
 
@@ -118,7 +206,7 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def merge(parts: list[Examples]) -> Examples:
+def merge(parts: list[TokenExamples]) -> TokenExamples:
     """The examples of several sources as one, with their rows numbered through and `source` set."""
     if len(parts) == 1:
         return parts[0]
@@ -127,7 +215,7 @@ def merge(parts: list[Examples]) -> Examples:
     return concat(parts, before[:-1].tolist(), counts, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
 
 
-def concat(parts: list[Examples], before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> Examples:
+def concat(parts: list[TokenExamples], before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> TokenExamples:
     """The parts one after another. The rows of part k are numbered from `before[k]` on."""
     of_each = (
         np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
@@ -137,16 +225,16 @@ def concat(parts: list[Examples], before: list[int], counts: dict[str, int], sou
     )
     theirs = None
     if any(part.teacher_view is not None for part in parts):
-        theirs = Examples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
+        theirs = TokenExamples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
     names = dict.fromkeys(name for part in parts for name in part.weights)
     weights = {name: np.concatenate([part.weight(name) for part in parts]) for name in names}
     ones = [np.ones(len(part.ids), np.float32) for part in parts]
     names = dict.fromkeys(name for part in parts for name in part.token_weights)
     of_tokens = {name: np.concatenate([part.token_weights.get(name, one) for part, one in zip(parts, ones, strict=True)]) for name in names}
-    return Examples(*_one_after_another(parts), *of_each, theirs, weights, of_tokens)
+    return TokenExamples(*_one_after_another(parts), *of_each, theirs, weights, of_tokens, parts[0].collator)
 
 
-def _one_after_another(parts: list[Examples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _one_after_another(parts: list[TokenExamples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])
     return (
         np.concatenate([part.ids for part in parts]),

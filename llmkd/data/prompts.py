@@ -8,7 +8,7 @@ import numpy as np
 
 from .encoding.control_tokens import controls
 from .encoding.teacher_context import Tokens
-from .examples import Examples
+from .examples import TokenExamples
 
 #: Tokens that are a prompt where all of a text is supervised: so many of its first ones, and at most half of it.
 TEXT_PROMPT = 32
@@ -25,7 +25,7 @@ class Prompt:
     ends: frozenset[int] = frozenset()
 
 
-def prompts_of(examples: Examples, places: Sequence[str], tokenizer) -> list[Prompt]:
+def prompts_of(examples: TokenExamples, places: Sequence[str], tokenizer) -> list[Prompt]:
     """The prompt of each example: all before its first target, and as reference the targets that follow it without a gap.
 
     Of a text that is supervised from its beginning, a part is the prompt: see TEXT_PROMPT.
@@ -34,7 +34,7 @@ def prompts_of(examples: Examples, places: Sequence[str], tokenizer) -> list[Pro
     return [parted(places[i], examples.example(i), theirs.example(i), tokenizer) for i in range(len(examples))]
 
 
-def held_out_prompts(examples: Examples, places: Sequence[str], count: int, tokenizer) -> list[Prompt]:
+def held_out_prompts(examples: TokenExamples, places: Sequence[str], count: int, tokenizer) -> list[Prompt]:
     """Prompts of `count` held-out rows, in the order of the data: the same ones every time. Of a row that became several examples the first."""
     firsts = np.unique(examples.row, return_index=True)[1]
     chosen = sorted(random.Random("samples").sample(firsts.tolist(), min(count, len(firsts))))

@@ -20,12 +20,12 @@ from typing import Any
 from ..config.recipe import Data, Source
 from ..console import info, warn
 from ..errors import UserError, fix_of
-from .batch_source import Collator, ExampleSource, Step
+from .batch_source import ExampleSource, Step
 from .batching import Batching
 from .encoding.encode import encode
 from .encoding.end_tokens import end_tokens
 from .encoding.formats import refuse_without_template
-from .examples import ALL_TEACHERS, Examples
+from .examples import ALL_TEACHERS, TokenExamples
 from .notes import example_notes
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
@@ -42,8 +42,7 @@ class StreamSource(ExampleSource):
     reads_while_training = True
 
     def __init__(self, source: Source, data: Data, tokenizer, batching: Batching, teacher: int = ALL_TEACHERS):
-        collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
-        super().__init__(batching.seed, batching.max_steps, batching.micro_batch_size, collator)
+        super().__init__(batching.seed, batching.max_steps, batching.micro_batch_size)
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
         self.batch_size, self.teacher = batching.batch_size, teacher
         self.counts: dict[str, int] = {}
@@ -60,7 +59,7 @@ class StreamSource(ExampleSource):
         self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
         self.examples, self.places = self._first()
 
-    def _first(self) -> tuple[Examples, list[str]]:
+    def _first(self) -> tuple[TokenExamples, list[str]]:
         """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
         chosen = Chosen(self.source, self.setting)
         block = list(itertools.islice(self._records(chosen), self.data.shuffle_buffer))
@@ -198,7 +197,7 @@ class StreamSource(ExampleSource):
         problems.raise_if_any()
         return Rows(rows, places, "", unread=unread)
 
-    def _encode(self, taken: list[tuple[str, Any]]) -> tuple[Examples, list[str]]:
+    def _encode(self, taken: list[tuple[str, Any]]) -> tuple[TokenExamples, list[str]]:
         """The examples of some rows, and the place of each."""
         rows = self._checked(taken)
         if new := Counter({name: number for name, number in rows.unread.items() if name not in self._named}):

@@ -13,7 +13,7 @@ from ..config.on_policy import OnPolicy, most_at
 from ..config.schedule import refuse_long_schedule
 from ..console import info
 from ..errors import UserError
-from .examples import Examples
+from .examples import TokenExamples
 
 WRITTEN = "long_horizon"  # the part of the loss that is of answers alone that the student has written
 
@@ -33,17 +33,17 @@ class Prompts:
     may: np.ndarray
     too_long: np.ndarray
 
-    def ids(self, examples: Examples, chosen: Sequence[int]) -> list[list[int]]:
+    def ids(self, examples: TokenExamples, chosen: Sequence[int]) -> list[list[int]]:
         """The prompts of the examples `chosen`, as the student reads them."""
         return [examples.example(i)[0][: self.own[i]].tolist() for i in chosen]
 
-    def teachers(self, examples: Examples, chosen: Sequence[int]) -> list[list[int]]:
+    def teachers(self, examples: TokenExamples, chosen: Sequence[int]) -> list[list[int]]:
         """The same as the teacher reads them."""
         view = examples.teacher_view or examples
         return [view.example(i)[0][: self.theirs[i]].tolist() for i in chosen]
 
 
-def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
+def prompts_of(examples: TokenExamples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
     """The prompts of examples.
 
     room            tokens of the longest answer, which must fit behind a prompt in max_length
@@ -65,7 +65,7 @@ def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length:
     return Prompts(own, theirs, fits & (examples.weight("kd") != 0), ~fits)
 
 
-def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:
+def prompts_for(settings: OnPolicy, examples: TokenExamples, places: Sequence[str], max_length: int) -> Prompts:
     """The prompts of the training examples, with a line on how many there are. UserError where no example may be answered."""
     found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens)
     count, every = int(found.may.sum()), len(examples)
@@ -79,7 +79,7 @@ def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], m
     return found
 
 
-def refuse_mix(settings: OnPolicy, examples: Examples) -> None:
+def refuse_mix(settings: OnPolicy, examples: TokenExamples) -> None:
     """UserError where tokens are to be drawn from student and teacher together, and the two read different prompts."""
     if settings.long_horizon and settings.long_horizon.teacher_mix and examples.teacher_view is not None:
         raise UserError(
@@ -101,31 +101,31 @@ def refuse_replay(settings: OnPolicy, batch_size: int, total_steps: int) -> None
         )
 
 
-def held_out_prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:
+def held_out_prompts_for(settings: OnPolicy, examples: TokenExamples, places: Sequence[str], max_length: int) -> Prompts:
     """The prompts of the held-out examples. One that is supervised from its beginning has none, unless on_policy.prompt_tokens is set."""
     found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens or 1)
     return found if settings.prompt_tokens else dataclasses.replace(found, may=found.may & (found.own > 1))
 
 
-def _first_targets(examples: Examples) -> np.ndarray:
+def _first_targets(examples: TokenExamples) -> np.ndarray:
     """The place of the first target in each example, int64 [examples]."""
     targets = np.flatnonzero(examples.loss_mask)
     return targets[np.searchsorted(targets, examples.offsets[:-1])] - examples.offsets[:-1]
 
 
-def of_written(examples: Examples) -> Examples:
+def of_written(examples: TokenExamples) -> TokenExamples:
     """The same examples, with no weight in the part of the loss that is of the student's answers alone."""
     return dataclasses.replace(examples, weights=examples.weights | {WRITTEN: np.zeros(len(examples), np.float32)})
 
 
 def answered(
-    examples: Examples,
+    examples: TokenExamples,
     prompts: Prompts,
     chosen: Sequence[int],
     answers: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float] | None] = (),
     by_student: bool = True,
-) -> Examples:
+) -> TokenExamples:
     """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
 
     weights   of each answer those of its tokens in what the teacher has a say in, or None: all 1
@@ -148,9 +148,11 @@ def answered(
     return found
 
 
-def _appended(examples: Examples, lengths: np.ndarray, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Examples:
+def _appended(examples: TokenExamples, lengths: np.ndarray, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> TokenExamples:
     ids = [(examples.example(i)[0][: lengths[i]], np.asarray(answer, np.int32)) for i, answer in zip(chosen, answers, strict=True)]
     masks = [np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in ids]
     offsets = np.cumsum([0, *map(len, masks)], dtype=np.int64)
     of_each = (examples.row[chosen], {}, examples.source[chosen], examples.teacher_index[chosen])
-    return Examples(np.concatenate([part for both in ids for part in both]), np.concatenate(masks), offsets, *of_each)
+    return TokenExamples(
+        np.concatenate([part for both in ids for part in both]), np.concatenate(masks), offsets, *of_each, collator=examples.collator
+    )

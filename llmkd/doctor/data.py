@@ -8,7 +8,7 @@ from ..batch import Batch
 from ..console import printable
 from ..data.encoding.control_tokens import controls
 from ..data.encoding.supervised_text import supervised_spans
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from .check import BUG, Check, Result, failed, passed
 from .setup import Setup
 
@@ -102,7 +102,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _shown(examples: Examples, i: int, tokenizer) -> str:
+def _shown(examples: TokenExamples, i: int, tokenizer) -> str:
     ids, mask = examples.example(i)
     spans = supervised_spans(ids.tolist(), mask.tolist(), tokenizer)
     parts = []
@@ -126,7 +126,7 @@ def targets(setup: Setup) -> Result:
     return passed(f"{int(few.num_targets.sum())} targets are the tokens after their positions, padded and packed, for student and teacher")
 
 
-def misplaced(batch: Batch, view, examples: Examples) -> str:
+def misplaced(batch: Batch, view, examples: TokenExamples) -> str:
     """What is wrong with a view's targets; empty where nothing is."""
     ids = view.inputs["input_ids"].cpu().numpy()
     width, places = ids.shape[1], view.rows_N.cpu().numpy()

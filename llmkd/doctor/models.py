@@ -147,7 +147,7 @@ def better(setup: Setup) -> Result:
         return not_asked(f"{missing[0]} is trained by an earlier stage, and an untrained model stands in for it")
     if "teacher_ce" not in setup.teacher.metrics:
         return not_asked("this teacher does not give the labels' probabilities")
-    evaluator = Evaluator(setup.accelerator, setup.prepared.tokenizer.eos_token_id, setup.small.validation.micro_batch_size)
+    evaluator = Evaluator(setup.accelerator, setup.small.validation.micro_batch_size)
     found = evaluator.validate([setup.student], setup.teacher, setup.prepared.train)[0]
     (ours, targets), (theirs, _) = found.counting("ce"), found.counting("teacher_ce")
     if not len(targets):

@@ -9,7 +9,7 @@ import torch
 from ..config.on_policy import writes
 from ..console import count, printable
 from ..data.encoding.control_tokens import controls
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from ..rollouts.generate import Completion
 from ..rollouts.sampling import Sampling, uniform
 from ..rollouts.source import OnPolicySource
@@ -123,7 +123,7 @@ def _prompts(setup: Setup, source: OnPolicySource) -> Iterator[list[int]]:
         yield ids[: first if first > 1 else min(setup.small.on_policy.prompt_tokens or 1, len(ids) - 1)].tolist()
 
 
-def _misplaced(data: Examples, i: int, answers: dict[tuple, list[Completion]], beginnings: set[tuple] | None) -> str:
+def _misplaced(data: TokenExamples, i: int, answers: dict[tuple, list[Completion]], beginnings: set[tuple] | None) -> str:
     """What is wrong with an example that was written; empty where nothing is. `beginnings`: the prompts that there are."""
     ids, mask = data.example(i)
     first = int(np.flatnonzero(mask)[0])

@@ -17,9 +17,8 @@ from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
 from ..config.recipe import Recipe, at_the_middle, distils, divergences_of
 from ..config.teacher import Cache
-from ..data.collate import collate
 from ..data.dataset import read_data
-from ..data.examples import Examples
+from ..data.examples import Draw, Examples
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
 from ..losses.terms import HeadTerm
@@ -143,8 +142,11 @@ class Setup:
     def batch(self, indices: list[int] | None = None, packing: bool = False, weighted: bool = False) -> Batch:
         """Some of the few examples, or all of them, as a batch on the student's device; all targets alike, or with their sources' weights."""
         indices = list(range(len(self.few))) if indices is None else indices
-        pad, share = self.prepared.tokenizer.eos_token_id, packing and self.small.data.share_prefixes
-        return collate(self.few if weighted else self.few.unweighted(), indices, pad, packing, share).to(self.device)
+        few = self.few if weighted else self.few.unweighted()
+        if not packing:
+            return few.batch(indices).to(self.device)
+        collator = few.collator._replace(packing=True)
+        return dataclasses.replace(few, collator=collator).batch(indices, Draw(self.small.seed, 0, 1)).to(self.device)
 
     def sample(self, batch: Batch) -> Tensor:
         """The first MOST_TARGETS targets of each example, as indices into the batch's targets [n]."""

@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
 
     def _logits(self, view: View) -> Tensor:
         """The model's own logits [N, V] at the view's rows; of the other positions only those in the same column are computed."""
-        T = view.inputs["input_ids"].shape[1]
+        T = view.T
         columns, wanted = (view.rows_N % T).unique(return_inverse=True)
         if "logits_to_keep" not in inspect.signature(self.base_model.forward).parameters or not len(columns):
             return self.base_model(**self.model_inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)

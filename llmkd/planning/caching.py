@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from ..config.recipe import Recipe, Teacher
-from ..data.batch_source import Collator
 from ..losses.fused import default_chunk
 from ..model_folder.files import loaded_dtype
 from ..signals import Dense
@@ -62,7 +61,7 @@ def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: M
         width = format_of(one, setting, found.vocab, config).bytes
     hidden = one.cache.kind == "hidden"
     longest = sorted(range(len(known.examples)), key=lambda i: -known.examples.max_lengths[i])[:size]
-    batch = Collator(0)(known.examples, longest)
+    batch = known.examples.batch(longest)
 
     def passed(counts) -> Measured:
         with fake_tensors(gpu):
@@ -80,7 +79,7 @@ def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: M
     whole = depth_of(config.config, f"{setting}.model")
     alike = len(set(layer_sizes(config.config, f"{setting}.model"))) == 1
     measured = extended((min(_FEW, whole),), (whole,), passed) if alike and whole > _FEW + 1 else passed((whole,))
-    targets, batches, flops = _all(known, size, batch.num_targets, batch.teacher.inputs["input_ids"].numel(), measured.flops[TEACHER])
+    targets, batches, flops = _all(known, size, batch.num_targets, batch.teacher.size, measured.flops[TEACHER])
     return Caching(setting, measured.phases[TEACHER], flops, loaded_dtype(config.config, one.dtype), targets, width, batches, whole)
 
 

@@ -12,11 +12,10 @@ from ..config.fields import as_tuple
 from ..config.on_policy import writes
 from ..config.paths import is_local
 from ..config.recipe import Data, Recipe
-from ..data.batch_source import Collator
 from ..data.batching import TokenBudget, make_micro_batches
 from ..data.dataset import read_data
 from ..data.encoding.tokenizer import load_tokenizer
-from ..data.examples import Examples
+from ..data.examples import Draw, Examples, TokenExamples
 from ..errors import UserError
 from ..training.prepare import batch_plan, batching, encode_data
 from .model_configs import ModelConfig
@@ -63,12 +62,12 @@ class Work:
         one, other = self.batch, self.later
         if other is None:
             return [(one, False)]
-        same = one.student.inputs["input_ids"].shape == other.student.inputs["input_ids"].shape
+        same = one.student.shape == other.student.shape
         return [(one, True)] if same and one.num_targets == other.num_targets else [(one, False), (other, True)]
 
     @property
     def batch_tokens(self) -> int:
-        return self.batch.student.inputs["input_ids"].numel()
+        return self.batch.student.size
 
 
 def known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
@@ -117,18 +116,16 @@ def _tokenizer_here(recipe: Recipe, student: ModelConfig):
         return None
 
 
-def assumed_examples(count: int, length: int) -> Examples:
+def assumed_examples(count: int, length: int) -> TokenExamples:
     """Examples of one length, supervised throughout."""
     offsets = np.arange(count + 1, dtype=np.int64) * length
-    return Examples(np.zeros(count * length, np.int32), np.ones(count * length, bool), offsets, np.arange(count))
+    return TokenExamples(np.zeros(count * length, np.int32), np.ones(count * length, bool), offsets, np.arange(count))
 
 
 def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
     """The largest micro-batch as the recipe cuts its steps among so many processes, and the sums of the whole run over all of them."""
     examples, train, data = known.examples, recipe.train, recipe.data
     order = batching(train, recipe.seed, data.packing)
-    pad = getattr(known.tokenizer, "eos_token_id", None) or 0
-    collator = Collator(pad, data.packing, data.share_prefixes)
     size = 1 if train.micro_batch_tokens == "auto" else order.micro_batch_size
     lengths, targets = examples.max_lengths, examples.num_targets
     if known.complete:
@@ -144,8 +141,9 @@ def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
     sums = np.array([weigh[id(micro)] for step in cut for micro in step]).sum(0)
     known_sums = [None, None, None] if share is None else [math.ceil(share * n) for n in (*sums, sum(map(len, cut)))]
     number = None if share is None else math.ceil(share * sum(map(len, steps)))
-    later = None if later is None else collator(examples, later)
-    return Work(collator(examples, largest), later, *known_sums, total, number)
+    draw = Draw(recipe.seed, 0, 1)
+    later = None if later is None else examples.batch(later, draw)
+    return Work(examples.batch(largest, draw), later, *known_sums, total, number)
 
 
 def _tokens(lengths: np.ndarray, packing: bool) -> int:

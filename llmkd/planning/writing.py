@@ -9,7 +9,7 @@ import torch
 
 from ..config.on_policy import OnPolicy, most_at, writes
 from ..config.recipe import Train
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from ..models.language_model import LanguageModel
 from ..rollouts.draw import entropy, inverse_cdf, probabilities
 from ..rollouts.sampling import Sampling
@@ -51,7 +51,7 @@ class Writing:
         return self.batches * self.new * token
 
 
-def writing_of(settings: OnPolicy | None, train: Train, examples: Examples, ranks: int = 1) -> Writing | None:
+def writing_of(settings: OnPolicy | None, train: Train, examples: TokenExamples, ranks: int = 1) -> Writing | None:
     """None where nothing is written, or elsewhere."""
     if not writes(settings) or settings.engine != "local":
         return None
@@ -63,13 +63,13 @@ def writing_of(settings: OnPolicy | None, train: Train, examples: Examples, rank
     return Writing(answers, -(-count // answers), int(prompts_of(examples).max()), settings.max_new_tokens, models)
 
 
-def prompts_of(examples: Examples) -> np.ndarray:
+def prompts_of(examples: TokenExamples) -> np.ndarray:
     """The tokens of each example before its first target, at least one; without one all."""
     masks = (examples.example(i)[1] for i in range(len(examples)))
     return np.array([max(1, int(mask.argmax())) if mask.any() else n for n, mask in zip(examples.lengths, masks, strict=True)])
 
 
-def as_written(examples: Examples, settings: OnPolicy, max_length: int) -> Examples:
+def as_written(examples: TokenExamples, settings: OnPolicy, max_length: int) -> TokenExamples:
     """The examples as long as they may become: with an answer of `max_new_tokens` after each prompt that leaves room for it, or their own if
     that is longer."""
     new, lengths = settings.max_new_tokens, examples.lengths
@@ -80,7 +80,7 @@ def as_written(examples: Examples, settings: OnPolicy, max_length: int) -> Examp
     mask = np.zeros(offsets[-1], bool)
     for start, begin, stop in zip(starts, offsets, offsets[1:], strict=False):
         mask[begin + start : stop] = True
-    return Examples(
+    return TokenExamples(
         np.zeros(offsets[-1], np.int32), mask, offsets, examples.row, source=examples.source, teacher_index=examples.teacher_index
     )
 

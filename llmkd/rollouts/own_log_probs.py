@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.collate import collate
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
 from .draw import entropy
@@ -30,7 +29,7 @@ def scores(model: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequ
     texts = [np.array([*prompt, *answer], np.int32) for prompt, answer in zip(prompts, answers, strict=True)]
     masks = [np.arange(len(text)) >= len(prompt) for text, prompt in zip(texts, prompts, strict=True)]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    examples = Examples(np.concatenate(texts), np.concatenate(masks), offsets, np.arange(len(texts)))
+    examples = TokenExamples(np.concatenate(texts), np.concatenate(masks), offsets, np.arange(len(texts)))
     order, found = sorted(range(len(texts)), key=lambda i: -len(texts[i])), {}
     with eval_mode(model):
         for start in range(0, len(order), batch_size):
@@ -41,9 +40,9 @@ def scores(model: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequ
     return [found[i] for i in range(len(texts))]
 
 
-def _of_batch(model: LanguageModel, examples: Examples, chosen: list[int]) -> torch.Tensor:
+def _of_batch(model: LanguageModel, examples: TokenExamples, chosen: list[int]) -> torch.Tensor:
     """Log-probability and entropy of every target of some examples, float64 [N, 2] on the CPU."""
-    batch = collate(examples, chosen, 0).to(model.device)
+    batch = examples.batch(chosen).to(model.device)
     hidden_NH, rows = model.hidden(batch.student), []
     for first in range(0, batch.num_targets, default_chunk(model.head.vocab, model.device.type)):
         part = slice(first, first + default_chunk(model.head.vocab, model.device.type))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.on_policy import Replay
 from ..config.schedule import value_at
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from .sampling import uniform
 
 #: The share of fresh answers that the setting "decreasing" stands for.
@@ -64,7 +64,7 @@ class ReplayBuffer:
     def _newest(self, answers: list[Answer]) -> list[Answer]:
         return answers[max(0, len(answers) - self.capacity) :]
 
-    def state(self, step: int, examples: Examples) -> dict[str, np.ndarray]:
+    def state(self, step: int, examples: TokenExamples) -> dict[str, np.ndarray]:
         """The buffer after a step, the newest or the one before, as a checkpoint keeps it: ids one after another, and of each answer where it
         begins, its step, and its example by number and by content. Empty without a buffer."""
         kept = self._newest([one for one in self.answers if one.step <= step])
@@ -77,7 +77,7 @@ class ReplayBuffer:
         }
         return {f"replay.{name}": array for name, array in found.items()} if self.capacity else {}
 
-    def restore(self, state: dict, examples: Examples, vocab: int, longest: int) -> None:
+    def restore(self, state: dict, examples: TokenExamples, vocab: int, longest: int) -> None:
         """Take what `state` gave, from a checkpoint that has its `step` too. ValueError, in a few words, where it is not of this run: of these
         examples, of ids below `vocab`, and of answers of up to `longest` tokens."""
         if not self.capacity:

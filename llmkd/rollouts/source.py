@@ -17,7 +17,7 @@ import numpy as np
 from ..config.on_policy import OnPolicy
 from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step, WrittenText
-from ..data.examples import Examples, concat
+from ..data.examples import TokenExamples, concat
 from ..data.written import Prompts, answered, of_written
 from .generate import Completion
 from .replay import Answer, ReplayBuffer
@@ -57,7 +57,7 @@ class OnPolicySource(ExampleSource):
         if settings.long_horizon:
             planned = copy.copy(planned)
             planned.examples = of_written(planned.examples)
-        super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
+        super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size)
         self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
         self.examples, self.places = planned.examples, planned.places
         self.planned, self.prompts, self.writer, self.teachers, self.settings = planned, prompts, writer, teachers, settings
@@ -166,13 +166,13 @@ class OnPolicySource(ExampleSource):
     def texts(self, step: int) -> Sequence[WrittenText]:
         return self.recorded[1] if self.recorded[0] == step else ()
 
-    def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
+    def _step(self, planned: Step, parts: list[TokenExamples], places: list[str]) -> Step:
         source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
         data = concat(parts, [0] * len(parts), {}, source) if parts else self.examples.take(np.zeros(0, np.int64))
         every = list(range(len(data)))
         return self.resplit(Step(planned.number, planned.epoch, int(data.num_targets.sum()), data.weighted(every), every, [], data, places))
 
-    def longest(self, count: int) -> Examples:
+    def longest(self, count: int) -> TokenExamples:
         """Each of the prompts whose answers could be longest, with as many answers as are written, all as long as they may be."""
         room, prompts = self.settings.max_new_tokens, self.prompts
         most = np.where(prompts.may, np.maximum(prompts.own, prompts.theirs) + room, 0)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ..console import info, warn
-from ..data.collate import collate
 from ..data.examples import Examples, concat
 from ..errors import UserError
 from ..servers.logprobs import INTERFACES, Listed, ServedModel
@@ -82,7 +81,7 @@ def check_served(teacher: ServedTeacher, train: Examples, validation: Examples |
 
 
 def _texts(examples: Examples, chosen: list[int]) -> list[tuple[list[int], list[int]]]:
-    return [text for i in chosen for text in texts_of(collate(examples, [i], 0))]
+    return [text for i in chosen for text in texts_of(examples.batch([i]))]
 
 
 def _refuse_long(teacher: ServedTeacher, model: ServedModel, read: Examples) -> None:

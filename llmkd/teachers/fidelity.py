@@ -14,7 +14,6 @@ from ..batch import Batch
 from ..config.recipe import Teacher
 from ..console import info
 from ..data.batching import make_micro_batches
-from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..head import Head
@@ -33,7 +32,7 @@ def sample_examples(train: Examples, count: int) -> Examples:
     return train.take(np.array(sorted(chosen), np.int64)).unweighted()
 
 
-def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, device) -> list[Batch]:
+def sample_teacher_batches(train: Examples, teacher: int, size: int, device) -> list[Batch]:
     """Batches of at most `size` training examples of teacher number `teacher`, with at most TARGETS targets (at least one example).
 
     The same for every run. Empty where no example uses this teacher.
@@ -44,7 +43,7 @@ def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, d
         return []
     fit = max(1, int(np.searchsorted(train.num_targets[chosen].cumsum(), TARGETS, side="right")))
     few = train.take(np.sort(chosen[:fit]))
-    return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
+    return [few.batch(examples).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
 
 
 #: Sample batches of the teacher with that setting's name.

@@ -14,7 +14,7 @@ import torch
 from ..batch import Batch
 from ..data.batch_source import ExampleSource, Step
 from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
-from ..data.examples import Examples
+from ..data.examples import Draw, Examples
 from ..errors import UserError
 from ..losses.fused import LEAST_ROWS, MOST_ROWS
 from ..process.machine_errors import is_out_of_memory
@@ -124,7 +124,7 @@ class AutoBatchSize:
     def _fits(self, worst: Examples, count: int) -> bool:
         """Whether one micro-batch of the first `count` goes through."""
         try:
-            batch = self.source.collator(worst, list(range(count)))
+            batch = worst.batch(range(count), Draw(self.source.seed, 0, 0))
             forward_backward(
                 batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
             )

@@ -164,7 +164,7 @@ def average_students(students: list[StudentRun], models: dict[str, LanguageModel
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:
     """Some of the batches that the teacher of that setting will see."""
     number = [source.setting for source in prepared.teachers].index(setting)
-    return sample_teacher_batches(prepared.train, number, micro_batch_size, prepared.tokenizer.eos_token_id, device)
+    return sample_teacher_batches(prepared.train, number, micro_batch_size, device)
 
 
 def check_servers(served: Iterable[ServedTeacher], prepared: Prepared) -> None:
@@ -209,7 +209,7 @@ def start_terms(student: StudentRun, teacher: Teacher | None, micro_batch_size: 
         number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
         term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number)
         mine = mine[prepared.train.weight("features")[mine] != 0].tolist()
-        samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, prepared.tokenizer.eos_token_id, device)
+        samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, device)
         refuse_small_samples(features, term.width, samples)
         student.unexplained = start_features(features, term, student.model, teacher, samples)
         report_shares(features, student.unexplained, sum(batch.num_targets for batch in samples[1]))

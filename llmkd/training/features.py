@@ -14,7 +14,6 @@ from ..config.schedule import middle
 from ..config.terms import layer_pairs
 from ..console import info, warn
 from ..data.batching import make_micro_batches
-from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..head import widen
@@ -114,7 +113,7 @@ def report_shares(features: Features, shares: dict[str, float], targets: int) ->
         )
 
 
-def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, pad: int, device) -> tuple[list[Batch], list[Batch]]:
+def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, device) -> tuple[list[Batch], list[Batch]]:
     """Batches of at most `size` of the training examples `mine`, the same for every run and rank: to compute maps of states `width` wide,
     and half as many targets to measure what those leave."""
     chosen = random.Random("features").sample(list(mine), len(mine))
@@ -122,12 +121,12 @@ def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, 
     fit = min(max(_TARGETS, _PER_DIMENSION * width), 2 * int(ends[-1]) // 3)
     first = max(1, min(int(np.searchsorted(ends, fit)) + 1, len(chosen) - 1))
     last = int(np.searchsorted(ends, ends[first - 1] + fit // 2)) + 1
-    return tuple(_batches(train, some, size, pad, device) for some in (chosen[:first], chosen[first:last]))
+    return tuple(_batches(train, some, size, device) for some in (chosen[:first], chosen[first:last]))
 
 
-def _batches(train: Examples, chosen: list[int], size: int, pad: int, device) -> list[Batch]:
+def _batches(train: Examples, chosen: list[int], size: int, device) -> list[Batch]:
     few = train.take(np.sort(np.array(chosen, np.int64)))
-    return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
+    return [few.batch(examples).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
 
 
 def _fitted(

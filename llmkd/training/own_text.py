@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.examples import Examples
+from ..data.examples import TokenExamples
 from ..data.written import Prompts, answered
 from ..rollouts.sampling import Sampling
 from ..rollouts.writer import Writer, text_key, write_on_all_ranks
@@ -18,20 +18,20 @@ MEASURED = ("reverse_kl", "forward_kl", "entropy")
 class OwnText:
     """The student's answers to held-out prompts, drawn by the same numbers at every validation."""
 
-    examples: Examples
+    examples: TokenExamples
     prompts: Prompts
     chosen: tuple[int, ...]
     writer: Writer
     sampling: Sampling
 
     @classmethod
-    def of(cls, examples: Examples, prompts: Prompts, count: int, writer: Writer, sampling: Sampling) -> "OwnText":
+    def of(cls, examples: TokenExamples, prompts: Prompts, count: int, writer: Writer, sampling: Sampling) -> "OwnText":
         """`count` of the examples that may be answered, the same ones every time."""
         may = np.flatnonzero(prompts.may).tolist()
         chosen = sorted(random.Random("own text").sample(may, min(count, len(may))))
         return cls(examples, prompts, tuple(chosen), writer, sampling)
 
-    def write(self, rank: int, ranks: int) -> tuple[Examples, dict[str, float]]:
+    def write(self, rank: int, ranks: int) -> tuple[TokenExamples, dict[str, float]]:
         """The answers as examples without weights, and their mean length and the share that ended by itself."""
         asked = self.prompts.ids(self.examples, self.chosen)
         keys = [text_key("held out", self.examples.content_hash(i)) for i in self.chosen]

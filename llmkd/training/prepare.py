@@ -14,7 +14,7 @@ from ..config.on_policy import writes
 from ..config.recipe import Data, Recipe, Source, Student, Teacher, Train, used_teachers
 from ..config.schedule import refuse_long_schedule
 from ..console import info
-from ..data.batch_source import Collator, PlannedSource, TrainingSource
+from ..data.batch_source import PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
 from ..data.dataset import (
     Dataset,
@@ -268,9 +268,8 @@ def encode_data(
             train, held_out = hold_out(train, data.validation_fraction)
         refuse_empty_sources(train.examples, data)
         report_examples(train)
-        collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
         plan = batch_plan(batching, train.examples, tuple(source.weight for source in as_tuple(data.train)))
-        source = PlannedSource(train.examples, train.places, plan, batching.micro_batch_size, collator)
+        source = PlannedSource(train.examples, train.places, plan, batching.micro_batch_size)
         ends = end_tokens(train.examples, data, tokenizer)
     if held_out:
         report_examples(held_out)

@@ -47,8 +47,7 @@ class Trainer:
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
         self.own_text = setup.own_text
-        pad, size = self.prepared.tokenizer.eos_token_id, settings.validation.micro_batch_size
-        self.evaluator = Evaluator(accelerator, pad, size, stop)
+        self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop)
         self.timed: TimedTeacher | None = None
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:

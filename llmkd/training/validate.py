@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..data.batching import make_micro_batches
-from ..data.collate import collate
 from ..data.dataset import Questions
 from ..data.examples import Examples
 from ..errors import Stopped
@@ -63,7 +62,6 @@ class Evaluator:
     """
 
     accelerator: Any
-    pad: int
     micro_batch_size: int
     stop: ShutdownRequest | None = None
 
@@ -123,7 +121,7 @@ class Evaluator:
             ):
                 if self.stop and self.stop.any_rank(here):
                     raise Stopped("stopped by a signal while validating")
-                yield collate(data, examples, self.pad).to(here.device)
+                yield data.batch(examples).to(here.device)
         finally:
             for student, mode in zip(students, modes, strict=True):
                 student.train(mode)

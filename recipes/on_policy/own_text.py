@@ -50,7 +50,7 @@ def main() -> None:
     prepared, accelerator = prepare(load_recipe(RECIPE, changes)), start()
     context = LoadContext(prepared.vocab, accelerator.device)
     teacher = LiveTeacher(load_teacher(as_trained(options.teacher), context))
-    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, 64)
+    evaluator = Evaluator(accelerator, 64)
     right = [answer for _, answer, _, _ in question_splits()["validation"]]
     for run, folder in students.items():
         student = load_teacher(as_trained(folder), context)

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batch_source import PlannedSource
 from llmkd.data.batching import BatchPlan, TokenBudget, make_micro_batches
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.training.loop import derived_seed
 from llmkd.training.optim import learning_rate
 
@@ -21,14 +21,16 @@ def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> BatchPlan:
     return BatchPlan(**({"lengths": lengths, "seed": 3, "batch_size": batch_size, "epochs": 2, "max_steps": None} | changes))
 
 
-def of_lengths(lengths: np.ndarray) -> Examples:
+def of_lengths(lengths: np.ndarray) -> TokenExamples:
     total = int(np.sum(lengths))
-    return Examples(np.zeros(total, np.int32), np.ones(total, bool), np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)))
+    return TokenExamples(
+        np.zeros(total, np.int32), np.ones(total, bool), np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths))
+    )
 
 
-def make_source(plan: BatchPlan, size: int | TokenBudget = 3, rank: int = 0, ranks: int = 1, teacher_view: Examples | None = None):
+def make_source(plan: BatchPlan, size: int | TokenBudget = 3, rank: int = 0, ranks: int = 1, teacher_view: TokenExamples | None = None):
     examples = dataclasses.replace(of_lengths(plan.lengths), teacher_view=teacher_view)
-    return PlannedSource(examples, [f"t:{i}" for i in range(len(examples))], plan, size, Collator(0)).for_rank(rank, ranks)
+    return PlannedSource(examples, [f"t:{i}" for i in range(len(examples))], plan, size).for_rank(rank, ranks)
 
 
 @pytest.mark.parametrize("group_by_length", [1, 3])

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from llmkd.config.recipe import Data
 from llmkd.data.encoding.chat import conversation
 from llmkd.data.encoding.control_tokens import Text, piecewise
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from tests.kit.data import END, PLAIN, encode, kept, real, rows_of, shown, skills_tokenizer, talk, tiny
 
 
-def controls(encoded: Examples, tokenizer) -> int:
+def controls(encoded: TokenExamples, tokenizer) -> int:
     return int(np.isin(encoded.ids, tokenizer.convert_tokens_to_ids(["<|im_start|>", END])).sum())
 
 

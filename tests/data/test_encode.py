@@ -6,7 +6,7 @@ import torch
 
 from llmkd.config.recipe import Data
 from llmkd.data.collate import collate
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from tests.kit.data import END, encode, kept, rows_of, talk, tiny
 
@@ -60,7 +60,7 @@ def test_an_example_without_a_supervised_token_is_counted_and_dropped():
 
 
 @pytest.fixture
-def ragged() -> Examples:
+def ragged() -> TokenExamples:
     """Seven examples of distinct tokens with random loss masks, none of which is empty."""
     rng = np.random.default_rng(0)
     lengths = [2, 9, 5, 12, 3, 3, 8]
@@ -69,7 +69,7 @@ def ragged() -> Examples:
         mark[0] = False
         mark[rng.integers(1, len(mark))] = True
     ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
-    return Examples(ids, np.concatenate(marks), np.concatenate([[0], np.cumsum(lengths)]), np.arange(7))
+    return TokenExamples(ids, np.concatenate(marks), np.concatenate([[0], np.cumsum(lengths)]), np.arange(7))
 
 
 @pytest.mark.parametrize("examples", [[0], [3, 1], [6, 5, 4, 3, 2, 1, 0], [2, 2]])
@@ -98,7 +98,7 @@ def test_inputs_are_padded_on_the_right_and_end_before_their_last_target(ragged)
 def test_changing_one_token_changes_its_label_and_its_input_alone(ragged):
     before = collate(ragged, [3, 1], 7)
     for k in range(12):
-        changed = Examples(ragged.ids.copy(), ragged.loss_mask, ragged.offsets, ragged.row)
+        changed = TokenExamples(ragged.ids.copy(), ragged.loss_mask, ragged.offsets, ragged.row)
         changed.ids[ragged.offsets[3] + k] = 9999
         after = collate(changed, [3, 1], 7)
         labels = (after.labels_N != before.labels_N).nonzero().flatten().tolist()

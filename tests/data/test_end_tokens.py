@@ -5,7 +5,7 @@ import pytest
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding.end_tokens import end_tokens, report_end_tokens
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from tests.kit.data import END, FORGETS, PLAIN, encode, rows_of, talk, tiny
 
 OTHER = "<|im_start|>"
@@ -46,11 +46,11 @@ def test_a_token_inside_what_is_supervised_ends_nothing_and_a_call_has_an_end_of
     assert names(encode(rows_of(calls), "chat", Data(), tiny(CALLS)), Data(), tiny(CALLS)) == [OTHER, END]
 
 
-def by_hand(*examples: str) -> Examples:
+def by_hand(*examples: str) -> TokenExamples:
     """Examples from tokens by their letters: p pad, s start, e end, others a word; in upper case they are supervised."""
     ids = {"p": 0, "s": 1, "e": 2}
     letters, offsets = "".join(examples), np.cumsum([0, *map(len, examples)])
-    return Examples(
+    return TokenExamples(
         np.array([ids.get(c.lower(), 70) for c in letters], np.int32),
         np.array([c.isupper() for c in letters]),
         offsets,

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from llmkd.data.collate import collate
-from llmkd.data.examples import Examples, concat
+from llmkd.data.examples import TokenExamples, concat
 
 
-def examples(ids=(5, 6, 7, 8, 9), mask=(0, 0, 1, 0, 1), teacher_ids=None) -> Examples:
+def examples(ids=(5, 6, 7, 8, 9), mask=(0, 0, 1, 0, 1), teacher_ids=None) -> TokenExamples:
     offsets = np.array([0, 3, 5])
-    made = Examples(np.array(ids, np.int32), np.array(mask, bool), offsets, np.arange(2))
+    made = TokenExamples(np.array(ids, np.int32), np.array(mask, bool), offsets, np.arange(2))
     if teacher_ids is not None:
-        made.teacher_view = Examples(np.array(teacher_ids, np.int32), np.array(mask, bool), offsets, np.arange(2))
+        made.teacher_view = TokenExamples(np.array(teacher_ids, np.int32), np.array(mask, bool), offsets, np.arange(2))
     return made
 
 

@@ -12,7 +12,7 @@ import pytest
 from llmkd.config.recipe import Data, Source
 from llmkd.data.encoding.encode import encode as encode_rows
 from llmkd.data.encoding.token_cache import load_or_encode
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
 from tests.kit.data import GOOD, MARKED, encode, rows_of, same, talk, tiny
@@ -25,7 +25,7 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder, self.warnings, self.encode = folder, [], encode_rows
 
-    def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Examples:
+    def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> TokenExamples:
         self.warnings = []
         settings = Data(**({"cache_dir": str(self.folder)} | data))
         source = Source(path="f.jsonl", format=format)

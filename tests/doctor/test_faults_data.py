@@ -9,7 +9,6 @@ import torch
 
 from llmkd.data import collate
 from llmkd.data.encoding import encode
-from llmkd.doctor import setup as setups
 from llmkd.doctor.examine import CHECKS, ask_all
 
 TEXT, PLACE = "the answers are supervised", "each target is"
@@ -74,7 +73,7 @@ def test_targets_beside_their_positions(setup, caught, monkeypatch, shift):
 
 @pytest.mark.parametrize("fault", ["labels", "twice"])
 def test_labels_of_other_targets_and_a_target_that_is_there_twice(setup, caught, monkeypatch, fault):
-    whole = setups.collate
+    whole = collate.collate
 
     def other(*args):
         batch = whole(*args)
@@ -85,7 +84,7 @@ def test_labels_of_other_targets_and_a_target_that_is_there_twice(setup, caught,
         view = dataclasses.replace(batch.student, rows_N=batch.student.rows_N[order])
         return dataclasses.replace(batch, labels_N=batch.labels_N[order], student=view)
 
-    monkeypatch.setattr(setups, "collate", other)
+    monkeypatch.setattr(collate, "collate", other)
     assert ("predicts" if fault == "labels" else "1 targets are missing, and 1 are there twice") in caught(setup, PLACE)
 
 

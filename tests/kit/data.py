@@ -11,7 +11,7 @@ from llmkd.config.recipe import Data, Source
 from llmkd.data.collate import collate
 from llmkd.data.encoding.encode import encode as encode_source
 from llmkd.data.encoding.formats import ALPACA
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.data.reading import skills
 from llmkd.data.reading.sources import Rows
 
@@ -72,7 +72,7 @@ def rows_of(*rows: dict) -> Rows:
     return Rows(list(rows), [f"f.jsonl:{i + 1}" for i in range(len(rows))], "content")
 
 
-def encode(rows: Rows, format: str, data: Data, tokenizer, **source) -> Examples:
+def encode(rows: Rows, format: str, data: Data, tokenizer, **source) -> TokenExamples:
     return encode_source(rows, Source(path="f.jsonl", format=format, **source), data, tokenizer)
 
 
@@ -82,15 +82,15 @@ def talk(*turns: str) -> dict:
     return {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
 
 
-def kept(encoded: Examples, tokenizer) -> list[str]:
+def kept(encoded: TokenExamples, tokenizer) -> list[str]:
     """Each example's labels as text, from the collator."""
     return [tokenizer.decode(collate(encoded, [i], 0).labels_N) for i in range(len(encoded))]
 
 
-def shown(encoded: Examples, tokenizer) -> list[str]:
+def shown(encoded: TokenExamples, tokenizer) -> list[str]:
     return [tokenizer.decode(encoded.example(i)[0]) for i in range(len(encoded))]
 
 
-def same(a: Examples, b: Examples) -> bool:
+def same(a: TokenExamples, b: TokenExamples) -> bool:
     arrays = [(getattr(a, name), getattr(b, name)) for name in ("ids", "loss_mask", "offsets", "row")]
     return a.counts == b.counts and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in arrays)

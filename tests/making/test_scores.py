@@ -55,7 +55,7 @@ def llama(vocab: int, seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def evaluator(batch_size: int = 3) -> Evaluator:
-    return Evaluator(start(), 0, batch_size)
+    return Evaluator(start(), batch_size)
 
 
 def ce_by_loops(model, before: list[int], targets: list[int]) -> float:

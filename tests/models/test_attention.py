@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from llmkd.batch import PackedLayout
 from llmkd.data.collate import collate, select_examples
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.data.shared_prefixes import SHORTEST, shared_prefixes
 from llmkd.errors import UserError
 from llmkd.models import attention, startup_checks
@@ -22,7 +22,7 @@ from tests.kit.families import tiny
 STILL = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer=(1, 9)) -> Examples:
+def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer=(1, 9)) -> TokenExamples:
     """So many of each beginning, mixed; the last tokens are supervised."""
     rng = np.random.default_rng(0)
     ids, marks = [], []
@@ -31,7 +31,7 @@ def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer
         ids.append(np.array([3, *start, *own, *said], np.int32))
         marks.append(np.arange(len(ids[-1])) >= len(ids[-1]) - len(said))
     offsets = np.cumsum([0, *map(len, ids)])
-    return Examples(np.concatenate(ids), np.concatenate(marks), offsets, np.arange(len(ids)))
+    return TokenExamples(np.concatenate(ids), np.concatenate(marks), offsets, np.arange(len(ids)))
 
 
 def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageModel:
@@ -42,7 +42,7 @@ def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageMod
     return model.train()
 
 
-def outcome(model: LanguageModel, encoded: Examples, **how):
+def outcome(model: LanguageModel, encoded: TokenExamples, **how):
     """Logits at the targets, and every gradient of their log-partition functions, unequally weighted."""
     batch = collate(encoded, list(range(len(encoded))), 0, **how)
     model.zero_grad(set_to_none=True)
@@ -219,7 +219,7 @@ def test_a_beginning_is_in_the_row_once_and_ends_before_what_is_supervised():
     assert view.inputs["input_ids"].numel() == apart - 2 * 13 - 2 * 22
     assert len(set(view.rows_N.tolist())) == batch.num_targets
     ids = np.tile(np.arange(20, dtype=np.int32), 3)
-    everything = Examples(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
+    everything = TokenExamples(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
     rows = collate(everything, [0, 1, 2], 0, packing=True, share=True).student.packed
     assert rows.prefix_of == (-1, -1, -1)  # a first token that is supervised is no beginning
 
@@ -332,7 +332,7 @@ def test_examples_with_one_and_the_same_prompt_or_with_one_other_token_equal_row
     answers = [answer, [7, 8, 11], [12, 13, 14, 15, 16], answer, answer, [7, 8, 17], [7]]
     ids = [np.array([*p, *a], np.int32) for p, a in zip(prompts, answers, strict=True)]
     marks = [np.arange(len(p) + len(a)) >= len(p) for p, a in zip(prompts, answers, strict=True)]
-    encoded = Examples(np.concatenate(ids), np.concatenate(marks), np.cumsum([0, *map(len, ids)]), np.arange(len(ids)))
+    encoded = TokenExamples(np.concatenate(ids), np.concatenate(marks), np.cumsum([0, *map(len, ids)]), np.arange(len(ids)))
     model = model_of("llama")
     expected, gradients, apart = outcome(model, encoded)
     found, got, batch = outcome(model, encoded, packing=True, share=True)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from llmkd.batch import Batch, PackedLayout, View
 from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.data.collate import collate
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from llmkd.losses import attention as losses
 from llmkd.losses.attention_groups import grouped
@@ -40,7 +40,7 @@ FAMILIES = [
 ]
 
 
-def examples() -> Examples:
+def examples() -> TokenExamples:
     """Six, in pairs that share their first ten tokens; the last ones are supervised."""
     rng, ids, marks = np.random.default_rng(0), [], []
     for i in range(6):
@@ -48,7 +48,7 @@ def examples() -> Examples:
         own = rng.integers(1, 90, rng.integers(3, 9))  # not the padding token, whose embedding is 0
         ids.append(np.concatenate([start, own]).astype(np.int32))
         marks.append(np.arange(len(ids[-1])) >= 12)
-    return Examples(np.concatenate(ids), np.concatenate(marks), np.cumsum([0, *map(len, ids)]), np.arange(6))
+    return TokenExamples(np.concatenate(ids), np.concatenate(marks), np.cumsum([0, *map(len, ids)]), np.arange(6))
 
 
 def model_of(family: str, packing: bool = False, **changes) -> LanguageModel:

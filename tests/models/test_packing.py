@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llmkd.batch import View
 from llmkd.data.collate import collate
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from llmkd.losses.divergences import reverse_kl
 from llmkd.losses.fused import fused_loss
@@ -25,14 +25,14 @@ LENGTHS = [9, 2, 14, 5, 1, 7]
 FAMILIES = "llama mistral qwen2 qwen3 gemma2 gemma3_text phi phi3 gpt_neox gpt2 cohere granite olmo2 smollm3 stablelm nanochat".split()
 
 
-def examples() -> Examples:
+def examples() -> TokenExamples:
     rng = np.random.default_rng(0)
     lengths = [n + 1 for n in LENGTHS]
     marks = rng.random(sum(lengths)) < 0.6
     offsets = np.cumsum([0, *lengths])
     marks[offsets[:-1]] = False
     marks[offsets[1:] - 1] = True  # the last token of each
-    return Examples(rng.integers(0, 90, sum(lengths), np.int32), marks, offsets, np.arange(len(lengths)))
+    return TokenExamples(rng.integers(0, 90, sum(lengths), np.int32), marks, offsets, np.arange(len(lengths)))
 
 
 def test_a_packed_batch_holds_the_same_examples_without_padding():

@@ -307,15 +307,15 @@ def test_as_many_targets_are_asked_as_hold_and_of_those_that_are_the_teachers(ma
     parted = [{"path": str(world / f"{file}.jsonl"), "teacher": name} for file, name in (("train", "a"), ("held", "b"))]
     data = prepare(make_recipe(teacher=both, data__train=parted)).train
     for number, examples in ((0, 37), (1, 9)):
-        batches = sample_teacher_batches(data, number, 4, 0, "cpu")
+        batches = sample_teacher_batches(data, number, 4, "cpu")
         assert sum(len(b.examples) for b in batches) <= examples and max(len(b.examples) for b in batches) <= 4
         assert {e.teacher for b in batches for e in b.examples} == {number}
         assert sum(b.num_targets for b in batches) <= TARGETS
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 60)
-    few, again = (sample_teacher_batches(data, 0, 4, 0, "cpu") for _ in range(2))
+    few, again = (sample_teacher_batches(data, 0, 4, "cpu") for _ in range(2))
     assert 0 < sum(b.num_targets for b in few) <= 60 and all(torch.equal(a.labels_N, b.labels_N) for a, b in zip(few, again, strict=True))
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 1)
-    assert len(sample_teacher_batches(data, 0, 4, 0, "cpu")) == 1
+    assert len(sample_teacher_batches(data, 0, 4, "cpu")) == 1
 
 
 def test_a_cache_says_how_its_teacher_was_held(wide, make_recipe, tmp_path, capsys):

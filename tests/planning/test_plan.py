@@ -12,7 +12,7 @@ import torch
 from llmkd.config import loader
 from llmkd.config.on_policy import OnPolicy
 from llmkd.config.recipe import Lora, Optim, Quantization
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from llmkd.planning import fit
 from llmkd.planning.build import build
@@ -208,7 +208,7 @@ def test_a_written_answer_is_as_long_as_it_may_be():
     """Prompts of 4 and 9 tokens and one that is supervised throughout; room for 12 tokens, answers of 6: the second prompt has none."""
     masks = [[False] * 4 + [True] * 2, [False] * 9 + [True], [True] * 8]
     offsets = np.cumsum([0, *map(len, masks)])
-    examples = Examples(np.zeros(offsets[-1], np.int32), np.concatenate(masks), offsets, np.arange(3))
+    examples = TokenExamples(np.zeros(offsets[-1], np.int32), np.concatenate(masks), offsets, np.arange(3))
     written = as_written(examples, OnPolicy(max_new_tokens=6), 12)
     assert written.lengths.tolist() == [10, 10, 8] and written.num_targets.tolist() == [6, 1, 6]
     settings = OnPolicy(share=0.5, max_new_tokens=6, batch_size=3)

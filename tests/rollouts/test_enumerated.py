@@ -14,9 +14,9 @@ import torch
 from llmkd.config.on_policy import LongHorizon, OnPolicy
 from llmkd.config.recipe import Loss
 from llmkd.config.target_weights import TargetWeights
-from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batch_source import PlannedSource
 from llmkd.data.batching import BatchPlan
-from llmkd.data.examples import Examples
+from llmkd.data.examples import Collator, TokenExamples
 from llmkd.data.written import prompts_of
 from llmkd.models.language_model import LanguageModel
 from llmkd.rollouts.draw import together, with_share
@@ -80,9 +80,11 @@ def source_of(
     """Every step has one prompt, as often as `batch_size` says."""
     one = np.array([*PROMPT, *answer], np.int32)
     masks = np.tile(np.arange(len(one)) >= len(PROMPT), batch_size)
-    data = Examples(np.tile(one, batch_size), masks, np.arange(batch_size + 1) * len(one), np.arange(batch_size))
+    data = TokenExamples(
+        np.tile(one, batch_size), masks, np.arange(batch_size + 1) * len(one), np.arange(batch_size), collator=Collator(END, packing)
+    )
     plan = BatchPlan(data.lengths, 5, batch_size, None, steps)
-    planned = PlannedSource(data, [f"f:{i}" for i in range(batch_size)], plan, 2, Collator(END, packing))
+    planned = PlannedSource(data, [f"f:{i}" for i in range(batch_size)], plan, 2)
     settings = OnPolicy(share=share, max_new_tokens=T, **settings)
     return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20, {-1: teacher})
 

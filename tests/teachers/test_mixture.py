@@ -7,7 +7,7 @@ import torch
 
 from llmkd.batch import Batch
 from llmkd.data.collate import collate, select_examples
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
 from llmkd.losses.fused import fused_loss
@@ -43,7 +43,7 @@ class Says:
         return Dense(torch.sin(angles_NH), self.head)
 
 
-def data(teacher_index=None) -> Examples:
+def data(teacher_index=None) -> TokenExamples:
     lengths = [4, 7, 3, 6, 5]
     offsets = torch.tensor([0, *lengths]).cumsum(0).numpy()
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ def data(teacher_index=None) -> Examples:
     marks = torch.ones(sum(lengths), dtype=torch.bool).numpy()
     marks[offsets[:-1]] = False
     marks[[5, 12, 19]] = False
-    encoded = Examples(ids, marks, offsets, torch.arange(5).numpy())
+    encoded = TokenExamples(ids, marks, offsets, torch.arange(5).numpy())
     if teacher_index is not None:
         encoded.teacher_index[:] = teacher_index
     return encoded

@@ -18,7 +18,7 @@ import torch
 from llmkd.cli import main
 from llmkd.commands.cost import largest_micro_batch_tokens
 from llmkd.data.batching import TokenBudget
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.output.run_folder import RunFolder
@@ -231,7 +231,7 @@ def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
 
 
 def test_what_a_teacher_reads_counts_where_it_is_more():
-    own, read = (Examples(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
+    own, read = (TokenExamples(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
     assert own.max_lengths.tolist() == [3, 5]
     own.teacher_view = dataclasses.replace(read, offsets=np.array([0, 4, 7]))
     assert own.max_lengths.tolist() == [4, 5]

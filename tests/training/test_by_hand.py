@@ -144,7 +144,7 @@ class Features:
     def __init__(self, recipe, prepared, student: Student, teacher):
         self.pairs = {"middle": [(1, 1)]}.get(recipe.loss.features.layers, recipe.loss.features.layers)
         self.recipe, states = recipe.loss.features, [([], []) for _ in self.pairs]
-        chosen = sample_batches(prepared.train, range(len(prepared.train)), 16, 8, 0, "cpu")[0]
+        chosen = sample_batches(prepared.train, range(len(prepared.train)), 16, 8, "cpu")[0]
         for example in (one for batch in chosen for one in batch.examples):
             number = next(i for i in range(len(prepared.train)) if prepared.train.content_hash(i) == example.content_hash)
             ids, mask = prepared.train.example(number)

@@ -12,6 +12,7 @@ from llmkd.config import loader
 from llmkd.config.recipe import Lora
 from llmkd.data.batching import TokenBudget
 from llmkd.data.collate import position_keys
+from llmkd.data.examples import Collator, Draw
 from llmkd.models.dropout import ExampleDropout, drop, hashed
 from llmkd.models.load import LoadContext, load_students
 from llmkd.training.build import build_student
@@ -56,7 +57,7 @@ def gradients(prepared, states: list[StudentState], size: int | TokenBudget = 8,
     for rank in range(ranks):
         source = prepared.source.for_rank(rank, ranks)
         source.seed, source.micro_batch_size = seed, size
-        source.collator = dataclasses.replace(source.collator, packing=isinstance(size, TokenBudget) and size.packing)
+        source.examples = dataclasses.replace(source.examples, collator=Collator(packing=isinstance(size, TokenBudget) and size.packing))
         planned = next(one for one in source.schedule() if one.number == step)
         batches, alone = source.build(planned), a_rank(rank, 1)
         done = accumulate_gradients(seed, planned, count_targets(planned, batches, alone), dict(enumerate(states)), None, alone, batches)
@@ -95,7 +96,7 @@ def test_how_a_step_is_cut_does_not_matter(prepared, state, whole, cut):
 def test_masks_follow_seed_and_step_and_are_there(prepared, state, whole):
     assert gap(gradients(prepared, [state])[0], whole) == 0, "the same step again"
     sums = [whole, *(gradients(prepared, [state], step=n, seed=k)[0] for n, k in ((2, 0), (1, 1)))]
-    batch = prepared.source.collator(prepared.train, [0, 1, 2, 3], (0, 1))
+    batch = prepared.train.batch([0, 1, 2, 3], Draw(0, 0, 1))
     assert batch.student.keys.unique().numel() == sum(len(prepared.train.example(i)[0]) - 1 for i in range(4)) + 1, "padding has one"
     hidden = []
     for keys in (batch.student.keys, batch.student.keys, batch.student.keys + 1, None, None):
@@ -123,7 +124,7 @@ def test_a_student_beside_others_a_recomputed_layer_and_dora(recipe, prepared, s
 def test_it_is_the_textbooks_dropout_of_the_mask(prepared, state):
     """Each adapter's part of an output, worked out from the module's inputs, and each mask in an order of its own."""
     student = unwrap(state).student
-    batch, seen, masks = prepared.source.collator(prepared.train, [3, 9, 4], (0, 1)), [], set()
+    batch, seen, masks = prepared.train.batch([3, 9, 4], Draw(0, 0, 1)), [], set()
     layer = student.base_model.model.layers[0].mlp.up_proj
     hooks = [layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: seen.append((args[0], out)))]
     hooks += [

@@ -61,7 +61,7 @@ def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(train
         LlamaForCausalLM.from_pretrained(tmp_path.parent / recipe.teacher.model[:-7] / "teacher"), recipe.teacher.model
     )
     states = []
-    for batches in sample_batches(prepared.train, range(20), 16, 4, 0, "cpu"):
+    for batches in sample_batches(prepared.train, range(20), 16, 4, "cpu"):
         both = ([], [])
         for batch in batches:
             for model, view, kept in ((student, batch.student, both[0]), (adapter, batch.teacher, both[1])):

@@ -28,9 +28,9 @@ from llmkd.config.recipe import DIVERGENCES, SCHEDULED, Loss, Optim, schedules
 from llmkd.config.schedule import SHAPES
 from llmkd.config.target_weights import RULES, Keep, TargetWeights, chosen_by
 from llmkd.config.terms import AttentionLoss
-from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batch_source import PlannedSource
 from llmkd.data.batching import BatchPlan
-from llmkd.data.examples import Examples
+from llmkd.data.examples import TokenExamples
 from llmkd.losses.features import DISTANCES, FeatureTerm
 from llmkd.losses.terms import Term
 from llmkd.models.language_model import LanguageModel
@@ -153,9 +153,9 @@ def source(weighted: bool = False) -> PlannedSource:
     ids = np.arange(offsets[-1], dtype=np.int32) ** 2 * 7 % (V - 3) + 3
     mask = np.concatenate([np.arange(n) > i % 4 for i, n in enumerate(lengths)])
     weights = {name: np.resize(np.array(values, np.float32), 20) for name, values in WEIGHTS.items()} if weighted else {}
-    examples = Examples(ids, mask, offsets, np.arange(20), source=np.arange(20) % 2, weights=weights)
+    examples = TokenExamples(ids, mask, offsets, np.arange(20), source=np.arange(20) % 2, weights=weights)
     plan = BatchPlan(examples.lengths, seed=0, batch_size=5, epochs=STEPS // 4, max_steps=None)
-    return PlannedSource(examples, [], plan, 3, Collator(pad=0))
+    return PlannedSource(examples, [], plan, 3)
 
 
 def feature_term(distance: str) -> FeatureTerm:

@@ -82,7 +82,7 @@ def test_a_validation_has_no_dropout(whole, world, make_recipe):
     (model,) = load_students(
         [dataclasses.replace(whole.student, model=f"{whole.output_dir}/adapter", lora=None)], LoadContext(prepared.vocab, "cpu")
     )
-    found = Evaluator(Accelerator(cpu=True), 0, 8).validate([model.eval()], None, prepared.validation)[0].metrics()
+    found = Evaluator(Accelerator(cpu=True), 8).validate([model.eval()], None, prepared.validation)[0].metrics()
     last = [record["validation"] for record in read_jsonl(Path(whole.output_dir) / "metrics.jsonl") if "validation" in record][-1]
     assert last["ce"] == pytest.approx(found["ce"], rel=1e-10)
 

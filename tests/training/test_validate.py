@@ -44,7 +44,7 @@ def test_accuracy_is_that_of_the_models_own_logits(make_recipe, world, tmp_path)
     assert best != [min(range(n), key=lambda j: means[end - n + j]) for n, end in zip(questions.counts, ends, strict=True)]
     for wrong in (0, 2, 5):  # so many of the five answers are another choice than the model's
         questions.answers[:] = [(b + 1) % n if i < wrong else b for i, (b, n) in enumerate(zip(best, questions.counts, strict=True))]
-        found = Evaluator(Accelerator(cpu=True), 0, 4).accuracy(LanguageModel(model, prepared.vocab), questions)
+        found = Evaluator(Accelerator(cpu=True), 4).accuracy(LanguageModel(model, prepared.vocab), questions)
         share = 1 - wrong / 5
         assert found == {"accuracy": share, "accuracy_stderr": pytest.approx(math.sqrt(share * (1 - share) / 4)), "questions": 5}
 
@@ -80,7 +80,7 @@ def test_held_out_metrics_are_sums_over_chunks_and_ranks(make_recipe, world, mon
 
     for rank in (0, 1):
         here = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"), reduce=reduce)
-        (found,) = Evaluator(here, 0, 2).validate([student], LiveTeacher(teacher), data)
+        (found,) = Evaluator(here, 2).validate([student], LiveTeacher(teacher), data)
     for name, values in expected.items():
         np.testing.assert_allclose(found.sums[name], values, rtol=1e-10, atol=1e-10, err_msg=name)
     assert found.metrics()["forward_kl"] == pytest.approx(sum(expected["forward_kl"]) / found.targets.sum(), rel=1e-10)
@@ -99,5 +99,5 @@ def test_every_student_is_measured_in_eval_mode_and_left_as_it_was(make_recipe, 
 
     students = [Student(), Student(), Student().eval()]
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    Evaluator(alone, 0, 4).validate(students, None, prepared.validation)
+    Evaluator(alone, 4).validate(students, None, prepared.validation)
     assert modes and not any(modes) and [student.training for student in students] == [True, True, False]

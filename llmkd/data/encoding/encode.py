@@ -18,7 +18,7 @@ from ...config import data as config
 from ...config.recipe import Data, Source
 from ...console import warn
 from ...errors import UserError
-from ..examples import Examples
+from ..examples import Collator, TokenExamples
 from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, one_encoder, piecewise, refuse_unmarked
@@ -51,7 +51,7 @@ class Rendered:
     last: bool = True
 
 
-def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
+def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> TokenExamples:
     """Encode rows; drop, cut, split or refuse examples that are too long; drop those with nothing supervised. UserError names every bad row.
 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples, and marked ones, with nothing supervised because of a
@@ -87,11 +87,15 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
                 counts[reason] += 1
     errors.raise_if_any()
     of_rows = np.array(kept_rows, np.int64)
-    examples = Examples(*_flat([views[0] for views in kept]), of_rows, counts)
+    examples = TokenExamples(*_flat([views[0] for views in kept]), of_rows, counts, collator=collator_of(data, tokenizer))
     if any(len(views) > 1 for views in kept):
-        examples.teacher_view = Examples(*_flat([views[-1] for views in kept]), of_rows)
+        examples.teacher_view = TokenExamples(*_flat([views[-1] for views in kept]), of_rows)
     counts |= {"examples": len(kept), "tokens": len(examples.ids), "targets": int(examples.loss_mask.sum())}
     return examples
+
+
+def collator_of(data: Data, tokenizer) -> Collator:
+    return Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
 
 
 def _of_texts(

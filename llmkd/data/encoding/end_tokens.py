@@ -5,11 +5,11 @@ import numpy as np
 from ...config.recipe import Data
 from ...console import info, warn
 from ...model_folder.generation import stops_at
-from ..examples import Examples
+from ..examples import TokenExamples
 from .control_tokens import controls
 
 
-def end_tokens(examples: Examples, data: Data, tokenizer) -> set[int]:
+def end_tokens(examples: TokenExamples, data: Data, tokenizer) -> set[int]:
     """The control tokens that close supervised parts; none where every example was cut before its end, or a template writes none.
 
     A token that stands inside such parts too, as between a thought and its answer, does not end a turn.

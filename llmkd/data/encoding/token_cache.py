@@ -19,15 +19,15 @@ from ...config.recipe import Data, Source
 from ...console import progress_bar, warn
 from ...errors import UserError
 from ...files import lock_file, read_file, read_object, remove_leftovers, write_folder
-from ..examples import Examples
+from ..examples import TokenExamples
 from ..reading.sources import Rows
-from .encode import encode
+from .encode import collator_of, encode
 from .formats import refuse_without_template
 
 #: Raise it when the same files give other tokens, or an entry's files change. 12: arguments of tool calls that are null are none.
 VERSION = 12
 
-_READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
+_READ = ("ids", "loss_mask", "offsets")  # the arrays of TokenExamples that a model reads
 
 
 def folder(data: Data) -> Path:
@@ -49,14 +49,16 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
     return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, warn=warn, encode=encode) -> Examples:
+def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, warn=warn, encode=encode) -> TokenExamples:
     """The source's examples, from the cache, or encoded now and put there. UserError when no example has a supervised token."""
     shaped_by = [*shaping(source, "tokens").values(), *shaping(data, "tokens").values()]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content includes the columns' names
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):
         result = _load(entry, warn)
-        if result is None:
+        if result is not None:
+            result.collator = collator_of(data, tokenizer)
+        else:
             refuse_without_template(source, rows.rows, tokenizer, setting)
             result = encode(rows, source, data, tokenizer, progress_bar("tokenising"))
             if len(result):
@@ -89,7 +91,7 @@ def _lock(entry: Path):
         yield
 
 
-def _load(entry: Path, warn) -> Examples | None:
+def _load(entry: Path, warn) -> TokenExamples | None:
     if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
@@ -101,8 +103,8 @@ def _load(entry: Path, warn) -> Examples | None:
 
         arrays = load(raw)
         theirs = {name: arrays.pop(f"teacher_{name}") for name in _READ if f"teacher_{name}" in arrays}
-        teacher = Examples(**theirs, row=arrays["row"]) if theirs else None
-        return Examples(**arrays, counts=manifest["counts"], teacher_view=teacher)
+        teacher = TokenExamples(**theirs, row=arrays["row"]) if theirs else None
+        return TokenExamples(**arrays, counts=manifest["counts"], teacher_view=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
         warn(f"warning: the token cache's {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
@@ -113,7 +115,7 @@ def _hash(raw: bytes, counts: dict) -> str:
     return hashlib.sha256(raw + json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
-def _store(entry: Path, result: Examples, warn) -> None:
+def _store(entry: Path, result: TokenExamples, warn) -> None:
     """Write an entry. If the cache cannot be written, the run prints a warning and continues."""
     from safetensors.numpy import save
 

@@ -4,21 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...data.examples import Examples
+from ...data.examples import TokenExamples
 from ...errors import UserError
 from ...signals import Teacher
 from ...training.validate import Evaluator
 from .views import alone
 
 
-def mean_per_target(evaluator: Evaluator, model, examples: Examples, teacher: Teacher | None = None) -> dict[str, np.ndarray]:
+def mean_per_target(evaluator: Evaluator, model, examples: TokenExamples, teacher: Teacher | None = None) -> dict[str, np.ndarray]:
     """Means over each example's targets, float64 [examples], in nats: ce of the model, and with a teacher of the same tokens also teacher_ce
     and forward_kl, KL(teacher || model)."""
     held_out = evaluator.validate([model], teacher, examples)[0]
     return {name: sums / held_out.targets for name, sums in held_out.sums.items()}
 
 
-def instruction_following_difficulty(evaluator: Evaluator, model, examples: Examples, start: int) -> dict[str, np.ndarray]:
+def instruction_following_difficulty(evaluator: Evaluator, model, examples: TokenExamples, start: int) -> dict[str, np.ndarray]:
     """ifd = exp(ce - ce_alone), with ce and ce_alone: the perplexity of the targets in their context over that of the same targets alone
     (Selective Reflection-Tuning, arXiv:2402.10110, equation 2). Above 1 the context does not help the model; each is float64 [examples].
 

@@ -7,8 +7,7 @@ import torch
 
 from ...console import progress_bar
 from ...data.batching import make_micro_batches
-from ...data.collate import collate
-from ...data.examples import Examples
+from ...data.examples import TokenExamples
 from ...errors import UserError
 from ...model_folder.files import positions
 from ...training.launch import start
@@ -30,7 +29,7 @@ def mean_states(scorer: Scorer, texts: Sequence[str], batch_size: int) -> np.nda
     sums = torch.zeros(len(texts), model.base_model.get_input_embeddings().weight.shape[1], dtype=torch.float64)
     bar = progress_bar("hidden states")
     for chosen in bar(make_micro_batches(list(range(len(data))), data.lengths, batch_size, 0, 1)):
-        batch = collate(data, chosen, 0).to(accelerator.device)
+        batch = data.batch(chosen).to(accelerator.device)
         with torch.no_grad():
             sums.index_add_(0, batch.example_N.cpu(), model.hidden(batch.student).double().cpu())
     del model
@@ -38,10 +37,10 @@ def mean_states(scorer: Scorer, texts: Sequence[str], batch_size: int) -> np.nda
     return torch.nn.functional.normalize(sums, dim=1).float().numpy()
 
 
-def _examples(tokenizer, texts: Sequence[str], most: int) -> Examples:
+def _examples(tokenizer, texts: Sequence[str], most: int) -> TokenExamples:
     """Each text behind a start token; the last hidden state is that at its last token, so one token more follows, which no one reads."""
     made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     ids = [np.array([start_token(tokenizer), *own[: most - 1], tokenizer.eos_token_id], np.int32) for own in made]
     masks = [np.arange(len(own)) > 0 for own in ids]
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-    return Examples(np.concatenate(ids), np.concatenate(masks), offsets, np.arange(len(ids)))
+    return TokenExamples(np.concatenate(ids), np.concatenate(masks), offsets, np.arange(len(ids)))

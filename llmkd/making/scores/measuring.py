@@ -27,7 +27,7 @@ class Measuring:
         accelerator, vocab = start(), vocabulary(models)
         self.student = models["student"].load(accelerator.device, vocab)
         self.teacher = LiveTeacher(models["teacher"].load(accelerator.device, vocab)) if "teacher" in models else None
-        self.evaluator = Evaluator(accelerator, 0, settings.batch_size)
+        self.evaluator = Evaluator(accelerator, settings.batch_size)
 
     def scores(self, rows: Sequence[Row], backwards: Sequence[Sequence[Message]] | None) -> list[dict[str, float] | list[str]]:
         """The scores of each row by name, or why it has none.

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...config.data import Data, Source
 from ...data.encoding.encode import encode
-from ...data.examples import Examples
+from ...data.examples import TokenExamples
 from ...data.reading.sources import Rows
 from ...errors import UserError
 from ..filters.words import Reason
@@ -22,9 +22,9 @@ _ANY = (1 << 31) - 1  # tokens
 
 def in_context(
     conversations: Sequence[Sequence[Message]], names: Sequence[str], row_format: str, tokenizer, max_length: int
-) -> tuple[Examples, dict[int, Reason]]:
+) -> tuple[TokenExamples, dict[int, Reason]]:
     """Conversations as examples in which the last message, the assistant's, is supervised with its end token; and the reason of each that cannot be
-    scored, by its number. `Examples.row` has the numbers of the others.
+    scored, by its number. `TokenExamples.row` has the numbers of the others.
 
     names       of the conversations, for messages
     row_format  chat: by the tokenizer's chat template; alpaca: the prompt of Stanford Alpaca, for one question and its answer
@@ -52,8 +52,8 @@ def in_context(
     return examples, left_out
 
 
-def _encoded(rows: list[dict], names: Sequence[str], numbers: list[int], row_format: str, tokenizer, max_length: int) -> Examples:
-    """The examples of the rows with these numbers, which `Examples.row` has."""
+def _encoded(rows: list[dict], names: Sequence[str], numbers: list[int], row_format: str, tokenizer, max_length: int) -> TokenExamples:
+    """The examples of the rows with these numbers, which `TokenExamples.row` has."""
     source = Source(path="rows", format=row_format, answers="last" if row_format == "chat" else "all")
     chosen = Rows([rows[i] for i in numbers], [names[i] for i in numbers], "")
     examples = encode(chosen, source, Data(max_length=max_length, too_long="drop"), tokenizer)
@@ -73,7 +73,7 @@ def start_token(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def alone(examples: Examples, start: int) -> Examples:
+def alone(examples: TokenExamples, start: int) -> TokenExamples:
     """The same targets, each example's behind one start token and nothing else."""
     targets = [ids_L[mask_L] for ids_L, mask_L in map(examples.example, range(len(examples)))]
     ids = [np.concatenate([[start], own]).astype(np.int32) for own in targets]
@@ -81,4 +81,4 @@ def alone(examples: Examples, start: int) -> Examples:
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     empty = np.zeros(0, np.int32), np.zeros(0, bool)
     flat = (np.concatenate([one, *parts]) for one, parts in zip(empty, (ids, masks), strict=True))
-    return dataclasses.replace(Examples(*flat, offsets, examples.row), source=examples.source, teacher_index=examples.teacher_index)
+    return dataclasses.replace(TokenExamples(*flat, offsets, examples.row), source=examples.source, teacher_index=examples.teacher_index)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ...config.teacher import LISTED_EXPONENTS
-from ...data.examples import Examples
+from ...data.examples import TokenExamples
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
 from ...servers.logprobs import SLACK
@@ -52,7 +52,7 @@ def make_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
     return TopKFormat(vocab, min(k, vocab), value_bits, LISTED_EXPONENTS)
 
 
-def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
+def write(path: str | Path, encoded: TokenExamples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
     """Check the whole file, then write the cache. Returns counts: `unknown_tokens`, strings that match no single token and joined the
     tail; `unknown_targets`, last targets without an entry; `unused`, lines about rows that have no example.
 
@@ -71,7 +71,7 @@ def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progre
 
 
 class AnswersReader:
-    def __init__(self, path: Path, encoded: Examples, tokenizer, record_format: TopKFormat):
+    def __init__(self, path: Path, encoded: TokenExamples, tokenizer, record_format: TopKFormat):
         self.path, self.encoded, self.tokenizer, self.format = path, encoded, tokenizer, record_format
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0, rounded=0)
         self.file = rows_in(path) if path else None

@@ -56,6 +56,17 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/data/encoding/encode.py",
+        (
+            "pad-is-not-the-end",
+            "batches are padded with token 0",
+            "return Collator(tokenizer.eos_token_id,",
+            "return Collator(0,",
+            "training/test_by_hand.py",
+            "nothing attends to padding on its right, and no target is there",
+        ),
+    ),
+    *in_file(
         "llmkd/commands/roll.py",
         (
             "draws-by-the-batch",

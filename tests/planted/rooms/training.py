@@ -616,14 +616,6 @@ FAULTS = [
             "data/test_runs.py",
         ),
         (
-            "pad-is-not-the-end",
-            "batches are padded with token 0",
-            "collator = Collator(tokenizer.eos_token_id,",
-            "collator = Collator(0,",
-            HAND,
-            "nothing attends to padding on its right, and no target is there",
-        ),
-        (
             "cache-not-checked",
             "a teacher cache of another teacher is used",
             "            check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)\n",
