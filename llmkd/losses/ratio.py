@@ -3,6 +3,10 @@
 With p the teacher's probabilities, x = z - y the difference of the logits less its mean under p, and e = exp(x) - 1, let s = sum p e. Then
 q = p (1 + e) / (1 + s) and KL(p || q) = log(1 + s) - sum p x, where the last sum is 0 but for rounding. So the student's softmax is never
 computed, nothing is subtracted that is nearly equal, and where the models agree everything is as small as their difference.
+
+z - y is rounded before its mean is taken off, so an offset between the two models' logits, which no softmax sees, costs digits here. Gradient of
+the KL in float32, 3,000 entries, models that differ by 1e-4, against float64: off by 1e-7 without an offset, 3e-5 with 2, 6e-3 with 31; in the
+general form, which subtracts each model's largest logit first, by 3e-4 with any. It is taken where the offset is larger.
 """
 
 import torch
@@ -13,6 +17,8 @@ from .divergences import builtin_name
 
 #: x up to which p e is right although p may have underflowed: what is lost is a probability below exp(40 - 87).
 _MOST = 40.0
+#: The mean of z - y under p up to which x is as accurate as a logit of usual size: in float32 to 2e-6.
+_OFFSET = 32.0
 
 
 def applies(divergence: Divergence, temperature: float, logits_nV: Tensor) -> bool:
@@ -20,9 +26,10 @@ def applies(divergence: Divergence, temperature: float, logits_nV: Tensor) -> bo
     return temperature == 1 and builtin_name(divergence) == "forward_kl" and not logits_nV.is_cuda
 
 
-def in_range(x_nV: Tensor) -> bool:
-    """Whether the form is accurate: not where a student finds likely what its teacher rules out, and not with infinite logits or NaN."""
-    return bool(x_nV.amax() <= _MOST)
+def in_range(x_nV: Tensor, mean_n1: Tensor) -> bool:
+    """Whether the form is accurate: not where a student finds likely what its teacher rules out, not with a large offset between the models'
+    logits, and not with infinite logits or NaN."""
+    return bool((x_nV.amax() <= _MOST) & (mean_n1.abs().amax() <= _OFFSET))
 
 
 def loss_and_grad(
@@ -38,8 +45,8 @@ def loss_and_grad(
     label = labels_n[:, None]
     p_nV = torch.softmax(log_p_nV, -1, out=tile("p"))
     x_nV, product = torch.sub(logits_nV, log_p_nV, out=tile("d")), tile("q")
-    x_nV.sub_(torch.mul(p_nV, x_nV, out=product).sum(-1, keepdim=True))
-    if not in_range(x_nV):
+    mean_n1 = torch.mul(p_nV, x_nV, out=product).sum(-1, keepdim=True)
+    if not in_range(x_nV.sub_(mean_n1), mean_n1):
         return None
     rest_n1 = torch.mul(p_nV, x_nV, out=product).sum(-1, keepdim=True)
     log_p_label = (log_p_nV.gather(-1, label) - log_p_nV.amax(-1, keepdim=True)) + p_nV.amax(-1, keepdim=True).log_()

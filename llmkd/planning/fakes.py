@@ -27,7 +27,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention and loss allocate what they do on a GPU in half precision."""
     changes = [(nn.Module, "_apply", _apply), (loop, "read_step_metrics", lambda *_: ({}, {})), (fused, "log_backend", lambda how: None)]
     changes += [(batch, "by_pattern", lambda none: {})]  # no target is left out
-    changes += [(ratio, "in_range", lambda x_nV: True)]
+    changes += [(ratio, "in_range", lambda x_nV, mean_n1: True)]
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from llmkd.data.batching import TokenBudget
 from llmkd.data.collate import position_keys
 from llmkd.data.examples import Collator, Draw
 from llmkd.models.dropout import ExampleDropout, drop, hashed
+from llmkd.models.families import layers_of
 from llmkd.models.load import LoadContext, load_students
 from llmkd.training.build import build_student
 from llmkd.training.loop import StudentState, accumulate_gradients, count_targets, unwrap
@@ -165,3 +168,23 @@ def test_every_dropout_of_peft_is_replaced_and_an_experts_is_ordinary(state):
     torch.manual_seed(0)
     drawn = [module(torch.ones(10_007, 3)) for _ in "ab"]
     assert not torch.equal(*drawn) and module.p == 0.3
+
+
+def test_two_models_on_two_threads_have_their_own_masks(recipe, prepared, state):
+    """Each stops after its first layer until the other is there too."""
+    models = [unwrap(one).student for one in (state, *students(recipe, prepared.vocab, EVERYWHERE))]
+    views = [prepared.source.collator(prepared.train, rows, (0, 1)).student for rows in ([0, 1, 2], [3, 4])]
+    with torch.no_grad():
+        expected = [model.hidden(view) for model, view in zip(models, views, strict=True)]
+    meeting = threading.Barrier(2, timeout=60)
+    hooks = [layers_of(model.base_model)[0].register_forward_hook(lambda *_: (meeting.wait(), None)[1]) for model in models]
+
+    def hidden(model, view):
+        with torch.no_grad():
+            return model.hidden(view)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(hidden, models, views))
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -22,6 +22,13 @@ FAULTS = [
             "losses/test_ratio.py",
         ),
         (
+            "ratio-at-any-offset",
+            "the form is used where the models' logits lie far apart",
+            "_OFFSET = 32.0",
+            "_OFFSET = 1e9",
+            "losses/test_ratio.py",
+        ),
+        (
             "ratio-not-normalised",
             "the gradient's share of q is not divided by the sum",
             "(ce + kd) / (1 + s_n1)",

@@ -32,6 +32,13 @@ FAULTS = [
         ("dropout-of-one-module", "all modules have the same masks", "pairs * _GOLDEN + key", "pairs * _GOLDEN", DROPOUT),
         ("dropout-without-scale", "what is kept is not scaled up", "_LANE / (_LANE - dropped)", "1.0", DROPOUT),
         ("dropout-badly-mixed", "masks of some features go together", "    words.mul_(_SECOND)\n", "", DROPOUT),
+        (
+            "dropout-of-the-other-thread",
+            "models on two threads have one another's masks",
+            "number, base = next(_NUMBERS), model",
+            "number, base = 0, model",
+            DROPOUT,
+        ),
     ),
     *in_file(
         "llmkd/data/collate.py",
