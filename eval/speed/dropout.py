@@ -8,6 +8,7 @@ terms.py, on the models and data of step.py, packed. Prints Markdown.
 
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -17,14 +18,15 @@ if __name__ == "__main__":
 from torch import nn  # noqa: E402
 
 from eval.speed.step import heading, parser  # noqa: E402
-from eval.speed.step_cases import Clock, learning  # noqa: E402
+from eval.speed.step_cases import learning  # noqa: E402
 from eval.speed.step_setup import Setup  # noqa: E402
-from eval.speed.terms import report  # noqa: E402
+from eval.speed.turns import in_turns, report  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
 from llmkd.models.dropout import dropout_masks_of, follow_examples  # noqa: E402
 from llmkd.teachers.live import LiveTeacher  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 from llmkd.training.loop import train  # noqa: E402
+from llmkd.training.step_result import StepResult  # noqa: E402
 
 P = 0.05
 ROWS = {"without": nn.Identity, "PEFT's dropout": lambda: nn.Dropout(P), "dropout by the example": lambda: nn.Dropout(P)}
@@ -34,31 +36,20 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     warnings.simplefilter("ignore")
     setup = Setup(options, start())
-    text = "\n".join([*heading(setup, "dropout"), *report(measured(setup), "dropout of 0.05")])
+    text = "\n".join([*heading(setup, "dropout"), *report(measured(setup), f"dropout of {P}")])
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
 
 
 def measured(setup: Setup) -> dict[str, list[float]]:
-    """Seconds of each measured step by row, turn by turn. Each round's first turn warms up."""
-    seconds, clock, size = {row: [] for row in ROWS}, Clock(setup.device), TokenBudget(setup.options.tokens, packing=True)
-    for _ in range(setup.options.repeats):
-        loops = {}
-        for row in ROWS:
-            state = learning(setup, 0.5, setup.student)
-            loops[row] = train(setup.source(size), [state], LiveTeacher(setup.teacher), setup.accelerator)
-        for turn in range(setup.options.steps + 1):
-            order = list(ROWS)
-            for row in order[turn % 3 :] + order[: turn % 3]:
-                put_on(setup, row)
-                begun = clock.now()
-                next(loops[row])
-                if turn:
-                    seconds[row].append(clock.now() - begun)
-        for steps in loops.values():
-            steps.close()
-    return seconds
+    """Seconds of each measured step by row, turn by turn."""
+    size = TokenBudget(setup.options.tokens, packing=True)
+
+    def loop_of(row: str) -> Iterator[StepResult]:
+        return train(setup.source(size), [learning(setup, 0.5, setup.student)], LiveTeacher(setup.teacher), setup.accelerator)
+
+    return in_turns(setup, list(ROWS), loop_of, before=lambda row: put_on(setup, row))
 
 
 def put_on(setup: Setup, row: str) -> None:

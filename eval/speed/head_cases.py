@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmkd.batch import zeros_of
 from llmkd.head import Head
+from llmkd.losses import ratio
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
@@ -103,6 +104,19 @@ def ours(divergence: str, kd_ratio: float, chunk: int | None, weighted: float = 
     return run
 
 
+def in_general_form(run: Callable[[Problem], Result]) -> Callable[[Problem], Result]:
+    """The same without the shorter form of CE and forward KL that a CPU has (`losses/ratio.py`)."""
+
+    def general(p: Problem) -> Result:
+        own, ratio.applies = ratio.applies, lambda *_: False
+        try:
+            return run(p)
+        finally:
+            ratio.applies = own
+
+    return general
+
+
 def products(p: Problem) -> None:
     """The three of a compact, frozen head, into tensors that are there; the fourth is the gradient of one that trains."""
     h, t, W, U = p.student_NH[p.rows], p.teacher_NH[p.rows], p.student_head.weight.detach(), p.teacher_head.weight
@@ -189,6 +203,8 @@ def cases(options) -> list[Case]:
     found += [Case(f"llmkd {d}{' + CE' if kd < 1 else ''}", d, kd, ours(d, kd, options.chunk), chunk) for d, kd in mine]
     for share, words in ((1.0, "every row weighted"), (0.5, "half of the rows without a weight")):
         found.append(Case(f"llmkd {FKL} + CE, {words}", FKL, 0.5, ours(FKL, 0.5, options.chunk, share), chunk, weighted=share))
+    if options.device == "cpu":
+        found.append(Case(f"llmkd {FKL} + CE, general form", FKL, 0.5, in_general_form(ours(FKL, 0.5, options.chunk)), chunk))
     no_entropy, makes_it = "its loss leaves out the teacher's entropy", "makes the head's gradient too"
     chunked_jsd = Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True, options.chunk or 1024), makes_it)
     peers = [

@@ -104,7 +104,11 @@ def cases(setup: Setup) -> list[Case]:
     found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, teacher=known, **how), remark=remark))
     remark = "every token counts for each, and the products are of one"
     found.append(
-        Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, students=Setup.four, **settings[2][1]), remark=remark)
+        Case(
+            "llmkd, the same, packed, four students",
+            partial(ours, kd=0.5, students=lambda setup: setup.side_by_side(4), **settings[2][1]),
+            remark=remark,
+        )
     )
     remark = "loss.features between the middle layers; its gradient is another, and is not compared"
     found.append(

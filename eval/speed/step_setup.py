@@ -122,9 +122,9 @@ class Setup:
         return checked(model, "teacher.model", self.options.tokens)
 
     @functools.cache  # noqa: B019
-    def four(self) -> list[LanguageModel]:
-        """Four more students on the student's base."""
-        model, names = self._bare, [f"arm{k}" for k in range(4)]
+    def side_by_side(self, count: int) -> list[LanguageModel]:
+        """So many more students on one base that has the student's weights."""
+        model, names = shared_weights.copy_sharing_weights(self._bare), [f"arm{k}" for k in range(count)]
         for name in names:
             model = add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
         model = model.to(self.device)

@@ -9,10 +9,9 @@ steps in turns, so that what else runs on the machine slows all of them, and a s
 On a CPU seconds are of CPU time (all threads), so give it one thread (OMP_NUM_THREADS=1). Prints Markdown.
 """
 
-import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -20,8 +19,9 @@ if __name__ == "__main__":
     sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
 
 from eval.speed.step import heading, parser  # noqa: E402
-from eval.speed.step_cases import Clock, learning  # noqa: E402
+from eval.speed.step_cases import learning  # noqa: E402
 from eval.speed.step_setup import Setup  # noqa: E402
+from eval.speed.turns import in_turns, report  # noqa: E402
 from llmkd.config.features import Features  # noqa: E402
 from llmkd.config.terms import AttentionLoss  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
@@ -32,6 +32,7 @@ from llmkd.training.attention import attention_terms  # noqa: E402
 from llmkd.training.features import feature_terms  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 from llmkd.training.loop import train  # noqa: E402
+from llmkd.training.step_result import StepResult  # noqa: E402
 
 HEADS = 8
 ROWS: dict[str, Features | AttentionLoss | None] = {
@@ -51,7 +52,7 @@ def main() -> None:
         raise SystemExit("--float8, --peers, --compile: found one of them, which step.py measures; leave it out")
     warnings.simplefilter("ignore")
     setup = Setup(options, start())
-    text = "\n".join([*heading(setup, "terms"), *report(measured(setup))])
+    text = "\n".join([*heading(setup, "terms"), *report(measured(setup), "further term")])
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
@@ -67,38 +68,22 @@ def terms_of(setup: Setup, settings: Features | AttentionLoss | None) -> Sequenc
 
 
 def measured(setup: Setup) -> dict[str, list[float]]:
-    """Seconds of each measured step by row, turn by turn. Each round's first turn warms up."""
+    """Seconds of each measured step by row, turn by turn."""
     rows = {row: settings for row, settings in ROWS.items() if settings is None or getattr(setup.options, "only", "") in row}
-    seconds, clock, size = {row: [] for row in rows}, Clock(setup.device), TokenBudget(setup.options.tokens, packing=True)
-    for _ in range(setup.options.repeats):
-        loops = {}
-        for row, settings in rows.items():
-            terms = terms_of(setup, settings)
-            taps = terms[0].teacher_taps if terms else NO_TAPS
-            state = learning(setup, 0.5, setup.student, terms)
-            loops[row] = train(setup.source(size), [state], LiveTeacher(setup.teacher, taps), setup.accelerator)
-        for turn in range(setup.options.steps + 1):
-            order = list(loops)
-            for row in order[turn % len(order) :] + order[: turn % len(order)]:
-                begun = clock.now()
-                progress = next(loops[row])
-                if turn:
-                    seconds[row].append(clock.now() - begun)
-                if progress.terms[0].keys() != {"ce", "kd", "loss", *(name for name in ("features", "attention") if name in row)}:
-                    raise ValueError(f"{row}: the loss has the terms {', '.join(progress.terms[0])}")
-        for steps in loops.values():
-            steps.close()
-    return seconds
+    size = TokenBudget(setup.options.tokens, packing=True)
+
+    def loop_of(row: str) -> Iterator[StepResult]:
+        terms = terms_of(setup, rows[row])
+        taps = terms[0].teacher_taps if terms else NO_TAPS
+        state = learning(setup, 0.5, setup.student, terms)
+        return train(setup.source(size), [state], LiveTeacher(setup.teacher, taps), setup.accelerator)
+
+    return in_turns(setup, list(rows), loop_of, check=_has_its_terms)
 
 
-def report(seconds: dict[str, list[float]], what: str = "further term") -> list[str]:
-    plain = seconds["without"]
-    lines = [f"| {what} | ms a step (median) | of a step without (median; middle half of the turns) |", "| --- | --- | --- |"]
-    for row, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, plain, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        lines.append(f"| {row} | {statistics.median(own) * 1e3:.1f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
-    return [*lines, "", f"{len(plain)} turns."]
+def _has_its_terms(row: str, found: StepResult) -> None:
+    if found.terms[0].keys() != {"ce", "kd", "loss", *(name for name in ("features", "attention") if name in row)}:
+        raise ValueError(f"{row}: the loss has the terms {', '.join(found.terms[0])}")
 
 
 if __name__ == "__main__":

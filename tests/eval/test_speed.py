@@ -9,8 +9,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from eval.speed import gpu_facts, head, head_cases, plots, profile_step, step, step_cases, terms
+from eval.speed import gpu_facts, head, head_cases, plots, profile_step, step, step_cases, students, terms, turns
 from eval.speed.step_setup import Setup
+from llmkd import signals
+from llmkd.head import Head
 from llmkd.training.launch import start
 
 TINY = ["--hidden", "32", "--layers", "1", "--vocab", "211", "--batch", "4", "--tokens", "512", "--steps", "1", "--repeats", "1"]
@@ -123,11 +125,42 @@ def test_terms_are_compared_with_the_step_without_of_the_same_turn(setup, monkey
     monkeypatch.delitem(terms.ROWS, "features, every layer")  # the student has one
     seconds = terms.measured(setup)
     assert list(seconds) == list(terms.ROWS) and all(len(own) == 1 and own[0] > 0 for own in seconds.values())
-    text = terms.report({"without": [1.0, 2.0, 4.0], "other": [1.5, 2.2, 8.0]})
+    text = turns.report({"without": [1.0, 2.0, 4.0], "other": [1.5, 2.2, 8.0]}, "further term")
     assert text[2:4] == ["| without | 2000.0 | 1.000 (1.000 to 1.000) |", "| other | 2200.0 | 1.500 (1.300 to 1.750) |"]
     monkeypatch.setattr(terms, "terms_of", lambda setup, settings: [])
     with pytest.raises(ValueError, match="features, the middle layers: the loss has the terms ce, kd, loss"):
         terms.measured(setup)
+
+
+def test_rows_take_their_steps_in_turns_each_first_once(setup, monkeypatch):
+    """The first turn is not measured, and each row begins a turn."""
+    monkeypatch.setattr(setup.options, "steps", 3)
+    order, checked = [], []
+
+    def loop_of(row):
+        yield from (f"{row}{n}" for n in range(4))
+
+    seconds = turns.in_turns(setup, "abc", loop_of, order.append, lambda row, found: checked.append(found))
+    assert {row: len(own) for row, own in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "".join(order) == "abcbcacababc"
+    assert checked == "a0 b0 c0 b1 c1 a1 c2 a2 b2 a3 b3 c3".split()
+
+
+def test_students_compute_the_teachers_head_once_or_each(setup, monkeypatch):
+    """Three students at the targets of two steps, all in one chunk."""
+    calls, own = [], Head.logits
+
+    def logits(head, *args):
+        calls.append(head.vocab if head is not setup.teacher.head else "teacher")
+        return own(head, *args)
+
+    monkeypatch.setattr(Head, "logits", logits)
+    kept = signals.MOST_KEPT
+    seconds = students.measured(setup, 3)
+    assert {row: len(own) for row, own in seconds.items()} == {
+        row: 1 for row in ("one", "3", "3, each with the teacher's head computed for itself")
+    }
+    assert calls.count("teacher") == 2 * (1 + 1 + 3) and kept == signals.MOST_KEPT
 
 
 def test_a_trace_of_a_gpu_gives_idle_time_and_the_part_that_launched_a_kernel():

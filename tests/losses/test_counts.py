@@ -168,7 +168,7 @@ def language_model(adapted: bool) -> LanguageModel:
 
 
 #: Of a step of a Llama of two layers with LoRA, taught by one without, eight of 24 positions supervised. These may only go down.
-KERNELS = {"teacher": 94, "student": 150, "loss": 51, "backward": 199, "clip": 4, "AdamW": 10, "figures": 15}
+KERNELS = {"teacher": 94, "student": 150, "loss": 51, "backward": 199, "clip": 4, "AdamW": 10, "metrics": 15}
 
 
 def test_kernels_of_a_step():
@@ -198,7 +198,7 @@ def test_kernels_of_a_step():
     norm = counted("clip", lambda: loop.unscale_and_norm_(student_state, 1.0))
     counted("AdamW", lambda: loop.optimizer_step(student_state, 2, norm, fine))
     done = loop.Accumulated([batch], loop.TargetCounts(8), 8.0, {0: [loss.rows]}, {0: distiller.combine})
-    counted("figures", lambda: loop.StepResult(step, done, {0: norm}, {0: fine}, False, one))
+    counted("metrics", lambda: loop.StepResult(step, done, {0: norm}, {0: fine}, False, one))
     found["loss"] = found["loss"] - found["student"]
     counted("all", lambda: loop.accumulate_gradients(0, step, loop.TargetCounts(8), {0: student_state}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}
