@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmkd.commands.plan_ranks import ways_to_hold
+from llmkd.commands.plan_runs import Runs
 from llmkd.config import loader
+from llmkd.errors import UserError
 from llmkd.models.parts import local
 from llmkd.output.run_folder import RunFolder
 from llmkd.planning.build import build
@@ -158,3 +161,21 @@ def test_what_is_sent_by_hand():
         and four.efficiency == pytest.approx(0.01 * 700 / 9)
     )
     assert many.sending == pytest.approx(63 / 64 * 12 / 700)  # this one's link is slower than the network
+
+
+def test_a_way_to_hold_the_models_that_is_refused_says_why(world, tmp_path, capsys):
+    recipe = _recipe(world, tmp_path / "out", FEW)
+
+    def needs(settings):
+        if settings["train.shard"] == "full":
+            raise UserError("a.yaml:3: train.compile: found true", "a.yaml:4: optim.name: found adamw_8bit")
+        return 2e9 if settings["teacher.shard"] == "none" else 1e9
+
+    runs = Runs("a.yaml", [], lambda change: [recipe], None)
+    whole, cut, *refused = ways_to_hold(runs, needs, 1.5e9)
+    assert (whole["needed"], whole["fits"], whole["refused"]) == (2e9, False, None) and (cut["fits"], cut["refused"]) == (True, None)
+    why = "a.yaml:3: train.compile: found true; a.yaml:4: optim.name: found adamw_8bit"
+    assert len(refused) == 2 and all((one["needed"], one["fits"], one["refused"]) == (None, None, why) for one in refused)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5].split() == "--train.shard none --teacher.shard none 2.00 no".split()
+    assert lines[-1] == f"--train.shard full --teacher.shard full is refused: {why}"
