@@ -106,7 +106,7 @@ def cases(setup: Setup) -> list[Case]:
     found.append(
         Case(
             "llmkd, the same, packed, four students",
-            partial(ours, kd=0.5, students=lambda setup: setup.side_by_side(4), **settings[2][1]),
+            partial(ours, kd=0.5, students=lambda setup: setup.students_on_one_base(4), **settings[2][1]),
             remark=remark,
         )
     )

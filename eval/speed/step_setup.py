@@ -122,7 +122,7 @@ class Setup:
         return checked(model, "teacher.model", self.options.tokens)
 
     @functools.cache  # noqa: B019
-    def side_by_side(self, count: int) -> list[LanguageModel]:
+    def students_on_one_base(self, count: int) -> list[LanguageModel]:
         """So many more students on one base that has the student's weights."""
         model, names = shared_weights.copy_sharing_weights(self._bare), [f"arm{k}" for k in range(count)]
         for name in names:

@@ -45,7 +45,7 @@ def measured(setup: Setup, count: int) -> dict[str, list[float]]:
     kept, size = signals.MOST_KEPT, TokenBudget(setup.options.tokens, packing=True)
 
     def loop_of(row: str) -> Iterator[StepResult]:
-        students = [setup.student] if row == alone else setup.side_by_side(count)
+        students = [setup.student] if row == alone else setup.students_on_one_base(count)
         states = [learning(setup, 0.5, student) for student in students]
         return train(setup.source(size), states, LiveTeacher(setup.teacher), setup.accelerator)
 
