@@ -99,7 +99,7 @@ class Student:
     gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Literal["offload"] = changeable(
         False,
         description="Recompute activations in the backward pass to save memory. true: in every layer but the last; a fraction: in that fraction of the "
-        "layers, counted from the first; offload: as true, and what is kept of each layer, its input, waits in the host's memory.",
+        "layers, counted from the first; offload: as true, and each layer's input waits in the host's memory.",
     )
 
     @property
