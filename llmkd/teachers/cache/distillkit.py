@@ -148,8 +148,10 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 def _matrix(lists: Any, name: str) -> np.ndarray:
     """A list of lists of one length as a matrix."""
+    import pyarrow.compute
+
     inner = lists.values
-    if inner is None or inner.null_count or len({len(one) for one in inner}) > 1:
+    if inner is None or inner.null_count or len(pyarrow.compute.list_value_length(inner).unique()) > 1:
         raise ValueError(f"{name}: expected lists of one length, one for each token")
     return inner.flatten().to_numpy(zero_copy_only=False).reshape(len(inner), -1)
 

@@ -95,5 +95,6 @@ def _unpacked(bytes_LB: Tensor, bits: int, count: int) -> Tensor:
     """Whole numbers of so many bits each, the highest bit first, without gaps."""
     if bytes_LB.shape[1] != (count * bits + 7) // 8:
         raise ValueError(f"has {bytes_LB.shape[1]} bytes where {count} numbers of {bits} bits are wanted; {CONFIG} is another set's")
-    flat = (bytes_LB[..., None] >> torch.arange(7, -1, -1) & 1).reshape(len(bytes_LB), -1)[:, : count * bits]
-    return (flat.reshape(len(bytes_LB), count, bits).long() << torch.arange(bits - 1, -1, -1)).sum(-1)
+    found = np.unpackbits(bytes_LB.numpy(), axis=1, count=count * bits).reshape(len(bytes_LB), count, bits)
+    filled = np.concatenate([np.zeros((len(found), count, 64 - bits), np.uint8), found], -1)  # the highest bit first
+    return torch.from_numpy(np.packbits(filled, axis=-1).view(">u8")[..., 0].astype(np.int64))

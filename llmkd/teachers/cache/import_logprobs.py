@@ -19,6 +19,7 @@ match no token or several. Every target is compared with the example's own label
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,7 @@ from ..sparse import TopK
 from .import_lines import entries_of, rows_in
 from .records import TopKFormat
 from .shards import Writer
-
-_MOST_ROUNDED = 1.05  # sum of probabilities that were packed with few bits
-
-Entry = dict[int, float]  # for one target: token id to log-probability
+from .told import Entry, Told
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class AnswersReader:
         return found
 
     def records(self, line: Line) -> np.ndarray:
-        return self.format.encode(self._known(self._targets(self.file.at(line.position), line.example, Counter()))).numpy()
+        return self.format.encode(self._known(*self._targets(self.file.at(line.position), line.example, Counter()))).numpy()
 
     def _example(self, line: dict, before: int) -> int | None:
         """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
@@ -138,8 +136,8 @@ class AnswersReader:
                 return self.by_ids[key].pop()
         return None
 
-    def _targets(self, line: dict, i: int, counts: Counter) -> list[tuple[Entry, int]]:
-        """The entry and label of each target. ValueError where the line is not about this example."""
+    def _targets(self, line: dict, i: int, counts: Counter) -> tuple[Told, np.ndarray]:
+        """What is told of each target, and its label. ValueError where the line is not about this example."""
         ids, marks = self.encoded.example(i)
         labels = ids[marks].tolist()
         entries = entries_of(line)
@@ -153,42 +151,51 @@ class AnswersReader:
             entries = self._axolotl(line, ids, marks)
         else:
             entries = self._openai(line["logprobs"].get("content"), labels, counts)
+        if isinstance(entries, Told):
+            told, doubtful = entries, ((n, entries.entry(n)) for n in entries.doubtful(self.format.vocab).tolist())
+        else:
+            told, doubtful = None, enumerate(self._one_each(entries, labels))
+        for n, entry in doubtful:
+            if not entry and n + 1 < len(labels):
+                raise ValueError(f"target {n + 1} ({self._shown(labels[n])}) has no log-probabilities")
+            self._check(entry, n)
+        told = Told.of(entries) if told is None else told
+        counts["unknown_targets"] += not told.known_NM[-1].any()
+        return told, ids[marks]
+
+    def _one_each(self, entries: list[Entry], labels: list[int]) -> list[Entry]:
+        """The entries of all targets, of which the last one may lack."""
         if len(entries) == len(labels) - 1:
             entries.append({})
         if len(entries) != len(labels):
             raise ValueError(
                 f"has {len(entries)} targets, and the example {len(labels)}; it was made with another text, template or tokenizer"
             )
-        for n, entry in enumerate(entries):
-            if not entry and n + 1 < len(labels):
-                raise ValueError(f"target {n + 1} ({self._shown(labels[n])}) has no log-probabilities")
-            self._check(entry, n)
-        counts["unknown_targets"] += not entries[-1]
-        return list(zip(entries, labels, strict=True))
-
-    def _distillkit(self, line: dict, marks: np.ndarray, counts: Counter) -> list[Entry]:
-        given, (ids_LK, log_p_LK), entries = len(line["input_ids"]), line["listed"], []
-        if len(ids_LK) not in (given, given - 1):
-            raise ValueError(f"has {len(ids_LK)} lists of tokens for {given} tokens, expected one for each that follows another")
-        for t in np.flatnonzero(marks) - 1:  # a place's list is about the token after it
-            known = log_p_LK[t] != -math.inf
-            entry = dict(zip(ids_LK[t, known].tolist(), log_p_LK[t, known].tolist(), strict=True))
-            if len(entry) != known.sum():
-                raise ValueError(f"names a token twice at token {t + 1}")
-            total = math.fsum(math.exp(min(value, 1.0)) for value in entry.values())
-            if 1 + SLACK < total <= _MOST_ROUNDED:  # rounded when it was packed
-                entry = {token: value - math.log(total) for token, value in entry.items()}
-                counts["rounded"] += 1
-            entries.append(entry)
         return entries
 
-    def _axolotl(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
+    def _distillkit(self, line: dict, marks: np.ndarray, counts: Counter) -> Told:
+        given, (ids_LK, log_p_LK) = len(line["input_ids"]), line["listed"]
+        if len(ids_LK) not in (given, given - 1):
+            raise ValueError(f"has {len(ids_LK)} lists of tokens for {given} tokens, expected one for each that follows another")
+        places = np.flatnonzero(marks) - 1  # a place's list is about the token after it
+        told = Told(ids_LK[places], log_p_LK[places])
+        if (twice_N := told.twice_N()).any():
+            raise ValueError(f"names a token twice at token {places[twice_N][0] + 1}")
+        counts["rounded"] += told.scale_rounded()
+        return told
+
+    def _axolotl(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> Told | list[Entry]:
         lists, tokens = line["logprobs"], line.get("target_token_ids")
         if len(lists) > len(ids) or (isinstance(tokens, list) and len(tokens) != len(lists)):
             raise ValueError(f"has {len(lists)} lists of log-probabilities, and the example {len(ids)} tokens")
+        places = np.flatnonzero(marks) - (len(ids) - len(lists))  # lists are about the last tokens
+        self.targets += len(places)
+        if isinstance(tokens, list) and (told := _of_columns(tokens, lists, places)):
+            self.own += int((~np.isnan(told.of_labels(ids[marks]))).sum())
+            return told
         entries = []
         try:
-            for t in np.flatnonzero(marks) - (len(ids) - len(lists)):  # lists are about the last tokens
+            for t in places:
                 if tokens is None:
                     pairs = [(int(one["token"].removeprefix("token_id:")), one["logprob"]) for one in (lists[t] if t >= 0 else ()) or ()]
                 else:
@@ -198,7 +205,6 @@ class AnswersReader:
             raise ValueError(
                 'logprobs: expected [{"token": "token_id:5", "logprob": x}, ...] for each token, or numbers with target_token_ids'
             ) from None
-        self.targets += len(entries)
         self.own += sum(label in entry for label, entry in zip(ids[marks].tolist(), entries, strict=True))
         return entries
 
@@ -274,10 +280,23 @@ class AnswersReader:
         if total > 1 + SLACK:
             raise ValueError(f"target {n + 1}: the probabilities sum to {total:.4f}, more than 1; log-probabilities are natural logarithms")
 
-    def _known(self, targets: list[tuple[Entry, int]]) -> TopK:
-        most = max(1, *(len(entry) for entry, _ in targets))
-        ids_NM, log_p_NM = np.full((len(targets), most), -1, np.int64), np.full((len(targets), most), -math.inf)
-        for row, (entry, _) in enumerate(targets):
-            ids_NM[row, : len(entry)], log_p_NM[row, : len(entry)] = list(entry), list(entry.values())
-        label_N = np.array([entry.get(label, math.nan) for entry, label in targets])
-        return listed.top_k(ids_NM, log_p_NM, label_N, self.format.k, self.format.vocab)
+    def _known(self, told: Told, labels_N: np.ndarray) -> TopK:
+        return listed.top_k(told.ids_NM, told.log_p_NM, told.of_labels(labels_N), self.format.k, self.format.vocab)
+
+
+def _of_columns(tokens: list, values: list, places: np.ndarray) -> Told | None:
+    """Two columns of lists at some places, if they are lists of numbers of one length; None for others. Of a token that is told twice the later one counts."""
+    if not len(places) or places[0] < 0:
+        return None
+    rows = [[column[t] for t in places.tolist()] for column in (tokens, values)]
+    if not all(type(one) is list for one in chain(*rows)) or len({len(one) for one in chain(*rows)}) != 1:
+        return None
+    if set(map(type, chain.from_iterable(rows[0]))) != {int} or not set(map(type, chain.from_iterable(rows[1]))) <= {int, float}:
+        return None
+    try:
+        told = Told(np.array(rows[0], np.int64), np.array(rows[1], np.float64))
+    except OverflowError:
+        return None
+    for n in np.flatnonzero(told.twice_N()):
+        told.put(n, told.entry(n))
+    return told

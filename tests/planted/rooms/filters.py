@@ -3,19 +3,24 @@
 from tests.planted.fault import in_file
 
 FILTERS, KEEP, SCORES, STAGE, SELECTION = (f"making/test_{name}.py" for name in ("filters", "keep", "scores", "score_stage", "selection"))
-DISTILLKIT = "teachers/test_distillkit.py"
+DISTILLKIT, TOLD = "teachers/test_distillkit.py", "teachers/test_told.py"
 
 FAULTS = [
     *in_file(
         "llmkd/teachers/cache/import_logprobs.py",
-        ("lists-of-the-token-itself", "a place's list is taken to be about its own token", "for t in np.flatnonzero(marks) - 1:", "for t in np.flatnonzero(marks):", DISTILLKIT),
+        ("lists-of-the-token-itself", "a place's list is taken to be about its own token", "places = np.flatnonzero(marks) - 1", "places = np.flatnonzero(marks)", DISTILLKIT),
         ("one-row-for-all", "a row is about every example with its ids", "return self.by_ids[key].pop()", "return self.by_ids[key][-1]", DISTILLKIT),
-        ("logits-are-scaled", "probabilities that add up to any number are scaled to 1", "if 1 + SLACK < total <= _MOST_ROUNDED:", "if 1 + SLACK < total:", DISTILLKIT),
         ("any-text-will-do", "lists without ids may be about another text", "if self.targets and self.own < self.targets / 2:", "if False:", DISTILLKIT),
     ),
     *in_file(
+        "llmkd/teachers/cache/told.py",
+        ("logits-are-scaled", "probabilities that add up to any number are scaled to 1", "if 1 + SLACK < total <= _MOST_ROUNDED:", "if 1 + SLACK < total:", TOLD),
+        ("just-above-1-unseen", "a sum that is just above 1 is not looked at", "(self._sums_N() <= 1 + SLACK - _NEAR)", "(self._sums_N() <= 1 + 2 * SLACK)", TOLD),
+        ("twice-if-side-by-side", "a token told twice is seen where the two are neighbours", "np.diff(np.sort(spaced_NM, 1), axis=1)", "np.diff(spaced_NM, axis=1)", TOLD),
+    ),
+    *in_file(
         "llmkd/teachers/cache/distillkit_codec.py",
-        ("lowest-bit-first", "the lowest bit of a number comes first", "torch.arange(bits - 1, -1, -1)", "torch.arange(bits)", DISTILLKIT),
+        ("lowest-bit-first", "the lowest bit of a number comes first", "np.uint8), found], -1)", "np.uint8), found[..., ::-1]], -1)", DISTILLKIT),
         ("polynomials-from-0", "places of the older form begin at 0", "np.arange(1, form.k - form.exact_k + 1", "np.arange(0, form.k - form.exact_k", DISTILLKIT),
     ),
     *in_file(
