@@ -37,13 +37,21 @@ class Balance:
 
 @config_dataclass
 class HeldOutRows:
-    """Rows of any columns, of which every text counts."""
+    """Rows of any columns, of which every text counts: data, or those that tasks of `llmkd eval` evaluate."""
 
-    path: str = path_to("data", description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, or a hub data set.")
+    path: str | None = path_to(
+        "data", None, description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, or a hub data set."
+    )
     name: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set, or of a folder whose files are named by split.")
     revision: str | None = Field(None, description="Revision of a hub data set.")
     where: dict[str, Any] = Field(default_factory=dict, description="Rows that count, chosen by their columns, as of data.train.")
+    tasks: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Instead of a path: tasks of tasks_dir. The data of their test and validation splits count, questions and choices alike.",
+    )
+    tasks_dir: str | None = path_to("folder", None, description="With tasks: the folder of their task files, as of llmkd eval.")
 
     @property
     def source(self) -> Source:
@@ -137,6 +145,7 @@ def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
     yield from more_than_most(settings)
     for setting, held_out in with_setting_names(settings.contamination, "contamination"):
         yield from ((f"{setting}.where.{path}".rstrip("."), problem) for path, problem in where_contradictions(held_out.where))
+        yield from ((f"{setting}.{name}", problem) for name, problem in _path_or_tasks(held_out))
     if (balance := settings.balance) is None:
         return
     for name in ("clusters", "on", "model", "batch_size") if balance.column else ():
@@ -152,3 +161,20 @@ def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
             "balance.max_share",
             f"found {balance.max_share:g}, and {balance.clusters or CLUSTERS} kinds can be no more than that each; raise it, or clusters",
         )
+
+
+def _path_or_tasks(held_out: HeldOutRows) -> Iterator[tuple[str, str]]:
+    if held_out.tasks is None:
+        if held_out.path is None:
+            yield "path", "not given; name the held-out rows, or tasks and the tasks_dir that has their files"
+        if held_out.tasks_dir is not None:
+            yield "tasks_dir", "set without tasks; name the tasks of it"
+        return
+    if held_out.tasks_dir is None:
+        yield (
+            "tasks_dir",
+            "not given with tasks; name the folder of their task files (llmkd tasks writes one), or in the place of tasks the data themselves",
+        )
+    for name, default in (("path", None), ("name", None), ("split", "train"), ("revision", None), ("where", {})):
+        if getattr(held_out, name) != default:
+            yield name, "given with tasks, whose files name their data; leave one of the two out"

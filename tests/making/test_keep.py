@@ -76,6 +76,30 @@ def test_held_out_rows_are_read_from_files_whatever_their_columns(tmp_path):
         Keep(settings(contamination={"path": str(tmp_path / "none.jsonl")}))
 
 
+def test_the_test_and_validation_rows_of_tasks_are_found_by_their_task_files(tmp_path):
+    """As `llmkd tasks` writes them: what is included counts where it is not changed, code that is named is not run, and rows to train on may be trained on."""
+    ends = ["and walks home to bed", f"Then: {LONG}"]
+    for name, text in (("train", "alpha " * 13), ("val", "x"), ("test", "What is the sum of two and three?")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"ctx": text, "endings": ends if name == "val" else [], "label": 1}) + "\n")
+    (tmp_path / "own.txt").write_text("task: other\ndoc_to_text: !function code.f\ntraining_split: train\nvalidation_split: validation\n")
+    files = {"train": ["train.jsonl"], "validation": [str(tmp_path / "val.jsonl")], "test": "test.jsonl"}
+    task = {"include": "own.txt", "task": "hella", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    (tmp_path / "tasks.yaml").write_text(json.dumps(task))
+    (tmp_path / "hub.yaml").write_text('{"task": "far", "dataset_path": "a/b"}')
+    held = {"tasks": ["hella"], "tasks_dir": str(tmp_path)}
+    rows = [row("Tell me.", f"So it goes: {LONG}"), row("what is the sum of two and three"), row("alpha " * 13), row("Go on.", ends[0])]
+    outcome = kept(rows, tmp_path, contamination=held)
+    assert outcome.kept == rows[2:] and [one.detail.split(":1 ")[0].split("/")[-1] for one in outcome.rejected] == [
+        "val.jsonl",
+        "test.jsonl",
+    ]
+    for tasks, said in (["hela"], "found hela, and .* has no such task; it has far, hella"), (["far"], ".*hub.yaml names no data of test"):
+        with pytest.raises(UserError, match=f"contamination.tasks: {said}"):
+            Keep(settings(contamination={**held, "tasks": tasks}))
+    with pytest.raises(UserError, match=r"contamination.tasks_dir: .*none holds no task files \(\*.yaml\)"):
+        Keep(settings(contamination={**held, "tasks_dir": str(tmp_path / "none")}))
+
+
 def test_several_answers_to_one_question_must_agree_and_single_ones_do(tmp_path):
     rows = [row("a", "so 4"), row("a", "#### 5"), row("b", "7"), row("a", "4.0"), row("c", "1"), row("c", "2")]
     outcome = kept(rows, tmp_path, agreement=0.6)
@@ -150,6 +174,10 @@ def test_kinds_are_clusters_of_words(tmp_path):
         ({"balance": {"max_share": 0.5, "on": "hidden"}}, "balance.model"),
         ({"balance": {"max_share": 0.5, "model": {"model": "m"}}}, "balance.model"),
         ({"balance": {"max_share": 0.1, "clusters": 9}}, "balance.max_share"),
+        ({"contamination": {"split": "test"}}, "contamination.path"),
+        ({"contamination": {"tasks": ["a"]}}, "contamination.tasks_dir"),
+        ({"contamination": {"path": "f", "tasks_dir": "d"}}, "contamination.tasks_dir"),
+        ({"contamination": [{"path": "f"}, {"tasks": ["a"], "tasks_dir": "d", "split": "test"}]}, "contamination.1.split"),
     ],
 )
 def test_settings_that_do_not_go_together(given, name):

@@ -17,6 +17,7 @@ from ..filters import answers, consistency, repetition, scripts
 from ..filters.balance import balanced
 from ..filters.contamination import HeldOutTexts, texts_in
 from ..filters.duplicates import near_duplicates
+from ..filters.task_files import evaluated
 from ..filters.words import Reason
 from ..rows import Row, row_id
 from ..stage import Outcome, Rejected, Work
@@ -125,8 +126,9 @@ def _held_out(settings: Settings) -> HeldOutTexts:
     """The texts of the held-out rows. UserError where they cannot be read."""
     texts, problems = [], ErrorCollector()
     for setting, held_out in with_setting_names(settings.contamination, "contamination"):
-        for place, row in some_rows(open_source(held_out.source, setting).records, held_out.source, problems):
-            texts += [(place, text) for text in texts_in(row)]
+        for source in evaluated(held_out.tasks, held_out.tasks_dir, setting) if held_out.tasks else [held_out.source]:
+            for place, row in some_rows(open_source(source, setting).records, source, problems):
+                texts += [(place, text) for text in texts_in(row)]
     problems.raise_if_any()
     return HeldOutTexts(texts)
 
