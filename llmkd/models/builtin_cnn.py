@@ -1,6 +1,6 @@
 """A small convolutional classifier of log-mel features or images, as a transformers model: it is saved, loaded and used as any other.
 
-Nothing in it looks at other examples: its normalisation is over groups of channels (Wu and He 2018, "Group Normalization"), so that an
+The last block's values are averaged over all positions, and their largest taken: both go into the last layer. Nothing looks at other examples: normalisation is over all channels of one (Wu and He 2018, "Group Normalization"), so that an
 example's logits do not follow from the micro-batch it is in, as with batch normalisation.
 """
 
@@ -45,7 +45,7 @@ class BuiltinCnnForClassification(PreTrainedModel):
         widths = [config.channels, *(config.width * 2**i for i in range(config.blocks))]
         self.blocks = nn.ModuleList(_Block(before, after) for before, after in zip(widths, widths[1:], strict=False))
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(widths[-1], config.num_labels)
+        self.classifier = nn.Linear(2 * widths[-1], config.num_labels)
         self.post_init()
 
     def forward(
@@ -65,7 +65,8 @@ class BuiltinCnnForClassification(PreTrainedModel):
         for block in self.blocks:
             x = block(x)
             states.append(x.flatten(2).mT)
-        logits = self.classifier(self.dropout(x.mean((2, 3))))
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+        logits = self.classifier(self.dropout(pooled))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         out = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=tuple(states) if output_hidden_states else None)
         return out.to_tuple() if return_dict is False else out

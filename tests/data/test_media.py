@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from llmkd.config.media import pattern_problem
 from llmkd.data.reading.files import BadRow
-from llmkd.data.reading.media import media_files, media_of, media_rows, pattern_problem
+from llmkd.data.reading.media import media_files, media_of, media_rows
 from llmkd.errors import UserError
 
 ENDINGS = (".wav", ".mp3")

@@ -82,14 +82,3 @@ def media_of(value: Any, place: str) -> Path | bytes:
         raise BadRow(f"found the address {value[:80]}, expected the path of a file; download it first")
     path = Path(value).expanduser()
     return path if path.is_absolute() else Path(place.rpartition(":")[0]).expanduser().parent / path
-
-
-def pattern_problem(pattern: str, column: str) -> str | None:
-    """What is wrong with a `pattern`: found, expected; None where nothing is."""
-    try:
-        groups = re.compile(pattern).groupindex
-    except re.error as error:
-        return f"found {pattern!r}, which is no regular expression ({error})"
-    if not groups:
-        return f"found {pattern!r} without a named group; name what it reads: (?P<label>...)"
-    return f"found the group {column!r}, which is the file itself; name it otherwise" if column in groups else None

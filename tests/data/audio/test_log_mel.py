@@ -65,3 +65,17 @@ def test_short_clips_end_in_silence_and_long_ones_are_cut():
 def test_filters_between_two_frequencies_are_counted(mels, some):
     """At 8,000 Hz the frequencies of the transform are 40 Hz apart, the edges of 128 filters 18 Hz at the low end."""
     assert (empty_filters(8_000, mels) > 0) == some
+
+
+def test_they_are_saved_and_loaded_as_a_feature_extractor(tmp_path):
+    from llmkd.data.audio.feature_extractor import LogMelFeatureExtractor
+
+    LogMelFeatureExtractor(20, 8_000, seconds=0.2).save_pretrained(tmp_path)
+    extractor, clips = LogMelFeatureExtractor.from_pretrained(tmp_path), [sound(900), sound(1_600)]
+    wanted = np.stack([LogMel(8_000, 20, 0.2)(clip) for clip in clips])
+    for given in (clips, np.stack([np.pad(clips[0], (0, 700)), clips[1]])):
+        assert np.array_equal(extractor(given, sampling_rate=8_000, return_tensors="pt")["input_features"].numpy(), wanted)
+    for given in (clips[1], clips[1].tolist()):
+        assert np.array_equal(extractor(given)["input_features"], wanted[1:])
+    with pytest.raises(ValueError, match="found clips of 16000 Hz, expected 8000 Hz"):
+        extractor(clips, sampling_rate=16_000)
