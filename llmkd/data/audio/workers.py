@@ -58,12 +58,10 @@ class ClipWorkers:
     def _start(self) -> None:
         path = filter(None, [str(Path(__file__).parents[3]), *sys.path])
         command = [sys.executable, "-S", "-E", "-c", _START, *path]
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._threads = ThreadPoolExecutor(self.count, "llmkd-clips")
         for _ in range(self.count):
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | one_thread
-            )
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             self._processes.append(process)
             _write(process, self.way)
         atexit.register(self.close)
