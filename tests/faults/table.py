@@ -47,7 +47,7 @@ STOPS = [
         "training/test_run.py::test_a_kill_while_the_folder_was_claimed_can_be_resumed",
     ),
     Row("kill -9 of cache", "the same command goes on to the same bytes", "commands/test_cache.py::test_a_killed_attempt_goes_on"),
-    Row("kill -9 of a sweep", "--resume keeps what is finished", "commands/test_sweep.py::test_a_sweep_that_is_killed_goes_on"),
+    Row("kill -9 of a sweep", "--resume keeps what is finished", "commands/test_sweep_resume.py::test_a_sweep_that_is_killed_goes_on"),
     Row(
         "SIGTERM, SIGINT, SIGUSR1, SIGHUP",
         "the step is finished and saved, exit code 75",

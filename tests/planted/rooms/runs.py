@@ -294,7 +294,7 @@ FAULTS = [
             "a sweep whose file has lost an arm ends with a KeyError on --resume",
             '        self._take_out({name for group in before["groups"]',
             '        ({name for group in before["groups"]',
-            "commands/test_sweep.py::test_arms_that_the_file_has_no_more_are_left_out_of_the_groups",
+            "commands/test_sweep_resume.py::test_arms_that_the_file_has_no_more_are_left_out_of_the_groups",
         ),
     ),
     *in_file(
@@ -403,7 +403,7 @@ FAULTS = [
             "a full disk counts as one failed arm",
             "if of_the_machine(error) not in (None, OUT_OF_MEMORY):",
             "if False:",
-            "commands/test_sweep.py::test_an_error_of_the_machine_ends_the_sweep_and_is_no_arms_failure",
+            "commands/test_sweep_failures.py::test_an_error_of_the_machine_ends_the_sweep_and_is_no_arms_failure",
         ),
         (
             "seed-of-the-group",
@@ -417,7 +417,7 @@ FAULTS = [
             "an arm that was begun with another recipe goes on",
             '                problems += [f"arm {name}: {problem}" for problem in error.problems]\n    if problems:',
             "                problems += []\n    if problems:",
-            "commands/test_sweep.py::test_another_sweeps_folder_is_not_gone_on_with",
+            "commands/test_sweep_resume.py::test_another_sweeps_folder_is_not_gone_on_with",
         ),
     ),
     *in_file(

@@ -39,7 +39,7 @@ FAULTS = [
             "one student's NaN stops every student's step",
             "optimizer_step(student, step.number, norms[k], nonfinite[k])",
             "optimizer_step(student, step.number, norms[k], sum(nonfinite.values()))",
-            "commands/test_sweep.py",
+            "commands/test_sweep_failures.py",
         ),
     ),
     *in_file(

@@ -2,7 +2,7 @@
 
 from tests.planted.fault import in_file
 
-WHERE, DEPTH, SWEEP = "data/test_where.py", "models/test_depth.py", "commands/test_sweep.py"
+WHERE, DEPTH, SWEEP = "data/test_where.py", "models/test_depth.py", "commands/test_sweep_arms.py"
 BY_HAND = f"{DEPTH}::test_a_cut_model_is_the_one_built_by_hand_and_plain_transformers_load_it"
 UNLIKE = f"{DEPTH}::test_families_whose_layers_are_not_alike_are_refused"
 INFLUENCE = f"{DEPTH}::test_block_influence_is_that_of_float64_loops_over_hidden_states"

@@ -243,7 +243,7 @@ FAULTS = [
             "a student that failed stays in the run",
             "            del active[k]\n",
             "",
-            "training/test_step_result.py commands/test_sweep.py::test_a_failed_arm_does_not_stop_the_rest",
+            "training/test_step_result.py commands/test_sweep_failures.py::test_a_failed_arm_does_not_stop_the_rest",
         ),
     ),
     *in_file(
@@ -381,7 +381,7 @@ FAULTS = [
             "a step that was validated is validated again",
             "for student in self.active if student.validated != step]",
             "for student in self.active]",
-            f"{RESUME} training/test_run.py commands/test_sweep.py::test_a_signal_in_the_last_step_does_not_lose_the_last_validation",
+            f"{RESUME} training/test_run.py commands/test_sweep_resume.py::test_a_signal_in_the_last_step_does_not_lose_the_last_validation",
         ),
     ),
     *in_file(
