@@ -9,7 +9,7 @@ from llmkd_eval.harness import record_files
 
 from llmkd.cli import main
 from tests.conftest import plain_recipe
-from tests.eval.test_handoff import base, tasks_dir  # noqa: F401 fixtures
+from tests.kit.questions import base, tasks_dir  # noqa: F401 fixtures
 
 
 @pytest.fixture

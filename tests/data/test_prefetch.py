@@ -12,8 +12,8 @@ from llmkd.data.prefetch import prefetch
 from llmkd.errors import Stopped
 from llmkd.training.run import run
 from tests.conftest import distance
-from tests.data.test_sources import write
 from tests.data.test_stream import row, stream
+from tests.kit.sources import write
 
 
 def threads() -> list[str]:

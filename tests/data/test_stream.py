@@ -15,8 +15,8 @@ from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import distance, weights
-from tests.data.test_sources import write
 from tests.kit.data import GOOD, rows_of, tiny
+from tests.kit.sources import write
 
 
 def row(i: int, output: str = "owl") -> dict:

@@ -9,8 +9,8 @@ from llmkd.config.recipe import Data, Source
 from llmkd.data.batching import Batching
 from llmkd.data.stream import StreamSource
 from llmkd.training.prepare import prepare
-from tests.data.test_sources import write
 from tests.kit.data import encode, rows_of, shown, tiny
+from tests.kit.sources import write
 
 ANSWER = {"instruction": "q", "output": "a"}
 PAIR = {"prompt": "q", "completion": "a"}

@@ -12,8 +12,8 @@ from llmkd.data.dataset import read_data
 from llmkd.data.reading import skills
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
-from tests.data.test_sources import FILES, problems, read, write
 from tests.data.test_stream import stream
+from tests.kit.sources import FILES, problems, read, write
 
 ROWS = [
     {

@@ -18,7 +18,7 @@ from llmkd_eval.harness.task_code import refuse_task_code
 from llmkd.cli import main
 from llmkd.config.sweep import Evaluation
 from llmkd.errors import UserError
-from tests.eval.test_handoff import by_hand, commonsense_qa, likelihoods, model, write_rows
+from tests.kit.questions import by_hand, commonsense_qa, likelihoods, model, write_rows
 
 
 @pytest.fixture(scope="module")

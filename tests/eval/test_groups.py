@@ -15,16 +15,10 @@ from llmkd_eval.harness.record_files import write_group
 
 from llmkd import cli
 from llmkd.errors import UserError
-from tests.eval.test_compare import arms, evaluated
+from tests.kit.comparison import arms, evaluated
 from tests.kit.sweep_report import TWO, checked, written
 
 SIZES = {"birds": 30, "few": 8, "many": 90}
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def group(run: str, weighting: str = "items", name: str = "all", tasks=tuple(SIZES), metric: str = "acc") -> None:

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
+pytest.importorskip("lm_eval")
 from llmkd.cli import main
-from tests.eval.test_handoff import hellaswag, write_rows
+from tests.kit.questions import hellaswag, write_rows
 from tests.kit.sweep_report import TWO
 
 

@@ -56,7 +56,7 @@ STOPS = [
     Row(
         "a signal during another command",
         "it ends with a message, exit code 75, and leaves nothing half-written",
-        "process/test_machine_errors.py::test_a_signal_ends_a_command_with_a_message eval/test_handoff.py::test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on",
+        "process/test_machine_errors.py::test_a_signal_ends_a_command_with_a_message eval/test_eval_command.py::test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on",
     ),
     Row("a second signal", "the run ends at once", "training/test_launcher.py::test_a_second_signal_ends_at_once"),
     Row(
@@ -157,7 +157,7 @@ MACHINE = [
     Row(
         "no network, or one that fails on the way",
         "one line with what to set",
-        "data/test_stream.py::test_a_network_that_fails_on_the_way_is_no_bug data/test_sources.py::test_offline_a_data_set_of_the_hub_says_what_to_unset",
+        "data/test_stream.py::test_a_network_that_fails_on_the_way_is_no_bug data/test_folders_and_hub.py::test_offline_a_data_set_of_the_hub_says_what_to_unset",
     ),
     Row(
         "a setting of Accelerate's, torch's or transformers' environment changes the arithmetic",
@@ -260,7 +260,7 @@ FILES = [
     Row(
         "damaged or edited results of an evaluation",
         "named with the line, never compared",
-        "eval/test_compare.py::test_a_damaged_file_is_named_with_its_line eval/test_compare.py::test_edited_items_are_refused",
+        "eval/test_compared_files.py::test_a_damaged_file_is_named_with_its_line eval/test_compared_files.py::test_edited_items_are_refused",
     ),
     Row(
         "a row of answers that has changed since `llmkd roll` wrote it",
@@ -364,7 +364,7 @@ MODELS = [
         "padding is masked by place, never by its id",
         "data/test_tokenizer.py::test_the_padding_token_and_the_template_may_differ rollouts/test_enumerated.py",
     ),
-    Row("a mistyped path", "never sent to the network", "data/test_sources.py::test_a_mistyped_path_never_goes_to_the_network"),
+    Row("a mistyped path", "never sent to the network", "data/test_folders_and_hub.py::test_a_mistyped_path_never_goes_to_the_network"),
 ]
 
 DATA = [
@@ -461,12 +461,12 @@ SETTINGS = [
     Row(
         "YAML tags, or anchors that grow without end",
         "refused",
-        "config/test_settings.py::test_tags_are_refused_and_nothing_is_built config/test_settings.py::test_an_anchors_bomb_is_refused",
+        "config/test_recipe_files.py::test_tags_are_refused_and_nothing_is_built config/test_recipe_files.py::test_an_anchors_bomb_is_refused",
     ),
     Row(
         "characters of a terminal, or line breaks, in a name that a message quotes",
         "shown as \\x1b and \\n, on one line",
-        "config/test_settings.py::test_a_name_with_characters_of_a_terminal_stays_one_line_that_shows_them",
+        "config/test_help.py::test_a_name_with_characters_of_a_terminal_stays_one_line_that_shows_them",
     ),
     Row(
         "a name of a file, or an argument, that is not UTF-8",
@@ -491,7 +491,7 @@ SETTINGS = [
     Row(
         "a mistake of any kind",
         "found before torch is loaded, where it can be",
-        "config/test_settings.py::test_a_recipe_is_checked_before_anything_heavy_is_imported test_cli.py::test_help_mistakes_and_listing_load_no_torch",
+        "config/test_help.py::test_a_recipe_is_checked_before_anything_heavy_is_imported test_cli.py::test_help_mistakes_and_listing_load_no_torch",
     ),
 ]
 

@@ -2,7 +2,8 @@
 
 from tests.planted.fault import in_file
 
-STATS, COMPARE, HANDOFF = "eval/test_stats.py", "eval/test_compare.py", "eval/test_handoff.py"
+STATS, COMPARE, COMPARED = "eval/test_stats.py", "eval/test_compare.py", "eval/test_compared_files.py"
+HANDOFF, COMMAND = "eval/test_handoff.py", "eval/test_eval_command.py"
 
 FAULTS = [
     *in_file(
@@ -96,14 +97,14 @@ FAULTS = [
             "runs with other few-shot examples are compared",
             '("version", "harness", "fewshot", "limit", "seeds", "chat_template")',
             '("version", "harness", "limit", "seeds", "chat_template")',
-            COMPARE,
+            COMPARED,
         ),
         (
             "limit-not-compared",
             "runs with another limit are compared",
             '("version", "harness", "fewshot", "limit", "seeds", "chat_template")',
             '("version", "harness", "fewshot", "seeds", "chat_template")',
-            COMPARE,
+            COMPARED,
         ),
         (
             "examples-of-one-row",
@@ -131,14 +132,14 @@ FAULTS = [
             "runs with other items are compared",
             "if not common and (len(m.keys) != len(first.keys) or len(shared) != len(first.keys)):",
             "if False:",
-            COMPARE,
+            COMPARED,
         ),
         (
             "stated-value",
             "a metric that is no mean over items is compared",
             "abs(found - stated) <= 1e-4 * max(1, abs(stated))",
             "True",
-            COMPARE,
+            COMPARED,
         ),
         (
             "mean-of-examples",
@@ -169,7 +170,7 @@ FAULTS = [
             "edited items are compared",
             "    if stated and hashlib.sha256(content).hexdigest() != stated:\n",
             "    if False:\n",
-            f"{COMPARE}::test_edited_items_are_refused",
+            f"{COMPARED}::test_edited_items_are_refused",
         ),
         ("copies-of-a-document", "copies of a document are one item", '        seen[item["hash"]] += 1\n', "        pass\n", COMPARE),
         (
@@ -177,7 +178,7 @@ FAULTS = [
             "a file with fewer items than its record says is compared",
             'if not items or len(items) != record.get("n", len(items)):',
             "if not items:",
-            f"{COMPARE} {HANDOFF}::test_other_items_or_torn_files_are_no_result",
+            f"{COMPARED} {COMMAND}::test_other_items_or_torn_files_are_no_result",
         ),
     ),
     *in_file(
@@ -187,28 +188,28 @@ FAULTS = [
             "edited items of an evaluation are read",
             'if found != record.get("items_sha256"):',
             "if False:",
-            f"{HANDOFF}::test_other_items_or_torn_files_are_no_result",
+            f"{COMMAND}::test_other_items_or_torn_files_are_no_result",
         ),
         (
             "another-limit",
             "an evaluation of other items is not done again",
             '"fewshot", "limit", "chat_template",',
             '"fewshot", "chat_template",',
-            f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
+            f"{COMMAND}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
         (
             "another-number-of-shots",
             "an evaluation with other shots is not done again",
             '"fewshot", "limit", "chat_template",',
             '"limit", "chat_template",',
-            f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
+            f"{COMMAND}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
         (
             "another-type",
             "an evaluation in another type is not done again",
             '"model.fingerprint", "model.dtype",',
             '"model.fingerprint",',
-            f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
+            f"{COMMAND}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
     ),
     *in_file(
@@ -218,14 +219,14 @@ FAULTS = [
             "the number of shots does not reach the harness",
             "num_fewshot=options.fewshot,",
             "num_fewshot=None,",
-            f"{HANDOFF}::test_a_record_says_what_was_measured_and_how {HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up {HANDOFF}::test_few_shot_numbers_do_not_depend_on_what_was_evaluated_before",
+            f"{HANDOFF}::test_a_record_says_what_was_measured_and_how {COMMAND}::test_nothing_is_evaluated_twice_or_mixed_up {HANDOFF}::test_few_shot_numbers_do_not_depend_on_what_was_evaluated_before",
         ),
         (
             "limit-forgotten",
             "the limit does not reach the harness",
             "                    limit=options.limit,\n",
             "                    limit=None,\n",
-            f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
+            f"{COMMAND}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
         (
             "base-alone",

@@ -400,7 +400,7 @@ FAULTS = [
             "a pipeline's missing recipe is not named at its line",
             "    _refuse_missing_recipes(pipeline, where)\n",
             "",
-            "config/test_settings.py::test_a_missing_recipe_is_named_where_it_is_written",
+            "config/test_pipeline_files.py::test_a_missing_recipe_is_named_where_it_is_written",
         ),
     ),
     *in_file(

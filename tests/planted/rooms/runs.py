@@ -3,7 +3,8 @@
 from tests.planted.fault import in_file
 
 DAMAGED = "output/test_damaged_files.py"
-FILES, TABLE, SETTINGS, RESUME = "test_files.py", "training/test_resume_settings.py", "config/test_settings.py", "training/test_resume.py"
+FILES, TABLE, RESUME = "test_files.py", "training/test_resume_settings.py", "training/test_resume.py"
+SETTINGS, RECIPE_FILES = "config/test_settings.py", "config/test_recipe_files.py"
 
 FAULTS = [
     *in_file(
@@ -152,16 +153,22 @@ FAULTS = [
             "kd_ratio is 0.5 without a teacher too",
             "kd_ratio=0.5 if as_tuple(recipe.teacher) else 0.0",
             "kd_ratio=0.5",
-            SETTINGS,
+            RECIPE_FILES,
         ),
         (
             "defaults-not-written",
             "a run's recipe leaves its defaults to the version",
             "        train = dataclasses.replace(train, epochs=1)\n",
             "        pass\n",
-            SETTINGS,
+            RECIPE_FILES,
         ),
-        ("given-twice", "of a setting that is given twice the last counts", "        if path in out:\n", "        if False:\n", SETTINGS),
+        (
+            "given-twice",
+            "of a setting that is given twice the last counts",
+            "        if path in out:\n",
+            "        if False:\n",
+            "config/test_overrides.py",
+        ),
         (
             "paths-as-they-are-written",
             "one folder under two names is a change",
@@ -179,7 +186,7 @@ FAULTS = [
             "                if False:\n",
             SETTINGS,
         ),
-        ("exponents-are-text", "1e-4 is a text", r"|[-+]?[0-9]+[eE][-+]?[0-9]+|", "|", SETTINGS),
+        ("exponents-are-text", "1e-4 is a text", r"|[-+]?[0-9]+[eE][-+]?[0-9]+|", "|", RECIPE_FILES),
     ),
     *in_file(
         "llmkd/files.py",
@@ -243,7 +250,7 @@ FAULTS = [
             "a mistake of the user's has the exit code of a bug",
             "    exit_code = 2\n",
             "    exit_code = 1\n",
-            f"{SETTINGS}::test_what_the_user_can_mend_ends_with_2_and_a_line_each",
+            "config/test_help.py::test_what_the_user_can_mend_ends_with_2_and_a_line_each",
         ),
         (
             "stopped-is-failed",

@@ -2,9 +2,10 @@
 
 from tests.planted.fault import in_file
 
-FILES, SOURCES, FEATURES, OWN, IMPORTED = (
+FILES, SOURCES, FOLDERS, FEATURES, OWN, IMPORTED = (
     "data/test_files.py data/test_sources.py",
     "data/test_sources.py",
+    "data/test_folders_and_hub.py",
     "training/test_features.py",
     "training/test_own_text.py",
     "teachers/test_import_logprobs.py",
@@ -120,7 +121,7 @@ FAULTS = [
             "files that a limit leaves unread may change unnoticed",
             "            if name not in self.hashes:\n                self._bytes(name, path)",
             "            if not self.hashes:\n                self._bytes(name, path)",
-            SOURCES,
+            FOLDERS,
         ),
     ),
     *in_file(
@@ -130,15 +131,15 @@ FAULTS = [
             "the first of a set of numbered files may be missing",
             "for n in range(int(count))",
             "for n in range(1, int(count))",
-            SOURCES,
+            FOLDERS,
         ),
-        ("hidden-files", "files whose names begin with _ are data", 'part.startswith((".", "_"))', 'part.startswith(".")', SOURCES),
+        ("hidden-files", "files whose names begin with _ are data", 'part.startswith((".", "_"))', 'part.startswith(".")', FOLDERS),
         (
             "split-of-the-folder",
             "a split in a folder's name is not seen",
             "for part in (*path.parts[:-1], name)",
             "for part in (name,)",
-            SOURCES,
+            FOLDERS,
         ),
     ),
     *in_file(

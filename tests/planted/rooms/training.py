@@ -596,7 +596,7 @@ FAULTS = [
             "the student reads what the teacher reads",
             "self.student.outputs(batch.student, self.student_taps)",
             "self.student.outputs(batch.teacher, self.student_taps)",
-            "data/test_teacher_context.py::test_the_loss_of_a_run_is_that_of_two_inputs_built_by_hand",
+            "data/test_teacher_context_runs.py::test_the_loss_of_a_run_is_that_of_two_inputs_built_by_hand",
         ),
     ),
     *in_file(
