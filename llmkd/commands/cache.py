@@ -25,24 +25,24 @@ from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared
 from ..training.shutdown import ShutdownRequest
-from .cache_selection import select_teachers, shard_plan, teacher_examples
+from .cache_selection import MISSING, select_teachers, shard_plan, teacher_examples
 
 
 def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
     """Write every cache that the recipe's teachers name, and return their folders.
 
     `import_file`: a file of log-probabilities from elsewhere, for the one teacher that has a cache. Raises UserError, or Stopped when
-    a signal arrived; finished shards are kept.
+    a signal arrived; finished shards are kept. `stop`: a request that is entered already.
     """
     from ..training.launch import start
     from .cache_import import import_cache
 
-    missing = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
-    prepared, sources = select_teachers(recipe, lambda teacher: teacher.cache, missing, import_file)
+    prepared, sources = select_teachers(recipe, lambda teacher: teacher.cache, MISSING, import_file)
     accelerator = start()
     if import_file:
         return [import_cache(recipe, prepared, sources, import_file, accelerator)]
-    with stop or ShutdownRequest("finishing this batch; finished shards are kept") as stop, contextlib.ExitStack() as locks:
+    entered = contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing this batch; finished shards are kept")
+    with entered as stop, contextlib.ExitStack() as locks:
         return [write(recipe, prepared, source, accelerator, stop, locks) for source in sources]
 
 

@@ -16,6 +16,21 @@ from ..teachers.cache.import_lines import refuse_unreadable
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, check_early, prepare
 
+#: What is said of a recipe without a cache that could be written.
+MISSING = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
+
+
+def refuse_without_cache(recipe: Recipe) -> None:
+    """UserError where a recipe names no cache, or uses no teacher: known from its settings alone."""
+    if not any(teacher.cache for _, teacher in with_setting_names(recipe.teacher, "teacher")):
+        raise UserError(MISSING)
+    _refuse_without_teacher(recipe)
+
+
+def _refuse_without_teacher(recipe: Recipe) -> None:
+    if not recipe.loss.kd_ratio:
+        raise UserError("loss.kd_ratio: found 0, with which no teacher is used; leave it out here")
+
 
 def select_teachers(
     recipe: Recipe, wanted: Callable[[Teacher], object], missing: str, import_file: str | None = None
@@ -32,8 +47,7 @@ def select_teachers(
             raise UserError(f"{setting}.model: not given; name the teacher whose outputs {teacher.cache.path} is to hold")
     if recipe.data.streaming:
         raise UserError("data.streaming: found true, and a teacher cache needs all rows beforehand; set it to false")
-    if not recipe.loss.kd_ratio:
-        raise UserError("loss.kd_ratio: found 0, with which no teacher is used; leave it out here")
+    _refuse_without_teacher(recipe)
     for setting, teacher in named:
         if teacher.cache and wanted(teacher):
             check_cache_settings(teacher.cache, f"{setting}.cache")

@@ -18,6 +18,8 @@ from ..training.environment import check_environment
 from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
+from .cache import cache
+from .cache_selection import refuse_without_cache
 from .make import make_of_stage, overrides_of, run_make
 
 
@@ -32,7 +34,12 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
         raise UserError(f"output_dir: {folder} holds a finished pipeline; choose another folder by --output_dir, or remove it")
     for number, name in enumerate(pipeline.stages, 1):
         info(f"\n[{number}/{len(pipeline.stages)}] {name}")
-        run(recipes[name], resume) if name in recipes else run_make(makes[name])
+        if name in makes:
+            run_make(makes[name])
+        elif pipeline.stages[name].cache:
+            cache(recipes[name])
+        else:
+            run(recipes[name], resume)
     held_out = ", ".join(source.path for source in as_tuple(recipes[pipeline.students[0]].data.validation))
     info(f"\ncomparing on {held_out}")
     results = compare(pipeline, recipes)
@@ -57,7 +64,9 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
         try:
             changes = place_changes(stage.set, str(config.parent), pipeline.output_dir)
             changes |= overrides | {"output_dir": f"{pipeline.output_dir}/{name}"}
-            recipes[name] = load_recipe(stage.recipe, changes, check_inputs=True, written_later=pipeline.output_dir)
+            recipes[name] = load_recipe(stage.recipe or stage.cache, changes, check_inputs=True, written_later=pipeline.output_dir)
+            if stage.cache:
+                refuse_without_cache(recipes[name])
         except UserError as error:
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:

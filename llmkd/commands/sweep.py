@@ -34,6 +34,8 @@ from ..training.launch import start
 from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
+from .cache import cache
+from .cache_selection import refuse_without_cache
 from .make import make_of_stage, run_make
 from .sweep_state import Group, SweepState
 
@@ -51,25 +53,30 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     specs = {spec.name: spec for spec in expand(sweep)}
     load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
     recipes = load.recipes()  # every problem before anything runs
-    load.makes()
+    load.makes(), load.caches()
     check_recipes_unchanged(recipes)
     if sweep.eval.tasks and sweep.eval.chat_template:
         refuse_without_template(recipes)
     state = SweepState(folder, sweep, specs, resume)
-    for recipe in (*load.stages().values(), *(recipes[name] for name in recipes if state.is_waiting(name))):
+    for recipe in (*load.stages().values(), *load.caches().values(), *(recipes[name] for name in recipes if state.is_waiting(name))):
         refuse_absent(used_teachers(recipe), recipe.data)
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
         with state.lock():
-            stages, makes = load.stages(), load.makes()
+            stages, makes, caches = load.stages(), load.makes(), load.caches()
             if sweep.stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
                 info(f"{count(len(sweep.stages), 'stage')} first ({', '.join(sweep.stages)}), then {count(len(specs), 'arm')}")
             for name in sweep.stages:
-                if name in makes or not RunFolder(stages[name], True).finished:
+                if name not in stages or not RunFolder(stages[name], True).finished:
                     info(f"\nstage {name}")
                 before = time.monotonic()
                 try:
-                    run(stages[name], resume, stop) if name in stages else run_make(makes[name], stop=stop)
+                    if name in stages:
+                        run(stages[name], resume, stop)
+                    elif name in makes:
+                        run_make(makes[name], stop=stop)
+                    else:
+                        cache(caches[name], stop=stop)
                 finally:
                     state.record_stage(name, time.monotonic() - before)
             recipes = load.recipes()
@@ -185,6 +192,18 @@ class SweepRecipes:
         """The recipes of the stages that train."""
         return self._of_stages(lambda name, stage: self._load(stage.recipe, stage.set, f"stages/{name}") if stage.recipe else None)
 
+    def caches(self) -> dict[str, Recipe]:
+        """The recipes of the stages that write their teachers' caches."""
+
+        def load(name: str, stage: Stage) -> Recipe | None:
+            if not stage.cache:
+                return None
+            recipe = self._load(stage.cache, stage.set, f"stages/{name}")
+            refuse_without_cache(recipe)
+            return recipe
+
+        return self._of_stages(load)
+
     def makes(self) -> dict[str, MakeSettings]:
         """The settings of the stages that make data."""
         output_dir = self.sweep.output_dir
@@ -245,6 +264,8 @@ def group_arms(
 ) -> list[Group]:
     """Which of the waiting arms train together: those with the same data, base and teacher. In each group arms that distil come first.
 
+    All groups of the first seed come first, so that a sweep that is stopped early has compared all its arms with that seed.
+
     files_of   finds a student's files
     """
     waiting = list(recipes) if waiting is None else waiting
@@ -265,7 +286,9 @@ def group_arms(
         for part in _with_common_checkpoint(names, recipes):
             count = -(-len(part) // (students_per_teacher or len(part)))
             out += [Group(part[i::count]) for i in range(count)]  # dealt, so that arms that do not distil are among others that do
-    return [Group(g.arms, None if len(g.arms) > 1 else "no waiting arm has the same data and base") for g in out] + alone
+    groups = [Group(g.arms, None if len(g.arms) > 1 else "no waiting arm has the same data and base") for g in out] + alone
+    seeds = list(dict.fromkeys(recipes[name].seed for name in recipes))
+    return sorted(groups, key=lambda group: seeds.index(recipes[group.arms[0]].seed))  # stable
 
 
 def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:

@@ -28,10 +28,12 @@ def keys_of(dotted: str) -> tuple[str | int, ...]:
     return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
 
 
-def replaced(value: typing.Any, old: str, new: str) -> typing.Any:
-    """A copy with `old` replaced by `new` in every text, at any depth."""
+def replaced(value: typing.Any, old: str, new: str | int) -> typing.Any:
+    """A copy with `old` replaced by `new` in every text, at any depth. Of a number, a text that is `old` and nothing else becomes that number."""
     if isinstance(value, dict):
         return {key: replaced(inner, old, new) for key, inner in value.items()}
     if isinstance(value, list):
         return [replaced(inner, old, new) for inner in value]
+    if isinstance(new, int):
+        return new if value == old else replaced(value, old, str(new))
     return value.replace(old, new) if isinstance(value, str) and old in value and new else value

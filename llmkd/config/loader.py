@@ -173,9 +173,9 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
         if name not in pipeline.stages
     ]
     problems += [
-        f"{where((setting,))}: found {name}, which is a stage of llmkd make, and trains no model"
+        f"{where((setting,))}: found {name}, which is a stage of llmkd {'make' if pipeline.stages[name].make else 'cache'}, and trains no model"
         for setting, name in named
-        if name in pipeline.stages and pipeline.stages[name].make
+        if name in pipeline.stages and not pipeline.stages[name].trains
     ]
     if problems := problems + _bad_stages(pipeline, path, lines):
         raise UserError(*problems)
@@ -188,7 +188,7 @@ def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) ->
     named = [
         (keys, mapping[key])
         for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded))
-        if key in ("recipe", "make")
+        if key in ("recipe", "make", "cache")
     ]
     problems = []
     for keys, recipe in named:
@@ -206,9 +206,11 @@ def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> li
 def _bad_stage(name: str, stage: Stage) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         return "a stage's name has letters, digits, '.', '_' and '-' only"
-    if (stage.recipe is None) == (stage.make is None):
-        return "a stage has a recipe, or a file of llmkd make in its place (make:); " + ("give one" if not stage.make else "keep one")
-    return None
+    given = sum(one is not None for one in (stage.recipe, stage.make, stage.cache))
+    if given == 1:
+        return None
+    others = "in its place a file of llmkd make (make:) or a recipe whose caches are written (cache:)"
+    return f"a stage has a recipe, or {others}; {'keep one' if given else 'give one'}"
 
 
 def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:

@@ -3,7 +3,7 @@
 What is read (models, tokenizers, data, other recipes) is relative to the file that names it. What is written (`output_dir`,
 `teacher.cache.path`, `data.cache_dir`) is relative to the working folder, as is everything given on the command line. A path that
 begins with `{cwd}` is relative to the working folder in every setting: so a recipe can read the output of an earlier run.
-`~`, `$NAME` and `${NAME}` are expanded. A name that can be one of the hub, and is no file or folder beside the recipe, is left to
+`~`, `$NAME`, `${NAME}` and `${NAME:-default}` are expanded. A name that can be one of the hub, and is no file or folder beside the recipe, is left to
 the hub. Which settings are paths is declared at their fields: see `fields.path_to`.
 """
 
@@ -118,12 +118,14 @@ def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "", ki
 
 def _expand(value: str) -> str:
     def variable(match: re.Match) -> str:
-        name = match[1] or match[2]
+        name, default = match[1] or match[2], match[3]
+        if default is not None:
+            return os.environ.get(name) or default
         if name not in os.environ:
             raise ValueError(f"found {value}, and the environment variable {name} is not set; set it, or write the path out")
         return os.environ[name]
 
-    text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", variable, value))
+    text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::-([^{}]+))?\})", variable, value))
     if text.startswith("~") and not os.path.lexists(text):
         raise ValueError(f"found {value}, and no home folder of that name is known; set HOME, or write the path out")
     if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd|seed)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name

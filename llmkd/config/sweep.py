@@ -22,7 +22,16 @@ class Stage:
     make: str | None = path_to(
         "file", None, description="Instead of a recipe: a file of llmkd make, whose data later stages and runs train on."
     )
+    cache: str | None = path_to(
+        "file",
+        None,
+        description="Instead of a recipe that is trained: one whose teacher caches are written, which later stages and runs read.",
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="Changes to the settings of the recipe, or of make, by dotted path.")
+
+    @property
+    def trains(self) -> bool:
+        return self.recipe is not None
 
 
 @config_dataclass
@@ -89,7 +98,7 @@ def expand(sweep: Sweep) -> list[ArmSpec]:
     for arm, changes in (*_combined(grid, alone=not sweep.arms), *sweep.arms.items()):
         for seed in seeds or [changes.get("seed")]:
             own = {} if seed is None else {"seed": seed}
-            of_seed = changes if seed is None else replaced(changes, "{seed}", str(seed))
+            of_seed = changes if seed is None else replaced(changes, "{seed}", seed)
             out.append(ArmSpec(f"{arm}_seed-{seed}" if len(seeds) > 1 else arm, arm, seed, of_seed | own))
     return out
 

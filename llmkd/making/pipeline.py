@@ -16,13 +16,14 @@ from typing import Any
 
 from ..config.make import MakeSettings, StageSettings, dump_make
 from ..config.make import Writer as WriterSettings
-from ..console import count, info, progress_bar, table, warn
+from ..console import count, info, table, warn
 from ..errors import UserError
 from ..files import sha256_file, write_atomic, write_sealed
 from ..rollouts.sampling import Sampling
 from .answers import NAME, Answers
 from .asks import CUT, Answer, Ask, estimated_tokens
 from .card import data_card
+from .progress import shown
 from .prompts import NO_PROMPTS, Prompts, has_prompts, load_prompts
 from .registry import STAGES
 from .rows import Row, has_answer
@@ -170,7 +171,8 @@ class Pipeline:
                 )
             wanted = {ask.key for ask in allowed} | known.keys() | found.keys()
             these = [ask for ask in different.values() if ask.key in wanted]
-            for ask, said in progress_bar(one.label)(self.writer.write(these, known.keys() | found.keys())):
+            written = self.writer.write(these, known.keys() | found.keys())
+            for ask, said in shown(written, one.label, len(allowed), "answer", tokens=lambda pair: pair[1].tokens):
                 if said.problem is None:
                     self.answers.add(ask, said)
                 else:

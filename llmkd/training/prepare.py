@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
-from ..config.recipe import Data, Recipe, Source, Student, Teacher, Train, used_teachers
+from ..config.recipe import Data, Recipe, Source, Student, Teacher, Train, distils, used_teachers
 from ..config.schedule import refuse_long_schedule
 from ..console import info
 from ..data.batch_source import PlannedSource, TrainingSource
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     )
     if data.validation is not None:
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
-    check_caches_cover(recipe.data, models.teachers, tokenizer, data)
+    check_caches_cover(recipe, models.teachers, tokenizer, data)
     report_writers(recipe.data, models.teachers)
     refuse_nothing_to_learn(recipe.teacher, recipe.loss.kd_ratio, recipe.data.streaming, data.train)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
@@ -293,12 +293,13 @@ def _joined(name: str, parts: list[Dataset]) -> Dataset | None:
     return join(name, parts)
 
 
-def check_caches_cover(settings: Data, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
-    """UserError where a teacher cache lacks examples that it is to answer."""
-    parts = {"data.train": (data.train, data.places), "the held-out rows": (data.validation, data.validation_places)}
+def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
+    """UserError where a teacher cache lacks examples that it is to answer: training rows only where the student learns from the teacher."""
+    parts = {"data.train": (data.train, data.places)} if distils(recipe) else {}
+    parts |= {"the held-out rows": (data.validation, data.validation_places)}
     for number, teacher in enumerate(teachers):
         if teacher.cache:
-            check_coverage(teacher, number, parts, provenance(settings, teacher, tokenizer, data.identity))
+            check_coverage(teacher, number, parts, provenance(recipe.data, teacher, tokenizer, data.identity))
 
 
 def signal_use(recipe: Recipe) -> SignalUse:

@@ -63,7 +63,7 @@ def test_a_pipeline_checks_the_files_of_all_its_stages_first_and_gives_each_its_
     assert (run.data.train.path, run.seed, run.optim.lr) == (str(tmp_path / "pipe/data/train.jsonl"), 4, 1e-3)
     for stages, message in (
         ({"first": recipe, "data": {"make": "no.yaml"}}, "stages.data.make: there is no file"),
-        ({"first": recipe, "data": {}}, "stages.data: a stage has a recipe, or a file of llmkd make in its place"),
+        ({"first": recipe, "data": {}}, "stages.data: a stage has a recipe, or in its place a file of llmkd make"),
         ({"first": {"make": "make.yaml"}}, "teacher: found first, which is a stage of llmkd make, and trains no model"),
     ):
         with pytest.raises(UserError, match=message):

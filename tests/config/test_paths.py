@@ -96,6 +96,17 @@ def test_home_and_variables_are_expanded(place, tmp_path, monkeypatch):
     assert place(overrides={"data.train.path": "$ROWS/rows.jsonl"}).data.train.path == str(tmp_path / "recipes/rows.jsonl")
 
 
+def test_a_variable_has_a_default_as_in_a_shell(place, tmp_path, monkeypatch):
+    monkeypatch.delenv("SMALL", raising=False)
+    written = "student: {model: '${SMALL:-owner/small}'}\ndata: {train: {path: '${ROWS:-./rows.jsonl}'}}"
+    assert place(written).student.model == "owner/small"  # of the hub
+    assert os.path.samefile(place(written).data.train.path, tmp_path / "recipes/rows.jsonl")  # a default is relative to the recipe
+    monkeypatch.setenv("SMALL", "")
+    assert place(written).student.model == "owner/small"
+    monkeypatch.setenv("SMALL", str(tmp_path / "recipes/models/base"))
+    assert place(written).student.model == str(tmp_path / "recipes/models/base")
+
+
 @pytest.mark.parametrize("path", ["output_dir", "student.model", "data.train.path", "data.cache_dir"])
 def test_a_home_that_is_not_known_is_refused(place, path):
     text = problem(place, overrides={path: "~no-such-user/x"})

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...config.make_score import Score as Settings
-from ...console import progress_bar
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
 from ..computed import Computed, key_of
+from ..progress import shown
 from ..prompts import Prompts
 from ..rows import Message, Row
 from ..scores.scorer import Scorer
@@ -43,7 +43,7 @@ class Score:
             from ..scores.measuring import Measuring
 
             measuring = Measuring(self.models, self.settings)
-        for key, chunk in progress_bar(work.label)(list(zip(keys, chunks, strict=True))):
+        for key, chunk in shown(zip(keys, chunks, strict=True), work.label, len(answered), "row", size=lambda pair: len(pair[1])):
             if key not in computed.values:
                 computed.put(key, measuring.scores(chunk, self._backwards(chunk, work.prompts)))
             for row, found in zip(chunk, computed.values[key], strict=True):

@@ -63,6 +63,17 @@ FAULTS = [
         ("edited-data-are-lost", "data that were changed are written over", "sha256_file(folder / name) != digest", "False", PIPELINE),
     ),
     *in_file(
+        "llmkd/making/progress.py",
+        (
+            "all-the-time-is-left",
+            "what is done counts as left",
+            "spent / done * (total - done)",
+            "spent / done * total",
+            "making/test_progress.py",
+        ),
+        ("batches-are-one", "a batch counts as one row", "done += size(item)", "done += 1", "making/test_progress.py"),
+    ),
+    *in_file(
         "llmkd/making/writers/api.py",
         ("key-in-an-answer", "an answer that holds the key is kept", 'self.server.holds_key(f"{text}\\n{finish}")', "False", WRITERS),
         ("no-end-of-asking", "a stop is not followed", "and not end.asked", "and True", WRITERS),

@@ -64,12 +64,49 @@ FAULTS = [
         ("all-marked-clean", "a wrong answer is marked as a right one", '{"clean": i not in wrong}', '{"clean": True}', WHERE),
     ),
     *in_file(
+        "llmkd/config/paths.py",
+        (
+            "default-wins",
+            "a variable that is set does not count where there is a default",
+            "os.environ.get(name) or default",
+            "default",
+            "config/test_paths.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/training/prepare.py",
+        (
+            "rows-of-nobody",
+            "a cache lacks training rows of an arm that does not learn from it",
+            '{"data.train": (data.train, data.places)} if distils(recipe) else {}',
+            '{"data.train": (data.train, data.places)}',
+            SWEEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/commands/sweep.py",
+        (
+            "arms-before-seeds",
+            "all seeds of an arm come before the next arm",
+            "key=lambda group: seeds.index(recipes[group.arms[0]].seed)",
+            "key=lambda group: 0",
+            SWEEP,
+        ),
+    ),
+    *in_file(
         "llmkd/config/sweep.py",
         (
             "one-seed",
             "every arm has the path of the first seed",
+            'replaced(changes, "{seed}", seed)',
+            'replaced(changes, "{seed}", seeds[0])',
+            SWEEP,
+        ),
+        (
+            "seed-as-text",
+            "a number that is the seed is a text",
+            'replaced(changes, "{seed}", seed)',
             'replaced(changes, "{seed}", str(seed))',
-            'replaced(changes, "{seed}", str(seeds[0]))',
             SWEEP,
         ),
     ),
