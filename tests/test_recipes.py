@@ -18,7 +18,9 @@ README = (REPO / "recipes/README.md").read_text()
 KINDS = ("recipe", "pipeline", "sweep", "make")
 RECIPES, PIPELINES, SWEEPS, MAKES = ([path for path in FILES if loader.file_kind(path) == kind] for kind in KINDS)
 OF_THE_HUB = [
-    path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small", "features", "two_stage", "on_policy")
+    path
+    for path in RECIPES
+    if path.parent.name not in ("recipes", "quickstart", "ablation_small", "features", "two_stage", "on_policy", "imitation_smollm2")
 ]
 STAGED = [path for path in OF_THE_HUB if path.parent.name not in ("gpt2_1.5b_to_120m", "qwen3_8b_to_1.7b")]  # with a table of their memory
 
