@@ -115,6 +115,8 @@ def on_main_process(accelerator, action):
 
         broadcast_object_list(found)
     if found[1]:
+        # Oddity: an attribute on any exception, as above.
+        found[1].every_rank = True
         raise found[1]
     return found[0]
 
@@ -156,8 +158,12 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     text, code = _in_words(caught, again)
     if (saved := getattr(caught, "saved", None)) is not None:
         text = _with_last_checkpoint(text, saved)
+    rank_messages.tell_launcher(text)
     alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
-    for line in text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else ():
+    lines = text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else []
+    if lines and not alike and not getattr(caught, "every_rank", False) and (which := rank_messages.which_process()):
+        lines.append(f"this was in {which}")
+    for line in lines:
         print(f"llmkd: {printable(line)}", file=sys.stderr)
     return code
 

@@ -37,38 +37,23 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                     (f"{path}.{name}", *_asked(path, one)),
                     f"found {value}, which a sharded teacher cannot have; set {path}.shard: none, or leave it out",
                 )
-    if sharded_student(train):
-        where = "train.shard"
-    elif teachers:
-        where = f"{teachers[0][0]}.shard"
-    else:
-        return
-    both = [
-        ("train.compile", train.compile, "no test holds compiled layers that are sharded yet"),
-        (
-            "train.micro_batch_tokens",
-            train.micro_batch_tokens == "auto" and "auto",
-            "memory that runs out on one process leaves the others waiting",
-        ),
-        (
-            "on_policy.engine",
-            recipe.on_policy and recipe.on_policy.engine != "local" and "settings",
-            "one process alone pushes the adapter and asks the models",
-        ),
-    ]
     own = [
         ("student.quantization.type", _uncut(student.quantization), "the scales of 8-bit weights are not cut with them; use nf4"),
         ("optim.name", recipe.optim.name != "adamw" and recipe.optim.name, "bitsandbytes takes whole weights; use adamw"),
+        (
+            "on_policy.engine",
+            recipe.on_policy and recipe.on_policy.engine != "local" and "settings",
+            "one process alone compares the server with the student; train.shard: none goes, also with a sharded teacher",
+        ),
     ]
-    for path, value, why in [*both, *(own if sharded_student(train) else ())]:
+    for path, value, why in own if sharded_student(train) else ():
         if value:
-            found = "true" if value is True else value
-            yield (path, where), f"found {found} with {where}: full, where {why}; leave one of them out"
+            yield (path, "train.shard"), f"found {value} with train.shard: full, where {why}; leave one of them out"
 
 
 def _uncut(quantization) -> str | None:
-    """The type of quantised weights that cannot be sharded; those in 4 bit can."""
-    return quantization.type if quantization and quantization.type not in ("nf4", "fp4") else None
+    """The type of quantised weights that cannot be sharded: bitsandbytes' in 8 bit."""
+    return quantization.type if quantization and quantization.type == "int8" else None
 
 
 def _asked(path: str, teacher) -> tuple[str, ...]:

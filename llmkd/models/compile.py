@@ -5,9 +5,9 @@ from torch import Tensor
 
 from ..batch import PackedLayout, View
 from ..errors import UserError, brief
-from ..head import widen
 from .families import layers_of
-from .probe import probe_ids, relative_gap
+from .probe import hidden_and_gradients, probe_ids, relative_gap
+from .sharding import all_agree
 from .startup_checks import tolerance
 
 BACKEND = "inductor"
@@ -39,7 +39,7 @@ def configure_torch_compile(device: torch.device) -> None:
 def compile_layers(model, setting: str, packing: bool) -> None:
     """Compile the layers of a `LanguageModel`. UserError where its results on a batch of the run's form are not those of the eager model.
 
-    No module gets another name or parent. Where several students share modules, each is compared by itself.
+    No module gets another name or parent. Of a sharded model the hooks that gather a layer's weights stay outside of what is compiled. Where several students share modules, each is compared by itself.
     """
     layers, family = layers_of(model.base_model), model.base_model.config.model_type
     if layers is None:
@@ -54,7 +54,7 @@ def compile_layers(model, setting: str, packing: bool) -> None:
     except Exception as error:
         raise UserError(f"train.compile: {setting} ({family}) cannot be compiled ({brief(error)}); set train.compile: false") from error
     off = max(relative_gap(whole[:1], found[:1]), relative_gap(whole[1:], found[1:]) / 10)
-    if not off <= max(tolerance(model), 1e-5):  # norms are in float32, whatever the rest is
+    if not all_agree(model.model, off <= max(tolerance(model), 1e-5)):  # norms are in float32, whatever the rest is
         raise UserError(f"train.compile: {setting} ({family}), compiled, differs by {off:.2g} of its values; set train.compile: false")
 
 
@@ -68,9 +68,6 @@ def _results(model, packing: bool) -> list[Tensor]:
         inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=device).repeat(2)[None]}
         packed = PackedLayout.of([T, T]).each(lambda x: x.to(device))
     places = torch.arange(2 * T, device=device)
-    parameters = list(model.trainable().values())
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(bool(parameters)):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        hidden_NH = model.hidden(View(inputs, places[places % 3 > 0], packed))
-        grads = torch.autograd.grad(widen(hidden_NH).cos().sum(), parameters, allow_unused=True) if parameters else ()
-    return [hidden_NH.detach(), *(g for g in grads if g is not None)]
+        return hidden_and_gradients(model, View(inputs, places[places % 3 > 0], packed))

@@ -124,7 +124,8 @@ class LanguageModel(nn.Module):
         self.set_active_adapter()
         if self.dropout_masks:
             self.dropout_masks.begin(view)
-        autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
+        # Without autocast's cache of weights, each of which is read once: it would hold all of them in a second type until the pass has ended.
+        autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
         base, last = self.base_model, None if taps.queries else self.capabilities.last_layer
         within = at_rows(last, view), tapped(base, taps.layers, view.rows_N), attention_tapped(base, taps.attention)
         with autocast, no_packing_detection(view), within[0], within[1] as layers, within[2] as attention:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import View
-from ..head import widen
 from .activation_checkpointing import is_recomputed
 from .families import layers_of
-from .parts import local
-from .probe import probe_ids, relative_gap
+from .probe import hidden_and_gradients, probe_ids, relative_gap
 from .sharding import all_agree
 
 #: Modules of a layer that need a position's input for that position's output alone, [*, in] -> [*, out].
@@ -142,17 +140,9 @@ def put_on(base: nn.Module) -> LastLayer | None:
 def _is_exact(model, last: LastLayer, tolerance: float) -> bool:
     rows_N = torch.tensor([0, 3, 4, 7, 10, 14, 17, 22], device=model.device)
     view = View({"input_ids": probe_ids(model.head.vocab, model.device)}, rows_N)
-    parameters = list(model.trainable().values())
 
     def results(hooks: LastLayer | None) -> list[Tensor]:
-        tried = model.replaced(capabilities=dataclasses.replace(model.capabilities, last_layer=hooks))
-        with torch.set_grad_enabled(bool(parameters)):
-            hidden_NH = tried.hidden(view)
-            if parameters:  # sharded ones are no leaves of the graph, and get their gradients by a whole backward pass alone
-                widen(hidden_NH).cos().sum().backward()
-            grads = [p.grad for p in parameters if p.grad is not None]
-            model.zero_grad(set_to_none=True)
-        return [hidden_NH.detach(), *(part for part in map(local, grads) if part.numel())]  # of few rows a process may have none
+        return hidden_and_gradients(model.replaced(capabilities=dataclasses.replace(model.capabilities, last_layer=hooks)), view)
 
     whole, part = results(None), results(last)
     with last.filled_with(1.0):

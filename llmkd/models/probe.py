@@ -6,6 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..batch import View
+from ..head import widen
+from .parts import local
+
 
 def probe_ids(vocab: int, device: torch.device | str = "cpu", length: int = 12) -> Tensor:
     """Token ids [2, length], spread over the vocabulary: (7 i + 3) mod V at the i-th position of both rows together."""
@@ -28,3 +32,16 @@ def relative_gap(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     size = max((x.abs().max().item() for x in these), default=0.0)
     gap = max(((x - y).abs().max().item() for x, y in zip(these, those, strict=True)), default=0.0)
     return gap / max(size, 1e-30) if math.isfinite(gap) else math.inf
+
+
+def hidden_and_gradients(model, view: View) -> list[Tensor]:
+    """Hidden states [N, H] of a `LanguageModel` at the view's rows, and, where it trains, the gradients of the sum of their cosines: of sharded
+    parameters this process's parts, those without a row left out. No gradient is left behind."""
+    parameters = list(model.trainable().values())
+    with torch.set_grad_enabled(bool(parameters)):
+        hidden_NH = model.hidden(view)
+        if parameters:  # sharded ones are no leaves of the graph, and get their gradients by a whole backward pass alone
+            widen(hidden_NH).cos().sum().backward()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+    return [hidden_NH.detach(), *(part for part in map(local, grads) if part.numel())]

@@ -20,13 +20,17 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the student's layers and of the rest of it, with adapters; of what trains; of the teachers' layers and of the rest of them."""
+    """Bytes of the student's layers and of the rest of it, with adapters; of what trains; of the teachers' layers and of the rest of them.
+
+    all_train   a sharded student's gradients are then exchanged after every micro-batch
+    """
 
     layers: float
     rest: float
     trained: float
     teacher_layers: float
     teacher_rest: float
+    all_train: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def sizes_of(recipe: Recipe, found: Found) -> Sizes:
         layers, rest = _parted(student.base_model)
         trained = sum(p.nbytes for p in student.trainable().values())
         teachers = [_parted(build_teacher(one, config, name, found.vocab, _ALL, 0).base_model) for name, one, config in found.live]
-    return Sizes(layers, rest, trained, sum(a for a, _ in teachers), sum(b for _, b in teachers))
+    of_teachers = sum(a for a, _ in teachers), sum(b for _, b in teachers)
+    return Sizes(layers, rest, trained, *of_teachers, recipe.student.method == "full")
 
 
 def _parted(model) -> tuple[float, float]:
@@ -71,13 +76,15 @@ def exchanged(sizes: Sizes, sharded: tuple[bool, bool], micro_batches: int) -> E
     """Of one step of so many micro-batches on each process.
 
     A sharded student's layers come together in every forward and every backward pass, the rest once for both, and its gradients are added up
-    once a step; a whole one's gradients are averaged once. A sharded teacher's layers come together in every pass, the rest in the first.
+    once a step, or after every micro-batch where all of it trains; a whole one's gradients are averaged once. A sharded teacher's layers come
+    together in every pass, the rest in the first.
 
     sharded   whether the student is, and whether the teachers are
     """
     student, teacher = sharded
     gathered = micro_batches * (student * (2 * sizes.layers + sizes.rest) + teacher * sizes.teacher_layers)
-    return Exchanged(gathered, student * sizes.trained, (not student) * sizes.trained, teacher * sizes.teacher_rest)
+    reduced = student * sizes.trained * (micro_batches if sizes.all_train else 1)
+    return Exchanged(gathered, reduced, (not student) * sizes.trained, teacher * sizes.teacher_rest)
 
 
 def how_sharded(recipe: Recipe, found: Found) -> tuple[bool, bool]:

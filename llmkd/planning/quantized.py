@@ -27,8 +27,11 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, settings: Quantization):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        size = bytes_of(linear.weight.numel(), linear.out_features, settings)
-        self.held = nn.Parameter(torch.empty(size, dtype=torch.uint8, device=linear.weight.device), requires_grad=False)
+        size, device = bytes_of(linear.weight.numel(), linear.out_features, settings), linear.weight.device
+        weights = -(-linear.weight.numel() // (1 if settings.type == "int8" else 2))
+        self.held = nn.Parameter(torch.empty(weights, dtype=torch.uint8, device=device), requires_grad=False)
+        scales = torch.empty(size - weights, dtype=torch.uint8, device=device)
+        self.register_buffer("scales", scales)  # whole in every process, as bitsandbytes' are
         self.bias, self.rounds = linear.bias, settings.type == "int8"
         self.requires_grad_(False).train(linear.training)
 

@@ -111,7 +111,7 @@ def watched_step(
     gradients   those of micro-batches before it in its step are there
     before      called when all is there and the step begins
 
-    Of a sharded student the gradients of earlier micro-batches are whole: the step then has two micro-batches.
+    Of a sharded student the gradients of earlier micro-batches may be whole: the step then has two micro-batches. Operations are of one.
     Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
     """
     memory = all_there(ready, round_to)
@@ -134,6 +134,8 @@ def watched_step(
             contextlib.closing(train(source, ready.students, teacher, accelerator, hooks=StepHooks(wants_metrics=_never))) as steps,
         ):
             next(steps)
+        for phase in memory.phases.values():
+            phase.flops //= 1 + twice
         return memory.phases
 
 

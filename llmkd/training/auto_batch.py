@@ -17,6 +17,7 @@ from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
 from ..data.examples import Draw, Examples
 from ..errors import UserError
 from ..losses.fused import LEAST_ROWS, MOST_ROWS
+from ..models.parts import local
 from ..process.machine_errors import is_out_of_memory
 from ..signals import Teacher
 from ..teachers.live import LiveTeacher
@@ -52,6 +53,7 @@ class AutoBatchSize:
     `measure` finds it before the first step; called as the loop's `retry_on_oom`, this lowers it when memory runs out.
 
     chunked   distillers whose chunks may be made smaller too
+    together  the processes compute every pass together, since a model is sharded: memory must not run out on one of them
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class AutoBatchSize:
         accelerator,
         info,
         chunked: list[Distiller] | None = None,
+        together: bool = False,
     ):
         self.source, self.students, self.teacher, self.accelerator = source, students, teacher, accelerator
-        self.info, self.chunked = info, chunked or []
+        self.info, self.chunked, self.together = info, chunked or [], together
 
     @property
     def budget(self) -> TokenBudget:
@@ -78,6 +81,9 @@ class AutoBatchSize:
 
         It has no side effects: gradients are dropped, random states restored, and the optimizer takes no step (room for its state is
         reserved). All processes use the smallest budget found. UserError if not even the longest example fits.
+
+        Where they compute together, each size is tried by all of them, and the next, which takes twice as much at most, only where that
+        fits on every one.
         """
         ranks = self.accelerator.num_processes
         share = math.ceil(batch_size / ranks)  # no rank has more of a step in one piece
@@ -88,7 +94,8 @@ class AutoBatchSize:
         chunks: list[str] = []
         longest, bound = int(lengths[0]), min(self._most_tokens, self.budget.of(lengths))
         gauge, tokens, found, taken = memory_gauge(self.accelerator.device), longest, 0, 0
-        room = gauge.room - sum(2 * p.nbytes for one in self.students if not one.optimizer.state for p in one.parameters.values())
+        room = gauge.room - sum(2 * local(p).nbytes for one in self.students if not one.optimizer.state for p in one.parameters.values())
+        cautious, room = gauge.cautious or self.together, self._least(room)
         with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
             while True:
                 held = np.cumsum(lengths) if self.budget.packing else longest * np.arange(1, len(lengths) + 1)
@@ -96,10 +103,10 @@ class AutoBatchSize:
                 fits = self._fits(worst, count)
                 while not fits and not found and (smaller := self._smaller_chunks()):
                     fits, chunks = self._fits(worst, count), smaller
-                if not fits or (peak := gauge.taken) > room:
+                if not fits or (peak := -self._least(-gauge.taken)) > room:
                     break
                 found, taken = tokens, peak
-                if tokens >= bound or (gauge.cautious and 2 * taken > room):
+                if tokens >= bound or (cautious and 2 * taken > room):
                     break
                 tokens = min(2 * tokens, bound)
         if ranks > 1:
@@ -115,6 +122,13 @@ class AutoBatchSize:
             f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){''.join(f', {one}' for one in chunks)}"
         )
 
+    def _least(self, number: float) -> float:
+        """Of all processes where they compute together; of this one otherwise."""
+        if not self.together:
+            return number
+        every = self.accelerator.gather(torch.tensor([number], dtype=torch.float64, device=self.accelerator.device))
+        return float(every.min())
+
     @property
     def _most_tokens(self) -> int:
         """The bound of what is tried. Only attention that does not know of examples computes all pairs of a packed row's positions."""
@@ -125,12 +139,11 @@ class AutoBatchSize:
         """Whether one micro-batch of the first `count` goes through."""
         try:
             batch = worst.batch(range(count), Draw(self.source.seed, 0, 0))
-            forward_backward(
-                batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
-            )
+            scale, sync = 1 / max(1, batch.num_targets), self.together  # sharded gradients that are not exchanged yet could not be dropped
+            forward_backward(batch, dict(enumerate(self.students)), self.teacher, 0, scale, self.accelerator, sync)
             return True
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self.together or not is_out_of_memory(error):
                 raise
             return False
         finally:

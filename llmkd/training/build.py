@@ -67,6 +67,7 @@ class TrainingSetup:
     done       steps done before, by the checkpoint that is resumed from
     watch      notices that the models' files are changed
     own_text   what an on-policy run measures of its student's own text
+    together   whether the processes compute every pass together, since a model is sharded
     """
 
     prepared: Prepared
@@ -77,6 +78,7 @@ class TrainingSetup:
     done: int
     watch: ModelWatch
     own_text: OwnText | None = None
+    together: bool = False
 
 
 def build_setup(
@@ -149,7 +151,7 @@ def build_setup(
     for k, student in enumerate(students if not done else ()):
         with attribute_to_student(k):
             start_terms(student, teacher, recipe.validation.micro_batch_size, device)
-    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text)
+    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text, bool(sharded))
 
 
 def average_students(students: list[StudentRun], models: dict[str, LanguageModel], teachers: list[tuple[str, TeacherSettings]]) -> None:

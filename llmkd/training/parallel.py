@@ -85,6 +85,7 @@ class Sharded(Replicated):
     def exchanging(self, distiller: nn.Module, accelerator, now: bool) -> contextlib.AbstractContextManager:
         from torch.distributed.fsdp import FSDPModule
 
+        now = now or distiller.student.adapter is None  # until they are exchanged gradients are whole: those of all weights would not fit
         for one in (reshard(distiller.student.model), *distiller.terms.modules()):
             if isinstance(one, FSDPModule):
                 one.set_requires_gradient_sync(now)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ..console import first_process
 from ..errors import Stopped
+from ..process.rank_messages import ending_with_others
 from .launcher import watch_launcher
 
 #: Windows knows only some of them.
@@ -47,6 +48,7 @@ class ShutdownRequest:
                 signal.signal(number, self._on_signal)
                 self._on_exit.callback(signal.signal, number, before)
         self._on_exit.enter_context(watch_launcher(lambda: self.asked or self._ask("the launcher has ended")))
+        self._on_exit.enter_context(ending_with_others())
         return self
 
     def __exit__(self, *_) -> None:

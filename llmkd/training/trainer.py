@@ -46,7 +46,7 @@ class Trainer:
         self.settings, self.accelerator, self.stop, self.main = settings, accelerator, stop, accelerator.is_main_process
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
-        self.own_text = setup.own_text
+        self.own_text, self.together = setup.own_text, setup.together
         self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop)
         self.timed: TimedTeacher | None = None
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
@@ -133,7 +133,7 @@ class Trainer:
     def auto_batch(self, states: list[StudentState], teacher: Teacher | None) -> Callable:
         """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`, which works with one process."""
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
-        auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked)
+        auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked, self.together)
         auto.measure(self.settings.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return auto if self.accelerator.num_processes == 1 else no_retry

@@ -4,12 +4,16 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import UserError
 from llmkd.models import compile as compilation
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, checked, load_students
+from llmkd.models.parts import is_part
+from llmkd.models.probe import hidden_and_gradients
+from llmkd.models.sharding import shard
 from llmkd.training.run import run
 from tests.conftest import distance
 from tests.kit.families import V, tiny
@@ -39,6 +43,28 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
     found = results(model, True, view())
     assert graphs() - before == 2, "another shape"
     assert max((found[name] - expected[name]).abs().max() for name in expected) == 0
+
+
+@pytest.fixture
+def mesh_of_one():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_layer_is_compiled_and_sharded(traced, mesh_of_one):
+    """What gathers its weights is no part of the code: the gradients of sharded weights are there, and those of the whole model."""
+    whole, cut = (LanguageModel(tiny("llama", num_hidden_layers=1), V - 6).train() for _ in range(2))
+    shard(cut.model, mesh_of_one, "student")
+    before = graphs()
+    compilation.compile_layers(cut, "student.model", packing=False)
+    assert graphs() - before == 1
+    for _ in range(2):
+        expected, found = hidden_and_gradients(whole, view()), hidden_and_gradients(cut, view())
+        assert len(found) == len(expected) == 1 + len(list(whole.parameters())) - 1, "all but the head's"
+        assert max((a - b).abs().max() for a, b in zip(expected, found, strict=True)) == 0
+    assert graphs() - before == 1 and all(is_part(p) for p in cut.parameters())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Plans of several processes, made by one: memory against what two real ones allocate, exchanges against what FSDP2 asks for."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -124,6 +125,7 @@ class Gathered(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{"student.method": "full", "student.lora": None}, {"student.gradient_checkpointing": True}], ids=str)
 def test_what_is_exchanged_is_what_fsdp_asks_for(world, tmp_path, changes):
+    """In one micro-batch, and in two of a step. Whole gradients are not kept until the second where all weights train."""
     recipe = _recipe(world, tmp_path / "out", FEW | changes | {"train.shard": "full"})
     found = find([recipe], tmp_path)
     with fake_ranks(2) as ranks, fake_tensors(False):
@@ -137,19 +139,85 @@ def test_what_is_exchanged_is_what_fsdp_asks_for(world, tmp_path, changes):
             ranks,
         )
         batch = work_of(found.data, recipe, 2).batch
-        with Gathered() as counted:
-            watched_step(ready, batch, False, ranks)
+        with Gathered() as one:
+            phases = watched_step(ready, batch, False, ranks)
+        with Gathered() as two:
+            of_two = watched_step(ready, batch, True, ranks)
     sizes = sizes_of(recipe, found)
     padded = pytest.approx(1, rel=0.02)  # rows are filled up to a multiple of two
-    once = exchanged(sizes, how_sharded(recipe, found), 1)
-    found = counted.gathered / (once.gathered + once.first), counted.reduced / once.reduced
-    assert found == (padded, padded), once
+    for counted, number in ((one, 1), (two, 2)):
+        said = exchanged(sizes, how_sharded(recipe, found), number)
+        first = said.first * (number == 1)  # what has come together stays
+        assert (counted.gathered / (said.gathered + first), counted.reduced / said.reduced) == (padded, padded), said
+    assert sum(phase.flops for phase in of_two.values()) == pytest.approx(sum(phase.flops for phase in phases.values()))  # of one of them
+
+
+V, P8, P70 = 128256, 8_030_261_248, 70_553_706_496  # Llama 3.1: entries, and the parameters that the models' pages give
+ROOT8, ROOT70 = (2 * V * width + width for width in (4096, 8192))  # embeddings, head and last norm
+
+
+def large(folder, changes: dict):
+    file = folder / "large.yaml"
+    recipe = {
+        "output_dir": str(folder / "out"),
+        "student": {"model": "meta-llama/Llama-3.1-8B-Instruct", "method": "full", "dtype": "bfloat16", "gradient_checkpointing": True},
+        "teacher": {"model": "meta-llama/Llama-3.1-70B-Instruct", "dtype": "bfloat16"},
+        "data": {"train": {"path": "nobody/has-it", "format": "alpaca", "chat_template": True}, "max_length": 2048},
+        "train": {"batch_size": 64, "micro_batch_size": 4, "max_steps": 100, "shard": "full"},
+    }
+    file.write_text(json.dumps(recipe))
+    return loader.load_recipe(file, changes)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_70b_and_a_student_of_8b_on_eight_gpus_by_hand(tmp_path):
+    """All of the student trains, in bfloat16, in two micro-batches of 4 x 2,047 tokens a step. Attention is causal: two products forward, five back."""
+    recipe, N = large(tmp_path, {}), 4 * 2047
+    found = plan([recipe], find([recipe], tmp_path), None, gpu=True, ranks=8)
+    by_hand = {
+        "teacher's weights": 2 * P70 / 8,
+        "trained": 2 * P8 / 8,
+        "gradients": 2 * P8 / 8,
+        "optimizer": 2 * 2 * P8 / 8,
+        "teacher's pass": 2 * ROOT70 + 2 * N * 8192,  # what stays gathered, and the hidden states
+    }
+    assert {name: found.parts[name] for name in by_hand} == pytest.approx(by_hand, rel=2e-3)
+    again = 31 / 32 * (P8 - ROOT8) - 31 * 4096 * 14336  # the last layer is not recomputed, nor is the last product of a layer
+    bodies = 2 * N * (P70 - ROOT70) + N * (6 * (P8 - ROOT8) + 2 * again)
+    heads = 2 * N * V * 8192 + 6 * N * V * 4096
+    attention = N * 2047 * (2 * 80 * 8192 + (7 * 32 + 2 * 31) * 4096)
+    assert sum(found.flops.values()) == pytest.approx(bodies + heads + attention, rel=1e-3)
+    assert found.peak < 45e9
+
+
+@pytest.mark.slow
+def test_70b_in_4_bit_with_an_adapter_on_two_gpus_by_hand(tmp_path):
+    """Half a byte a weight is cut; a byte for 64 weights and a float32 for 256 of those are whole in both processes (`quantized.bytes_of`)."""
+    more = {
+        "student.model": "meta-llama/Llama-3.1-70B-Instruct",
+        "student.method": "lora",
+        "student.lora": {"rank": 16},
+        "loss.kd_ratio": 0,
+    }
+    more |= {"student.quantization": {"type": "nf4"}, "teacher": None, "train.batch_size": 16, "train.micro_batch_size": 1}
+    recipe = large(tmp_path, more)
+    found = plan([recipe], find([recipe], tmp_path), None, gpu=True, ranks=2)
+    norms, lora = 2 * 80 * 8192, 80 * 16 * (2 * 2 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    weights = P70 - ROOT70 - norms
+    by_hand = {
+        "student's weights": weights / 4 + weights / 64 * (1 + 4 / 256) + 2 * (ROOT70 + norms) / 2,
+        "trained": 4 * lora / 2,
+        "optimizer": 2 * 4 * lora / 2,
+    }
+    assert {name: found.parts[name] for name in by_hand} == pytest.approx(by_hand, rel=2e-3)
 
 
 def test_what_is_sent_by_hand():
     """Of 4 ranks 3 of 4 parts are sent. A student of 10 layers' bytes and 4 of the rest, of which 6 train; a teacher of 100 and 20. Two micro-batches."""
     sizes = Sizes(10.0, 4.0, 6.0, 100.0, 20.0)
     assert exchanged(sizes, (True, True), 2).sent(4) == 0.75 * (2 * (2 * 10 + 4 + 100) + 6)
+    full = dataclasses.replace(sizes, all_train=True)
+    assert exchanged(full, (True, True), 2).sent(4) == 0.75 * (2 * (2 * 10 + 4 + 100) + 2 * 6)
     whole = exchanged(sizes, (False, False), 2)
     assert whole.sent(4) == 0.75 * 2 * 6 and whole.sent(1) == 0
     gpu = Device("x", 1.0, 1.0, 1.0, link=1000.0)

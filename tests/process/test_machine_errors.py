@@ -3,12 +3,16 @@
 import errno
 import os
 import signal
+import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llmkd.errors import UserError, exit_code
 from llmkd.files import NotAFile
@@ -170,6 +174,35 @@ def test_a_process_that_the_launcher_ends_meanwhile_still_says_that_another_was_
 
     monkeypatch.setattr(rank_messages.time, "sleep", signalled)
     assert launch("0", RuntimeError(GLOO), capsys).startswith("llmkd: another process of this launch has died or cannot be reached (")
+
+
+def test_the_line_names_the_process_once_they_have_met(launch, capsys, monkeypatch):
+    met = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 4)
+    monkeypatch.setitem(sys.modules, "torch.distributed", met)
+    assert launch("1", MemoryError("x"), capsys).endswith("llmkd: this was in process 1 (of 0 to 3)\n")
+
+
+def test_the_launcher_has_the_error_for_its_report(launch, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    launch("1", UserError("data.train.path: rows.jsonl:3: no column"), capsys)
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))  # torchrun's own reading
+    assert "data.train.path: rows.jsonl:3: no column" in str(ChildFailedError("llmkd", {1: failure})) and failure.timestamp > 0
+
+
+def test_a_process_that_waits_for_one_that_has_failed_ends_by_itself(launch, capsys, monkeypatch):
+    """One that was started anew does not end for a failure before."""
+    ended = threading.Event()
+    monkeypatch.setattr(rank_messages, "_LOOKS", 0.01)
+    monkeypatch.setattr(rank_messages, "_PATIENCE", 0.05)
+    monkeypatch.setattr(rank_messages.os, "_exit", lambda code: ended.set())
+    with rank_messages.ending_with_others():
+        assert not ended.wait(0.2)
+        launch("1", UserError("x"), capsys)
+        assert ended.wait(5)
+    ended.clear()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with rank_messages.ending_with_others():
+        assert not ended.wait(0.2)
 
 
 def test_without_a_server_every_process_says_what_it_met(launch, capsys, monkeypatch):

@@ -243,7 +243,7 @@ def test_two_processes_ask_for_a_part_each_and_end_at_what_one_does(trained, eng
     alone = trained("one", **asking(engine, **greedy))
     recipe = plain_recipe(world, tmp_path / "two") | {"on_policy": asking(engine, **greedy)["on_policy"]}
     recipe["train"] |= {"max_steps": 2, "micro_batch_size": 1}
-    recipe["validation"] = {"teacher_check": 0}
+    recipe["validation"], recipe["teacher"]["shard"] = {"teacher_check": 0}, "full"
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     done = train_on_two(["--config", str(tmp_path / "two.yaml")])
     assert done.returncode == 0, done.stderr[-3000:]

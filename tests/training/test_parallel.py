@@ -89,7 +89,12 @@ RUNS = {
         "on_policy": {"share": 0.4, "teacher_writes": 0.4, "max_new_tokens": 5, "validation_prompts": 3},
         "data.validation.path": "held.jsonl",
     },
-    "nf4": QUANTISED,
+    "nf4": QUANTISED | {"train.micro_batch_size": None, "train.micro_batch_tokens": "auto"},
+    "fp8": {
+        "teacher": {"model": "student", "dtype": "float32", "quantization": {"type": "fp8"}},
+        "student.dtype": "float32",
+        "train.max_steps": 2,
+    },
     "average": {
         "teacher": {"ema": 0.7},
         "student.model": "tied",
@@ -311,8 +316,6 @@ def test_no_process_loads_a_whole_model(runs):
 
 
 REFUSED = {
-    "train.compile": True,
-    "train.micro_batch_tokens": "auto",
     "on_policy": {"share": 0.5, "engine": {"server": "http://localhost:1"}},
     "student.quantization": {"type": "int8"},
     "optim.name": "adamw_8bit",
@@ -320,11 +323,12 @@ REFUSED = {
     "teacher.device": "cpu",
     "teacher.quantization": {"type": "int8"},
 }
+GOES = {"train.compile": True, "train.micro_batch_tokens": "auto", "teacher.quantization": {"type": "fp8"}}
 
 
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_does_not_go_with_sharded_models_is_refused_by_name(make_recipe, setting):
-    given = {setting: REFUSED[setting], "train.micro_batch_size": None, "data.validation_fraction": 0.2}
+    given = {setting: REFUSED[setting], "data.validation_fraction": 0.2}
     make_recipe(**given)
     with pytest.raises(UserError) as info:
         make_recipe(train__shard="full", **given)
@@ -332,10 +336,11 @@ def test_what_does_not_go_with_sharded_models_is_refused_by_name(make_recipe, se
     assert any(name in line for line in info.value.problems for name in named), info.value.problems
 
 
-def test_a_sharded_teacher_alone_refuses_what_the_processes_would_not_do_together(make_recipe):
-    given = {"teacher.shard": "full", "train.micro_batch_size": None}
-    with pytest.raises(UserError, match=r"train.micro_batch_tokens: found auto with teacher.shard: full"):
-        make_recipe(**given, train__micro_batch_tokens="auto")
+def test_a_sharded_teacher_alone_refuses_what_it_cannot_have_itself(make_recipe):
+    given = {"teacher.shard": "full"}
+    make_recipe(**given, data__validation_fraction=0.2, on_policy={"share": 0.5, "engine": {"server": "http://localhost:1"}})
+    make_recipe(**given, **GOES, train__micro_batch_size=None)
+    make_recipe(**given, **GOES, train__micro_batch_size=None, train__shard="full")
     with pytest.raises(UserError, match=r"teacher.device: found cpu"):
         make_recipe(**given, teacher__device="cpu")
     make_recipe(**given, student__quantization={"type": "int8"}, optim__name="adamw_8bit")
