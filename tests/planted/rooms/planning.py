@@ -113,12 +113,49 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/training/parallel.py",
+        (
+            "whole-gradients-kept",
+            "the gradients of all of a sharded student are whole until the last micro-batch",
+            "now = now or distiller.student.adapter is None",
+            "now = now or distiller.student is None",
+            RANKS,
+        ),
+    ),
+    *in_file(
+        "llmkd/planning/step.py",
+        (
+            "both-micro-batches-counted",
+            "a sharded step of two micro-batches has the operations of two",
+            "phase.flops //= 1 + twice",
+            "phase.flops //= 1",
+            RANKS,
+        ),
+    ),
+    *in_file(
+        "llmkd/process/rank_messages.py",
+        (
+            "waits-for-the-failed",
+            "a process waits for one that has failed until the group's timeout",
+            "os._exit(1)",
+            "pass",
+            "process/test_machine_errors.py::test_a_process_that_waits_for_one_that_has_failed_ends_by_itself",
+        ),
+    ),
+    *in_file(
         "llmkd/planning/exchange.py",
         (
             "once-each-way",
             "a sharded student's layers come together once",
             "(2 * sizes.layers + sizes.rest)",
             "(sizes.layers + sizes.rest)",
+            RANKS,
+        ),
+        (
+            "gradients-once",
+            "all of a sharded student's gradients wait for the last micro-batch",
+            "micro_batches if sizes.all_train else 1",
+            "1",
             RANKS,
         ),
         ("all-parts", "a rank sends its own part to itself, too", "(ranks - 1) / ranks * (", "1.0 * (", RANKS),

@@ -283,8 +283,8 @@ FAULTS = [
         (
             "optimizer-takes-no-room",
             "no room is reserved for the optimizer's state",
-            "room = gauge.room - sum(2 * p.nbytes for",
-            "room = gauge.room - sum(0 * p.nbytes for",
+            "room = gauge.room - sum(2 * local(p).nbytes for",
+            "room = gauge.room - sum(0 * local(p).nbytes for",
             "training/test_auto_batch.py::test_room_is_kept_for_the_optimizers_state",
         ),
     ),
