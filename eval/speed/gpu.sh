@@ -2,13 +2,22 @@
 # On a machine with one GPU (an H100 or H200), within eight minutes: facts first, then tests, then tables of speed. Not yet run on one.
 #   [OUT=FOLDER] [WHEELS=FOLDER] [SECONDS_IN_ALL=480] sh eval/speed/gpu.sh [PEERS]
 # OUT     logs and tables, by default eval/speed/results/gpu; the last lines printed are one table of all parts and facts
-# WHEELS  packages that the machine lacks, such as pydantic with the pydantic-core that it names, pytest and bitsandbytes. Where there is a network:
-#         python3 -m pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest FOLDER \
-#             pydantic pydantic-core annotated-types typing-inspection pytest pluggy iniconfig bitsandbytes
+# WHEELS  a folder with the packages that the machine lacks, for Python 3.12; where there is a network, sh eval/speed/gpu.sh wheels build/wheels fills it in an environment of llmkd
 # PEERS   the folder that eval/speed/peers.sh filled; without it llmkd is measured alone
 # Each part may take the seconds before its name, or those that are left; one that fails or is cut off stops no other, and for what no time is
 # left is left out. Without a GPU everything runs on the CPU, in small, to see that it runs.
 set -u
+if [ "${1:-}" = wheels ]; then # as they are installed here; PyTorch, Triton, transformers, accelerate and pytest are there
+    folder=${2:?name a folder} versions='import sys, importlib.metadata as m; print(*(f"{name}=={m.version(name)}" for name in sys.argv[1:]))'
+    names=$(python3 -c "$versions" annotated-types bitsandbytes datasets dill multiprocess peft pydantic pydantic_core shtab typing-inspection) || exit 1
+    # shellcheck disable=SC2086
+    python3 -m pip download -q --no-deps --only-binary :all: --implementation cp --python-version 3.12 --platform manylinux_2_28_x86_64 \
+        --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$folder" $names || exit 1
+    size=$(git ls-files | xargs cat "$folder"/*.whl | wc -c)
+    echo "$names: with the repository $((size >> 20)) MiB"
+    [ "$size" -lt $((64 << 20)) ] # what is carried there
+    exit
+fi
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${OUT:=$here/results/gpu}"
 out=$(cd "$OUT" && pwd) peers=${1:+--peers $(cd "$1" && pwd)} all=${SECONDS_IN_ALL:-480} failed=0
