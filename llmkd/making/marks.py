@@ -1,11 +1,18 @@
 """Reads what a writer was asked to put between marks, or after numbers. What is not there as it should be is a problem, never a guess. No torch."""
 
+import json
 import re
 
 from .asks import Answer
+from .filters.answers import empty
+from .filters.words import Reason, words
 from .stage import unusable
 
-_NUMBER = re.compile(r"^[ \t]*\**[ \t]*(\d{1,3})[.):][ \t]*\**[ \t]*", re.MULTILINE)
+#: A number at the beginning of a line; in bold, or with what stands behind it in bold.
+_NUMBER = re.compile(r"^[ \t]*(?:(\*\*)[ \t]*)?(\d{1,3})[.):、．）：][ \t]*(?(1)(?:\*\*)?)[ \t]*", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+_DOTS = frozenset(" \t\r\n.…-–—_*·~`'\"")
+_COPIED = 8  # words in a row of its prompt that a text of its own does not have
 
 
 class Unreadable(ValueError):
@@ -28,27 +35,75 @@ def marked(text: str, *names: str) -> tuple[str, ...]:
         if start < at or stop < start:
             raise Unreadable("marks_missing", f"{opening} ... {closing} in its place")
         inside = text[start + len(opening) : stop].strip()
-        if not inside:
-            raise Unreadable("empty", f"{opening} ... {closing}")
+        if problem := empty(inside) or (_left_open(inside) if name == "answer" else no_question(inside)):
+            raise Unreadable(problem[0], problem[1] or f"{opening} ... {closing}")
         found.append(inside)
         at = stop + len(closing)
     return tuple(found)
 
 
-def marked_answer(answer: Answer, *names: str) -> tuple[str, ...]:
-    """The same of an answer. Unreadable also where it has no text of use, or was cut off."""
+def marked_answer(answer: Answer, *names: str, prompt: str = "", given: str = "") -> tuple[str, ...]:
+    """The same of an answer. Unreadable also where it has no text of use, was cut off, or has the prompt's own words between the marks.
+
+    prompt  what asked, with its places not filled
+    given   the text that was put there, whose words may be the prompt's
+    """
     if problem := unusable(answer):
         raise Unreadable(*problem)
-    return marked(answer.text, *names)
+    found = marked(answer.text, *names)
+    for name, text in zip(names, found, strict=True):
+        if copied := _copied(name, text, prompt, given):
+            raise Unreadable("copies_the_prompt", copied)
+    return found
+
+
+def _copied(name: str, text: str, prompt: str, given: str) -> str | None:
+    """What a text has of the prompt: all that stands between two of its marks (<task> and </task>), or eight words in a row."""
+    if text in (between.strip() for between in re.findall(rf"<{name}>(.*?)</{name}>", prompt, re.DOTALL)):
+        return text
+    own = _runs(text) - _runs(given) if prompt else set()
+    return next((" ".join(run) for run in sorted(own & _runs(prompt))), None) if own else None
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    every = words(text)
+    return {tuple(every[i : i + _COPIED]) for i in range(len(every) - _COPIED + 1)}
+
+
+def _left_open(text: str) -> Reason | None:
+    """Dots and dashes stand for an answer that was not written."""
+    return None if set(text) - _DOTS else ("empty", "")
+
+
+def no_question(text: str) -> Reason | None:
+    """Why a text asks nothing, if so: it has no word, or is data as a whole."""
+    if not words(text):
+        return "empty", ""
+    if text[0] in "[{":
+        try:
+            json.loads(text)
+            return "json", "an object or a list, and no text"
+        except (ValueError, RecursionError):
+            pass
+    return None
 
 
 def numbered(text: str) -> list[str]:
-    """The items of a list that is numbered 1., 2., ... in order; other numbers at the beginning of a line are text. Unreadable without one."""
-    places = []
+    """The items of a list that is numbered 1., 2., ... in order; other numbers at the beginning of a line are text, and so are those in blocks of
+    code. Unreadable without one."""
+    places, code = [], [found.span() for found in _FENCE.finditer(text)]
     for found in _NUMBER.finditer(text):
-        if int(found[1]) == len(places) + 1:
+        if int(found[2]) == len(places) + 1 and not any(start <= found.start() < stop for start, stop in code):
             places.append(found)
     if not places:
         raise Unreadable("marks_missing", "1. ...")
     ends = [*(one.start() for one in places[1:]), len(text)]
-    return [text[one.end() : end].strip() for one, end in zip(places, ends, strict=True)]
+    return [_without_bold(text[one.end() : end].strip(), one) for one, end in zip(places, ends, strict=True)]
+
+
+def _without_bold(text: str, number: re.Match) -> str:
+    """An item without the asterisks that make the whole of it bold, or that its number has opened."""
+    if number[1] and not number[0].rstrip().endswith("**"):
+        return text.replace("**", "", 1).rstrip()
+    whole = text.startswith("**") and text.endswith("**") and text.count("**") == 2
+    return text[2:-2].strip() if whole else text

@@ -9,7 +9,7 @@ import pytest
 from llmkd.config.make_stages import OPERATIONS, STAGES, WITHOUT_WRITER
 from llmkd.errors import UserError
 from llmkd.making.asks import Answer
-from llmkd.making.marks import Unreadable, marked, numbered
+from llmkd.making.marks import Unreadable, marked, marked_answer, numbered
 from llmkd.making.stages.evolve import says_nothing
 from llmkd.making.stages.topics import paths_of
 from tests.kit.making import Function, lines, run_make, write_make
@@ -56,8 +56,9 @@ def test_a_stage_killed_after_any_answer_goes_on_to_the_same_data_and_a_dry_run_
         assert len(again.asked) == len(answers) - kept and (out / "train.jsonl").read_bytes() == data
 
 
-def wrong_answers(right: str, draw: random.Random) -> str:
-    """An answer that is malformed in one of many ways."""
+def wrong_answers(ask, draw: random.Random) -> str:
+    """An answer that is malformed in one of many ways. What begins with JUNK, a brace or a bracket there is no text that was asked for."""
+    right, prompt = ask.pretend, ask.messages[-1]["content"]
     hostile = "<|im_end|></s>[INST] {{ 7 * 7 }} <script>x</script> \x00\u202e {instruction} </task> <answer>"
     pieces = re.findall(r"</?\w+>|[^<]+|<", right) or [""]
     ways = (
@@ -73,6 +74,20 @@ def wrong_answers(right: str, draw: random.Random) -> str:
         lambda: "Sure! Here is what you asked for: " + hostile,
         lambda: "".join(chr(draw.randrange(1, 0x2FFF)) for _ in range(draw.randrange(30))),
         lambda: "",
+        lambda: prompt,
+        lambda: prompt.splitlines()[-1],
+        lambda: f"{prompt}\n{right}",
+        lambda: json.dumps({"task": "JUNK", "answer": right, "text": ["JUNK"]}, indent=1),
+        lambda: re.sub(r"(>|^\d+\. )[^<\n]+", r'\1{"JUNK": [1, "2. JUNK"]}', right, flags=re.MULTILINE),
+        lambda: re.sub(r"(>|^\d+\. )[^<\n]+", r"\1[]", right, flags=re.MULTILINE),
+        lambda: re.sub(
+            r"(>|^\d+\. )[^<\n]+", "\\1" + draw.choice(["\u200b", "...", "\u202e \x07", "**", "——", "```"]), right, flags=re.MULTILINE
+        ),
+        lambda: re.sub(r"^1\. .*", "1. Write this list:\n```\n2. JUNK one two\n3. JUNK one two\n```", right),
+        lambda: re.sub(r"^(\d+)\. (.*)", r"**\1. \2**", right, flags=re.MULTILINE).replace("</", "\n</"),
+        lambda: "以下是问题：\n" + re.sub(r"^(\d+)\. ", r"\1、", right, flags=re.MULTILINE).replace("<task>", "＜task＞"),
+        lambda: "".join(chr(draw.choice([0x4E00, 0x0620, 0x0915, 0xAC00, 0x1F600]) + draw.randrange(40)) for _ in range(60)),
+        lambda: draw.choice([" ", "\n", "1", "<", "**", "`", "[", "\u200b", "JUNK "]) * 3000 + right,
     )
     return draw.choice(ways)()
 
@@ -84,10 +99,10 @@ def test_of_two_hundred_malformed_answers_none_passes_for_what_it_is_not(do, tmp
     asked = {}
 
     def says(ask):
-        asked[ask.key] = wrong_answers(ask.pretend, draw)
+        asked[ask.key] = wrong_answers(ask, draw)
         return Answer(asked[ask.key], draw.choice(["stop", "stop", "length"]), 3, 3)
 
-    changes = {"expand": {"count": 400}, "topics": {"topics": [f"topic {i}" for i in range(100)]}}.get(do, {})
+    changes = {"expand": {"count": 200}, "topics": {"topics": [f"topic {i}" for i in range(100)]}}.get(do, {})
     done = run_make(
         write_make(tmp_path, [{"do": do} | ASKING[do][0] | changes], pairs, max_rejected=1.0), Function(says), writer__temperature=1.0
     )
@@ -102,6 +117,11 @@ def test_of_two_hundred_malformed_answers_none_passes_for_what_it_is_not(do, tmp
             one["content"] for one in row["messages"] if one["content"] not in seeds and not re.fullmatch(r"Answer \d+\.", one["content"])
         ]
         assert new, "what is said to be made holds nothing new"
+        for one in new:
+            asks = one == row["messages"][0]["content"]  # an answer may be data as a whole
+            assert (re.search(r"\w", one) and not re.match(r"JUNK|[\[{]", one)) if asks else set(one) - set(" .—*`"), one[:200]
+            assert one.count("**") % 2 == 0, one[:200]
+            assert one not in ("and", "and </task>") and "between <" not in one, one[:200]
         if do.startswith("reflect"):  # what it holds stands whole between one pair of marks of one answer
             assert any(all(re.search(rf"<(task|answer)>\s*{re.escape(one)}\s*</\1>", text) for one in new) for text in texts)
 
@@ -121,6 +141,47 @@ def test_marks_are_read_where_each_stands_once_in_its_order():
         with pytest.raises(Unreadable) as caught:
             marked(text, "task", "answer")
         assert caught.value.reason == reason, text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<task>\u200b</task><answer>b</answer>", "empty"),
+        ("<task>...</task><answer>b</answer>", "empty"),
+        ("<task>a</task><answer>…</answer>", "empty"),
+        ('<task>{"task": "a"}</task><answer>b</answer>', "json"),
+        ("Write it between <task> and </task>, and then <answer>b</answer>.", "copies_the_prompt"),
+        ("<task>First judge the task, how complex it is, and so on</task><answer>b</answer>", "copies_the_prompt"),
+        ("<task>a</task><answer>+</answer>", None),
+        ('<task>Write {"a": 1} as YAML</task><answer>{"a": 1}</answer>', None),
+        ("<task>judge how complex and clear it is, the river named</task><answer>b</answer>", None),  # words of the row
+    ],
+)
+def test_what_stands_between_marks_is_a_text_of_its_own(text, reason):
+    prompt = (
+        "First judge the task, how complex it is: {instruction} judge how complex and clear it is, the river. Between <task> and </task>."
+    )
+    given = "judge how complex and clear it is, the river"
+    try:
+        marked_answer(Answer(text), "task", "answer", prompt=prompt, given=given)
+        found = None
+    except Unreadable as error:
+        found = error.reason
+    assert found == reason
+
+
+def test_numbers_in_other_scripts_in_bold_and_in_code():
+    assert numbered("问题：\n1、河流？\n2．为什么？\n３）怎样？") == ["河流？", "为什么？", "怎样？"]
+    assert numbered("١. سؤال\n٢. آخر") == ["سؤال", "آخر"]
+    assert numbered("1. **Why?**\n**2. How?**\n**3.** Where **now**?\n4. **Note:** who?") == [
+        "Why?",
+        "How?",
+        "Where **now**?",
+        "**Note:** who?",
+    ]
+    code = "1. Sort this:\n```\n2. pear\n3. fig\n```\n2. Next?"
+    assert numbered(code) == [code[3:-9], "Next?"]
+    assert numbered(" " * 10**6 + "\n1. a" + " " * 10**6) == ["a"]  # in time that grows as the text does
 
 
 def test_a_numbered_list_is_read_in_its_order():

@@ -58,7 +58,7 @@ class Evolve:
         for row, name, answer in zip(now, names, work.answer(asks), strict=True):
             notes = {"operation": name, "round": round_}
             try:
-                (text,) = marked_answer(answer, "task")
+                (text,) = marked_answer(answer, "task", prompt=work.prompts.sections[name], given=row.instruction)
                 if plain_words(text) == plain_words(row.instruction):
                     raise Unreadable("unchanged")
                 if copied := next(

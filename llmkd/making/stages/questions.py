@@ -8,7 +8,7 @@ from typing import Any
 from ..asks import CUT, Answer
 from ..filters.answers import length
 from ..filters.words import Reason
-from ..marks import Unreadable, numbered
+from ..marks import Unreadable, no_question, numbered
 from ..rows import Row, made_row
 from ..stage import Outcome, Rejected, Work, unusable
 
@@ -36,7 +36,7 @@ class Questions:
                 self._reject(("trailing_text", "what follows the list may belong to it or not"), text, parents, columns, (number, place))
             elif place >= wanted:
                 self._reject(("more_than_asked", ""), text, parents, columns, (number, place))
-            elif problem := length(text, self.least, self.most) or self._duplicate(text):
+            elif problem := length(text, self.least, self.most) or no_question(text) or self._duplicate(text):
                 self._reject(problem, text, parents, columns, (number, place))
             else:
                 self.known.add(plain_words(text))

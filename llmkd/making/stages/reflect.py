@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..marks import Unreadable, marked_answer
-from ..rows import Row, has_answer
+from ..rows import Message, Row, has_answer
 from ..selection import BOTH, INSTRUCTION, ORIGINAL, RESPONSE, VERSIONS
 from ..stage import Outcome, Rejected, Work
 
@@ -41,18 +41,23 @@ class _Reflect:
         ]
         for row, answer in zip(wanted, work.answer(asks), strict=True):
             try:
-                found = marked_answer(answer, *self.marks)
+                given = f"{row.instruction}\n{row.answer}"
+                found = marked_answer(answer, *self.marks, prompt=work.prompts.sections["user"], given=given)
             except Unreadable as error:
                 outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
                 continue
             question = row.asking(found[0]) if len(found) == 2 else row.question
             messages = (*question, {"role": "assistant", "content": found[-1]})
-            if messages == row.messages:
+            if _without_spaces(messages) == _without_spaces(row.messages):
                 outcome.rejected.append(Rejected(row, "unchanged", answer=answer.text))
                 continue
             notes = {"version": self.becomes[row.notes["version"]], "original": row.notes["original"]}
             outcome.kept.append(row.child(work.label, work.writer, messages, **notes))
         return outcome
+
+
+def _without_spaces(messages: Sequence[Message]) -> list[list[str]]:
+    return [one["content"].split() for one in messages]
 
 
 class ReflectInstruction(_Reflect):

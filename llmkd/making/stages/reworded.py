@@ -21,7 +21,7 @@ class Paraphrase:
         asks = [work.ask(work.prompts.messages(text=row.instruction), sample, _pretend(row, sample)) for row, sample in wanted]
         seen = {(row.id, plain_words(row.instruction)) for row in rows}
         for (row, sample), answer in zip(wanted, work.answer(asks), strict=True):
-            text = text_of(row, answer, outcome)
+            text = _text_of(row, answer, work, "user", outcome)
             if text is not None:
                 _add(row, text, sample, work, outcome, seen, answer)
         return outcome
@@ -34,21 +34,21 @@ class BackTranslate:
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
         own, outcome = {"language": self.settings.language, "own_language": self.settings.own_language}, Outcome(passed=list(rows))
         forth = [work.ask(work.prompts.messages("forth", text=row.instruction, **own), pretend=_pretend(row, 0)) for row in rows]
-        abroad = [(row, text_of(row, answer, outcome)) for row, answer in zip(rows, work.answer(forth), strict=True)]
+        abroad = [(row, _text_of(row, answer, work, "forth", outcome)) for row, answer in zip(rows, work.answer(forth), strict=True)]
         there = [(row, text) for row, text in abroad if text is not None]
         back = [work.ask(work.prompts.messages("back", text=text, **own), pretend=_pretend(row, 1)) for row, text in there]
         seen = {(row.id, plain_words(row.instruction)) for row in rows}
         for (row, _), answer in zip(there, work.answer(back), strict=True):
-            text = text_of(row, answer, outcome)
+            text = _text_of(row, answer, work, "back", outcome)
             if text is not None:
                 _add(row, text, 0, work, outcome, seen, answer)
         return outcome
 
 
-def text_of(row: Row, answer: Answer, outcome: Outcome) -> str | None:
+def _text_of(row: Row, answer: Answer, work: Work, section: str, outcome: Outcome) -> str | None:
     """What the answer has between its marks; None where it is rejected."""
     try:
-        return marked_answer(answer, "text")[0]
+        return marked_answer(answer, "text", prompt=work.prompts.sections[section], given=row.instruction)[0]
     except Unreadable as error:
         outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
         return None

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...config.make_stages import Topics as Settings
-from ..marks import Unreadable, numbered
+from ..filters.answers import length
+from ..marks import Unreadable, no_question, numbered
 from ..rows import Row, made_row
 from ..stage import Outcome, Rejected, Work, unusable
 from .questions import Questions, pretended_list
 
 _ANYBODY = "anybody"
+_MOST_WORDS = 20  # of the name of a topic
 
 
 class Topics:
@@ -47,11 +49,17 @@ class Topics:
                     raise Unreadable(*problem)
                 names = [" ".join(name.split()) for name in numbered(answer.text)[:count]]
             except Unreadable as error:
-                row = made_row(work.label, work.writer, ({"role": "user", "content": answer.text},), columns={"topic": leaf})
-                outcome.rejected.append(Rejected(row, error.reason, error.detail))
+                outcome.rejected.append(Rejected(_of_leaf(answer.text, leaf, work), error.reason, error.detail))
                 names = []
-            out += [f"{leaf} / {name}" for name in dict.fromkeys(names) if name] or [leaf]
+            problems = {name: length(name, 1, _MOST_WORDS) or no_question(name) for name in names}
+            outcome.rejected += [Rejected(_of_leaf(name, leaf, work), *problem) for name, problem in problems.items() if problem]
+            out += [f"{leaf} / {name}" for name, problem in problems.items() if not problem] or [leaf]
         return out
+
+
+def _of_leaf(text: str, leaf: str, work: Work) -> Row:
+    """What the writer said of a leaf, as the row that it did not become."""
+    return made_row(work.label, work.writer, ({"role": "user", "content": text},), columns={"topic": leaf})
 
 
 def paths_of(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -105,6 +105,20 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/making/marks.py",
+        (
+            "echo-of-the-prompt",
+            "what the prompt has between its marks is an answer",
+            "if text in (between.strip() for between",
+            "if text == (between.strip() for between",
+            STAGES,
+        ),
+        (
+            "lists-in-code",
+            "numbers in a block of code are items",
+            "code = [], [found.span() for found in _FENCE.finditer(text)]",
+            "code = [], []",
+            STAGES,
+        ),
         ("marks-anywhere", "marks may stand in any order", "if start < at or stop < start:", "if stop < start:", STAGES),
         (
             "first-of-several-marks",
@@ -116,8 +130,8 @@ FAULTS = [
         (
             "any-number-begins-an-item",
             "every number at the beginning of a line begins an item",
-            "if int(found[1]) == len(places) + 1:",
-            "if True:",
+            "if int(found[2]) == len(places) + 1 and",
+            "if",
             STAGES,
         ),
     ),
