@@ -173,7 +173,7 @@ def test_every_dropout_of_peft_is_replaced_and_an_experts_is_ordinary(state):
 def test_two_models_on_two_threads_have_their_own_masks(recipe, prepared, state):
     """Each stops after its first layer until the other is there too."""
     models = [unwrap(one).student for one in (state, *students(recipe, prepared.vocab, EVERYWHERE))]
-    views = [prepared.source.collator(prepared.train, rows, (0, 1)).student for rows in ([0, 1, 2], [3, 4])]
+    views = [prepared.train.batch(rows, Draw(0, 0, 1)).student for rows in ([0, 1, 2], [3, 4])]
     with torch.no_grad():
         expected = [model.hidden(view) for model, view in zip(models, views, strict=True)]
     meeting = threading.Barrier(2, timeout=60)
