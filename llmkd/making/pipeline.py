@@ -286,7 +286,7 @@ def report(counts: Sequence[StageCount], dry_run: bool) -> str:
     if dry_run:
         lines.append(
             f"{sum(one.new for one in counts):,} asks are not answered yet. Rows, asks and tokens are at most: prompts are estimated, every new answer is "
-            "as long as max_new_tokens, and nothing is rejected"
+            "as long as max_new_tokens, and nothing is rejected but what is more than was asked for"
         )
     return "\n".join(lines)
 

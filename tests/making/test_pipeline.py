@@ -270,3 +270,36 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     assert "writer.dtype: set, but it belongs to a model that llmkd loads" in problems(
         writer={"model": "m", "server": "http://h:1", "dtype": "float32"}
     )
+
+
+def test_what_changed_is_asked_for_again_with_what_depends_on_it_and_nothing_else(tmp_path):
+    """Of two stages that ask. Asks are counted by the writer; what came before a change is not asked again, and a change taken back costs nothing."""
+    pairs = [{"instruction": f"Question {i}?", "output": f"Answer {i}."} for i in range(4)]
+    prompt = tmp_path / "mine.txt"
+    prompt.write_text("[user]\nIn other words, between <text> and </text>: {text}\n")
+    paraphrase, answer = {"do": "paraphrase", "prompt": str(prompt)}, {"do": "answer"}
+    known: set[str] = set()
+
+    def asked(stages, **given) -> int:
+        writer = Function(
+            lambda ask: ask.pretend if "other words" in ask.messages[-1]["content"] else f"{ask.sampling.seed} {ask.messages}"
+        )
+        path = write_make(tmp_path, stages, pairs)
+        done = run_make(path, writer, **{"writer__temperature": 1.0} | given)
+        assert adds_up(done) and not {ask.key for ask in writer.asked} & known
+        known.update(ask.key for ask in writer.asked)
+        return len(writer.asked)
+
+    first = [paraphrase, answer]
+    assert asked(first) == 4 + 8
+    assert asked(first) == 0
+    data = (tmp_path / "out" / "train.jsonl").read_bytes()
+    assert asked([answer, paraphrase]) == 0  # questions are the same in either order, and so are their keys
+    assert asked([paraphrase, {"do": "keep", "min_words": 1}, answer]) == 0
+    assert asked([paraphrase, {"do": "answer", "samples": 2}]) == 8  # one more of each
+    assert asked(first, seed=1) == 12
+    assert asked(first, writer__top_p=0.5) == 12
+    prompt.write_text(prompt.read_text().replace("between", "put between"))
+    assert asked(first) == 4  # the paraphrases, which are the same; what is asked of them is too
+    prompt.write_text(prompt.read_text().replace("put between", "between"))
+    assert asked(first) == 0 and (tmp_path / "out" / "train.jsonl").read_bytes() == data

@@ -408,3 +408,11 @@ def test_hostile_text_stays_text(tmp_path):
     assert [json.loads(line)["messages"][0]["content"] for line in raw.split(b"\n")[:-1]][::2] == [hostile, hostile]
     run_make(tmp_path / "make.yaml", again := Function())
     assert not again.asked
+
+
+def test_a_seed_that_is_shown_again_is_asked_about_anew(tmp_path):
+    """With one seed every first ask shows the same: each has a seed of its own, so that a writer that samples says something else."""
+    path = write_make(tmp_path, [{"do": "expand", "count": 30, "per_ask": 2}, {"do": "answer"}], PAIRS[:1])
+    done = run_make(path, writer := Function(RIGHT), writer__temperature=0.7)
+    first = [ask for ask in writer.asked if ask.messages == writer.asked[0].messages]
+    assert len(first) == len({ask.sampling.seed for ask in first}) == 15 and not done.counts[0].rejected and adds_up(done)

@@ -4,6 +4,7 @@ What is near another question is for the stage keep; here only what is the same 
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from ...config.make_stages import Expand as Settings
@@ -23,13 +24,16 @@ class Expand:
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
         own, made = self.settings, Questions(work, self.settings.min_words, self.settings.max_words, [row.instruction for row in rows])
         asked, most = 0, _MOST * -(-own.count // own.per_ask)
+        before: Counter[str] = Counter()  # asks by what they show: few seeds are shown again, and another text is wanted
         while len(made.outcome.kept) < own.count and asked < most:
             left = -(-(own.count - len(made.outcome.kept)) // own.per_ask)
             shown = [self._shown(rows, made.outcome.kept, work, asked + n) for n in range(min(left, _ROUND, most - asked))]
-            asks = [
-                work.ask(self._messages(some, work), pretend=pretended_list(work.label, own.per_ask, asked + n))
-                for n, some in enumerate(shown)
-            ]
+            asks = []
+            for n, some in enumerate(shown):
+                messages = self._messages(some, work)
+                same = messages[-1]["content"]
+                asks.append(work.ask(messages, before[same], pretended_list(work.label, own.per_ask, asked + n)))
+                before[same] += 1
             for some, answer in zip(shown, work.answer(asks), strict=True):
                 made.read(answer, [row.id for row in some], {}, asked, own.per_ask)
                 asked += 1
