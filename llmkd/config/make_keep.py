@@ -1,7 +1,7 @@
 """Settings of *keep*, a stage of `llmkd make`: the filters. No torch."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -89,6 +89,11 @@ class Keep:
     )
     scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
     script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
+    languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Languages in which questions and answers are written, by their codes: en, de, zh. Needs py3langid (the extra make).",
+    )
     sums: bool = Field(False, description="true: leave out answers with a sum <<a=b>> that is wrong when computed again.")
     contamination: OneOrMany[HeldOutRows] = Field(
         None,

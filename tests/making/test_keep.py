@@ -66,6 +66,21 @@ def test_a_filter_is_on_where_its_setting_is_given(given, bad, reason, tmp_path)
     assert kept([bad, good], tmp_path).kept == [bad, good]
 
 
+def test_rows_in_other_languages_are_left_out_where_they_are_long_enough_to_tell(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^languages: needs py3langid; pip install llmkd\[make\]"):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        Keep(settings(languages=["en"]))
+    pytest.importorskip("py3langid")
+    english, german = "Name three rivers of Europe, and say where they end.", "Der Rhein mündet bei Rotterdam in die Nordsee."
+    rows = [row(english, "The Rhine, which ends in the North Sea."), row(english, german), row("Was ist das, was wir heute hier sehen?")]
+    rows += [row("def f(x): return x + 1", "1 2 3 4 5 6 7"), row("Danke schön", "Bitte sehr")]
+    outcome = kept(rows, tmp_path, languages=["en"])
+    assert outcome.kept == [rows[0], *rows[3:]] and [one.detail[:3] for one in outcome.rejected] == ["de ", "de "]
+    assert kept(rows, tmp_path, languages=["en", "de"]).kept == rows
+    with pytest.raises(UserError, match="languages: found eng, which is no code of a language; did you mean en"):
+        Keep(settings(languages=["eng"]))
+
+
 def test_held_out_rows_are_read_from_files_whatever_their_columns(tmp_path):
     file = tmp_path / "held.jsonl"
     file.write_text(json.dumps({"q": {"parts": [1, f"Story: {LONG}"]}, "label": 3}) + "\n" + json.dumps({"q": "What is 2 + 2?"}) + "\n")

@@ -17,6 +17,7 @@ from ..filters import answers, consistency, repetition, scripts
 from ..filters.balance import balanced
 from ..filters.contamination import HeldOutTexts, texts_in
 from ..filters.duplicates import near_duplicates
+from ..filters.languages import Languages
 from ..filters.task_files import evaluated
 from ..filters.words import Reason
 from ..rows import Row, row_id
@@ -31,6 +32,7 @@ class Keep:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.held_out = _held_out(settings) if settings.contamination else None
+        self.languages = Languages(settings.languages, "languages") if settings.languages else None
         if settings.balance and not settings.balance.column:
             refuse_without_clusters("balance")
         self.kinds = None if settings.balance is None else _Kinds(settings.balance)
@@ -65,6 +67,8 @@ class Keep:
                 yield repetition.repetition(answer, one.repetition, one.repeated_words)
         if one.scripts:
             yield scripts.other_script("\n".join([question, answer or ""]), one.scripts, one.script_share or 0.9)
+        if self.languages:
+            yield self.languages.other(question, answer or "")
         if answer is not None and one.sums:
             yield consistency.wrong_sum(answer)
         if self.held_out:

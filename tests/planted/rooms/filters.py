@@ -50,6 +50,10 @@ FAULTS = [
         ("short-answers-leak", "a short answer in a held-out row is a leak", "self.short.get(tuple(words(question)))", "next(filter(None, (self.short.get(tuple(words(text))) for text in (question, *others))), None)", FILTERS),
     ),
     *in_file(
+        "llmkd/making/filters/languages.py",
+        ("short-texts-are-judged", "the language of two words is told", "_SHORT = 5", "_SHORT = 1", KEEP),
+    ),
+    *in_file(
         "llmkd/making/filters/task_files.py",
         ("training-rows-leak", "a task's training rows count as held out", '("test_split", "validation_split")', '("test_split", "validation_split", "training_split")', KEEP),
         ("include-wins", "an included task file wins over the one that includes it", "if isinstance(include, str) and depth < 9 else {}) | found", "if isinstance(include, str) and depth < 9 else {}) | {**found, **(_fields(path.parent / include, setting) if include else {})}", KEEP),
