@@ -12,6 +12,7 @@ if not __package__:  # run as a script: this folder's names are ours alone, and 
     sys.modules["llmkd_eval"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["llmkd_eval"])
 
+from llmkd.commands.other_tasks import refuse_run_of_other_task
 from llmkd.console import first_process
 from llmkd.errors import UserError
 
@@ -24,6 +25,8 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
         )
     from llmkd_eval.harness.model_refs import refuse_missing
 
+    for place in options.places:
+        refuse_run_of_other_task(Path(place), "eval")
     refuse_missing(options.places, options.out)  # before the harness is loaded, which takes half a minute
     from llmkd_eval.harness.benchmarks import find_groups
     from llmkd_eval.harness.evaluate import SomeFailed, evaluate_all, in_words

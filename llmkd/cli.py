@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, console
 from .commands import arguments
+from .commands.other_tasks import refuse_other_task, refuse_run_of_other_task
 from .commands.outputs import check_file, json_results, write_file
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
@@ -147,6 +148,7 @@ def roll(options: argparse.Namespace, overrides: dict) -> dict:
     if options.prompts and not Path(options.prompts).is_file():
         raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
     recipe = loader.load_recipe(_recipe(options), overrides, check_inputs=True)
+    refuse_other_task(recipe, "roll")
     from .commands.roll import roll as write_answers
     from .rollouts.sampling import Sampling
 
@@ -175,9 +177,13 @@ def make(options: argparse.Namespace, overrides: dict) -> dict:
 
 def data(options: argparse.Namespace, overrides: dict) -> dict:
     config = _recipe(options)
-    from .commands.preview_data import preview
+    recipe = loader.load_recipe(config, overrides)
+    if recipe.task == "causal_lm":
+        from .commands.preview_data import preview
+    else:
+        from .commands.preview_labelled import preview
 
-    return preview(loader.load_recipe(config, overrides), 3 if options.show is None else options.show, options.example)
+    return preview(recipe, 3 if options.show is None else options.show, options.example)
 
 
 def plan(options: argparse.Namespace, overrides: dict) -> dict:
@@ -188,6 +194,7 @@ def plan(options: argparse.Namespace, overrides: dict) -> dict:
         from .planning.model_configs import find_models
 
         recipe = loader.load_recipe(_recipe(options), overrides, check_data=True)
+        refuse_other_task(recipe, "plan")
         find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
     from .commands.plan import Wanted, run
     from .planning.devices import GPUS, SHARE
@@ -242,6 +249,7 @@ def sample(options: argparse.Namespace, overrides: dict) -> Any:
         check_file(options.to, "--to")
     if options.prompts and not Path(options.prompts).is_file():
         raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
+    refuse_run_of_other_task(Path(run), "sample")
     from .commands.sample import sample as ask
     from .commands.sample_text import as_text
 

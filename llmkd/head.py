@@ -10,6 +10,10 @@ from torch.autograd.function import once_differentiable
 BLOCK = 8192
 
 
+class Passed(nn.Identity):
+    """In a head's place where the hidden states are a classifier's few logits."""
+
+
 class Head:
     """The map from a model's last hidden states [N, H] to its logits [N, V] over the real vocabulary, in at least float32.
 

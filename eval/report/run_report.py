@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from llmkd.config.dotted import flatten
 from llmkd.config.loader import read_placed
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
 from llmkd.output.metrics import is_count
 from llmkd.output.run_files import RECIPE, SUMMARY
+from llmkd.tasks.metrics.classification import accuracy, class_f1, confusion, macro_f1
 
 from .document import Heading, Items, Para, Span, Table
 from .own_text import own_text
@@ -47,7 +51,7 @@ def document(sweep: SweepFolder) -> list:
     colours = {sweep.baseline: 0}
     out += learning(sweep, colours)
     out += own_text(sweep, colours)
-    return [*out, *_held_out(run), *sweep_samples(sweep)]
+    return [*out, *_held_out(run), *_confusion(run), *sweep_samples(sweep)]
 
 
 def _held_out(run: Run) -> list:
@@ -61,6 +65,24 @@ def _held_out(run: Run) -> list:
     ]
     note = Para(f"Means over {after['targets']:,} targets; own_ is of the student's own text.", "small")
     return [Heading("Held-out rows", "held-out"), Table(["metric", f"step {first}", f"step {last}"], rows, words=1), note]
+
+
+def _confusion(run: Run) -> list:
+    """Of a classifier, how the last validation's rows were answered: a row for each class, a column for each answer."""
+    names, found = (
+        run.summary.get("labels"),
+        list(read_jsonl(run.folder / "held_out.jsonl")) if (run.folder / "held_out.jsonl").exists() else [],
+    )
+    if not names or not found or "answer" not in found[0]["sums"]:
+        return []
+    label, answer = (np.array([line["sums"][name] for line in found], np.int64) for name in ("label", "answer"))
+    weights = np.array([line.get("weights", {}).get("ce", 1.0) for line in found])
+    matrix = confusion(label, answer, len(names), weights)
+    rows = [
+        [Span(name), *(f"{count:g}" for count in of), f"{f1:.3f}"] for name, of, f1 in zip(names, matrix, class_f1(matrix), strict=True)
+    ]
+    note = Para(f"A row is a class, a column the answer; accuracy {accuracy(matrix):.4f}, macro F1 {macro_f1(matrix):.4f}.", "small")
+    return [Heading("Confusion matrix", "confusion"), Table(["class", *names, "F1"], rows), note]
 
 
 def numbers(sweep: SweepFolder) -> dict:

@@ -56,7 +56,7 @@ def write(
     examples = teacher_examples(prepared, source, recipe.data.validation_fraction)
     load = _open_server if source.settings.server else _load_recorder
     recorder = load(recipe, prepared, source, examples, accelerator, stop)
-    provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared))
+    provenance = resolve.provenance(recipe.data, source, prepared.processor.provenance, resolve.data_hashes(prepared))
     plan = shard_plan(examples, recorder.format.bytes)
     writer = Writer(folder, recorder.format, provenance, plan, setting)
     targets, width = int(plan.targets_E.sum()), recorder.format.bytes
@@ -149,7 +149,8 @@ def _load_recorder(
 
     if sharded_teacher(recipe.train, source.settings) and accelerator.num_processes > 1:
         info(f"{source.setting}: is not sharded to write a cache; each of {accelerator.num_processes} processes holds all of it")
-    context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=functools.partial(measured_transform, probe))
+    kind, around = prepared.kind(), functools.partial(measured_transform, probe)
+    context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=around, kind=kind)
     _, (model,) = load_models([], [(source.setting, source.settings)], context)
     with report_from_any_rank():
         ModelWatch(prepared)  # what is loaded is what the cache is said to be of

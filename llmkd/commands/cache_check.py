@@ -55,8 +55,8 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
-    context = LoadContext(prepared.vocab, accelerator.device, recipe.seed)
-    evaluator = Evaluator(accelerator, recipe.validation.micro_batch_size)
+    context = LoadContext(prepared.vocab, accelerator.device, recipe.seed, kind=prepared.kind())
+    evaluator = Evaluator(accelerator, recipe.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor))
     out: dict[str, dict] = {}
     for source in sources:
         mine = examples_of(prepared.train, prepared.teachers.index(source))
@@ -118,5 +118,5 @@ def open_cache(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> Tea
     if not cache or (source.settings.held and not Path(cache.path).expanduser().exists()):
         return None
     found = dataclasses.replace(source, cache=TeacherCache.open(cache.path, f"{source.setting}.cache.path"))
-    check_cache(found, recipe.data, signal_use(recipe), prepared.tokenizer, prepared.vocab)
+    check_cache(found, recipe.data, signal_use(recipe), prepared.processor.provenance, prepared.vocab)
     return found

@@ -26,7 +26,7 @@ def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource
     cache, setting = source.settings.cache, f"{source.setting}.cache"
     examples, defaults = teacher_examples(prepared, source, recipe.data.validation_fraction), CACHE_KINDS["topk"]
     record_format = import_logprobs.make_format(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
-    provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared)) | {
+    provenance = resolve.provenance(recipe.data, source, prepared.processor.provenance, resolve.data_hashes(prepared)) | {
         "imported from": _hash_of(file)
     }
     folder = Path(cache.path).expanduser()

@@ -26,15 +26,17 @@ class Cost:
 
 
 def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
-    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream or for new random weights."""
+    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream, for new random weights, and for other tasks than language models."""
     recipe = recipes[0]
+    if recipe.task != "causal_lm":
+        return None
     files, train = student_files(recipe.student), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
         prepared, sizes[key] = prepare(recipe), None
         encoded = prepared.train
         if prepared.source.complete:
-            sizes[key] = encoded.lengths, int(encoded.loss_mask.sum()), len((encoded.teacher_view or encoded).ids)
+            sizes[key] = encoded.lengths, int(encoded.num_targets.sum()), int(encoded.max_lengths.sum())
     if sizes[key] is None or files is None:
         return None
     lengths, supervised, read = sizes[key]

@@ -16,6 +16,7 @@ from ..console import count, info, printable
 from ..doctor.check import Check, ChecksFailed, Result
 from ..errors import UserError
 from ..teachers.served_models import refuse_absent
+from .other_tasks import refuse_other_task
 
 ROWS = 64
 _INDENT = 11
@@ -34,6 +35,7 @@ def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
     else:
         stages = {"": loader.load_recipe(config, overrides, check_inputs=True)}
     for recipe in stages.values():
+        refuse_other_task(recipe, "doctor")
         refuse_absent(used_teachers(recipe), recipe.data)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import read_file, remove_leftovers, write_folder
-from ..model_folder.files import ModelFiles, find, rows_of, student_folder
+from ..model_folder.files import ModelFiles, classifier_class, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import record_of, verify, write_record
 from ..output.run_files import read_summary, run_of
 from ..output.run_folder import refuse_unwritable
 from ..training.prepare import prepare
 
+_OF_THE_MODEL = ("adapter_config.json", "config.json", "generation_config.json", "llmkd.json", "model.safetensors.index.json")
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
 
 
@@ -40,11 +42,14 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         raise UserError(f"--to: {to} exists{whole} choose another folder, or remove it")
     refuse_unwritable(to, "--to")
     saved = checkpoint_folder(run, checkpoint) if checkpoint else None
-    from ..models.merge import from_checkpoint, merge, verify_saved
+    from ..models.merge import from_checkpoint, merge, merge_classifier, verify_saved
     from ..models.saved_student import save_whole
 
     files = find(str(student), "export")
     verify(files.base, files.adapter, "export")
+    if auto := classifier_class(files.config):
+        model = merge_classifier(files, auto, saved) if is_adapter else from_checkpoint(student, saved, auto)
+        return _written_classifier(model, student, to, auto)
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
     vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
     model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
@@ -58,6 +63,23 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         if is_adapter and (card := _card(student / "README.md", to, record)):
             (part / "README.md").write_text(card, encoding="utf-8")
         write_record(part, "export", student="merged" if is_adapter else "full", **(record or {}))
+    return to
+
+
+def _written_classifier(model, student: Path, to: Path, auto: str) -> Path:
+    """Write a classifier as a plain model, with what reads its inputs as the student has it."""
+    from ..models.merge import verify_saved
+    from ..models.saved_student import save_whole
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(to.parent, to.name)
+    with write_folder(to) as part:
+        save_whole(model, part, None)
+        verify_saved(model, part, auto)
+        for file in sorted(student.iterdir()):
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in _OF_THE_MODEL and not (part / file.name).exists():
+                shutil.copy(file, part)
+        write_record(part, "export", student="full")
     return to
 
 

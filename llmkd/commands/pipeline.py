@@ -106,11 +106,11 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
     first = recipes[pipeline.students[0]]
     prepared = prepare(first)
     accelerator = start()
-    evaluator = Evaluator(accelerator, first.validation.micro_batch_size)
+    evaluator = Evaluator(accelerator, first.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor))
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
-        return load_teacher(settings, LoadContext(prepared.vocab, accelerator.device))
+        return load_teacher(settings, LoadContext(prepared.vocab, accelerator.device, kind=prepared.kind()))
 
     teacher = load(pipeline.teacher)
     names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}

@@ -11,10 +11,11 @@ from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
 from .on_policy import writes
 from .on_policy_contradictions import long_horizon_contradictions, on_policy_contradictions
-from .recipe import Loss, Recipe, Student, schedules, uses_teacher
+from .recipe import OF_THE_STUDENT, Loss, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .sharding import sharding_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
+from .tasks import task_contradictions
 from .teacher import Mixture, teacher_contradictions
 from .terms import attention_contradictions
 
@@ -40,6 +41,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _step_contradictions(recipe)
     yield from _held_out_contradictions(recipe)
     yield from sharding_contradictions(recipe)
+    yield from task_contradictions(recipe)
 
 
 def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -147,7 +149,7 @@ def _held_out_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
             if given is not None:
                 yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
     learns = recipe.teacher and loss.kd_ratio != 0  # null is not resolved yet, and will be above 0
-    if recipe.checkpoint.best_by not in (None, "ce") and not (learns or uses_teacher(recipe)):
+    if recipe.checkpoint.best_by not in (None, *OF_THE_STUDENT) and not (learns or uses_teacher(recipe)):
         remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
         yield (
             ("checkpoint.best_by", "teacher", "loss.kd_ratio", "validation.compare_to_teacher"),
@@ -234,7 +236,11 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
     where = held_out or (train if data.validation_fraction else [])
     best_by = recipe.checkpoint.best_by
     for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
-        if where and all(getattr(source.loss, name) <= 0 for _, source in where) and (name == "ce" or best_by not in (None, "ce")):
+        if (
+            where
+            and all(getattr(source.loss, name) <= 0 for _, source in where)
+            and (name == "ce" or best_by not in (None, *OF_THE_STUDENT))
+        ):
             paths = (f"{where[0][0]}.loss.{name}", *(("checkpoint.best_by",) if name == "kd" else ()))
             fix = "add held-out rows with labels that count" if name == "ce" else "use best_by: ce"
             yield paths, f"found {getattr(where[0][1].loss, name):g}, and no held-out rows have a weight above 0 there, but {needed}; {fix}"

@@ -15,7 +15,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    kind: Literal["text", "messages", "text or messages", "tools", "numbers"] = "text"
+    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "label"] = "text"
     optional: bool = False  # a file may lack it
 
 
@@ -25,15 +25,15 @@ class RowFormat:
 
     row: dict[str, Column]
     answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
-    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens.
-    supervised: Literal["answer", "all", "marked"] = "answer"
+    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
+    supervised: Literal["answer", "all", "marked", "label"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
     notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
 
     @property
     def is_text(self) -> bool:
-        """Whether its rows are text, to be tokenised, before which a teacher may read a context."""
-        return self.supervised != "marked"
+        """Whether its rows are text to be continued, before which a teacher may read a context."""
+        return self.supervised not in ("marked", "label")
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -87,6 +87,12 @@ FORMATS = {
         supervised="marked",
         notes=("prompt", "answer", "finished", "key", "row_checksum"),
     ),
+    "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
+}
+#: The formats of rows that each task reads.
+FORMATS_OF = {
+    "causal_lm": tuple(name for name, one in FORMATS.items() if one.supervised != "label"),
+    "classification": tuple(name for name, one in FORMATS.items() if one.supervised == "label"),
 }
 
 
@@ -115,11 +121,11 @@ class Source:
         path="data",
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens"] = fixed(
+    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled"] = fixed(
         "alpaca",
         shapes=("tokens",),
         description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "
-        "input_ids of the student's tokenizer, and loss_mask or labels.",
+        "input_ids of the student's tokenizer, and loss_mask or labels; labelled (task: classification): text, label, and for pairs text_pair.",
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
@@ -151,7 +157,9 @@ class Source:
         "(True, None, ['a']), such as Qwen3-Coder's: refuse the row, train on it as the template writes it, or give such values to the template as JSON text.",
     )
     name: str | None = fixed(
-        None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
+        None,
+        description="Configuration of a hub data set; for builtin:skills, questions (conversations), prose (plain text) or kinds (sentences with the kind of "
+        "the thing in them as label).",
     )
     split: str = fixed("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
     revision: str | None = fixed(None, description="Revision of a hub data set.")
@@ -250,7 +258,7 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
             yield ("data.teacher_context",), "found no text; give the text for the teacher, or leave it out"
         for setting, problem in no_context_with(data):
             yield ("data.teacher_context", setting), f"cannot be used with {problem}"
-        if any(not FORMATS[s.format].is_text for s in (*as_tuple(data.train), *as_tuple(data.validation))):
+        if any(FORMATS[s.format].supervised == "marked" for s in (*as_tuple(data.train), *as_tuple(data.validation))):
             yield (
                 ("data.teacher_context", "data.train", "data.validation"),
                 "cannot be used with format: tokens, whose rows are no text that a context could be put before; leave it out",
@@ -280,6 +288,9 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
 
 def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
     choices, row_format = setting == "data.choices", FORMATS[source.format]
+    if source.path == "builtin:skills" and (source.name == "kinds") != (row_format.supervised == "label"):
+        fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
+        yield "name", f"found {source.name or 'questions'} with format: {source.format}; {fix}"
     if source.path.startswith("builtin:") and source.path != "builtin:skills":
         yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
     if source.noise and source.path != "builtin:skills":
@@ -287,8 +298,8 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
             "noise",
             f"found {source.noise:g}, and only builtin:skills has answers that can be replaced by others of their kind; leave it out",
         )
-    elif source.noise and (choices or source.split == "test" or source.name == "prose"):
-        what = "multiple-choice questions" if choices or source.split == "test" else "prose, which has no answers"
+    elif source.noise and (choices or source.split == "test" or source.name in ("prose", "kinds")):
+        what = "multiple-choice questions" if choices or source.split == "test" else f"{source.name}, which has no answers"
         yield "noise", f"found {source.noise:g} with {what}; only the questions of the splits train and validation take it; leave it out"
     for path, problem in where_contradictions(source.where):
         yield f"where.{path}".rstrip("."), problem

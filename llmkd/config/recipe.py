@@ -240,9 +240,15 @@ class Validation:
 class Checkpoint:
     every: Count | None = changeable(None, description="Steps between checkpoints; null: only when a signal stops the run.")
     keep: Count = changeable(2, description="Number of checkpoints kept, the newest ones.")
-    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = changeable(
-        None, description="Also keep the best checkpoint by this validation metric; a checkpoint is then written at every validation."
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "f1"] | None = changeable(
+        None,
+        description="Also keep the best checkpoint by this validation metric; a checkpoint is then written at every validation. Of equal ones the earlier "
+        "is kept. accuracy and f1 (macro F1) are of task: classification.",
     )
+
+
+OF_THE_STUDENT = ("ce", "accuracy", "f1")  # values of best_by that need no teacher
+HIGHER_IS_BETTER = ("top1_agreement", "accuracy", "f1")  # in the others lower is
 
 
 @config_dataclass
@@ -256,6 +262,10 @@ class Recipe:
     """Every setting of a run, checked and immutable. `llmkd.load_recipe` reads one."""
 
     output_dir: str = changeable("", path="output", description="Folder for everything the run writes.")
+    task: Literal["causal_lm", "classification"] = fixed(
+        "causal_lm",
+        description="What the models do. causal_lm: they predict the next token of a text; classification: the class of a text.",
+    )
     seed: Seed = fixed(0, description="Seed of the data's order, of new weights and of dropout.")
     student: Student = Field(default_factory=Student)
     teacher: OneOrMany[Teacher] = fixed(

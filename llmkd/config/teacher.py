@@ -51,7 +51,7 @@ class Cache:
     path: str = fixed(min_length=1, path="output", description="Folder of the cache.")
     kind: Literal[tuple(CACHE_KINDS)] | None = fixed(
         None,
-        description="What is stored for each target. hidden: the teacher's last hidden state (exact). topk (default): the teacher's most likely "
+        description="What is stored for each target. hidden: the teacher's last hidden state, of a classifier its logits (exact; the default of classifiers). topk (default of language models): the teacher's most likely "
         "tokens and the tail mass. sampled: tokens sampled from the teacher (unbiased, for forward_kl only).",
     )
     k: Count | None = fixed(None, description="topk: number of most likely tokens (64).")

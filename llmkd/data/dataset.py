@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.fields import with_setting_names
-from ..config.recipe import Data, Source, Teacher
+from ..config.recipe import OF_THE_STUDENT, Data, Source, Teacher
 from ..console import info, warn
 from ..errors import UserError
 from ..model_folder.files import positions
@@ -184,7 +184,7 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
 def refuse_uncounted(held_out: Examples, best_by: str | None) -> None:
     """UserError where the held-out examples that were drawn from the training rows have no weight in a metric that is needed."""
     for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
-        if not (held_out.weight(name) > 0).any() and (name == "ce" or best_by not in (None, "ce")):
+        if not (held_out.weight(name) > 0).any() and (name == "ce" or best_by not in (None, *OF_THE_STUDENT)):
             raise UserError(
                 f"data.validation_fraction: none of the rows that it holds out has a loss.{name} above 0, but {needed}; raise it, or give "
                 "data.validation"
@@ -226,8 +226,7 @@ def report_examples(data: Dataset) -> None:
     reasons = {"too_long": "too long", "unsupervised": "with nothing supervised, dropped", "marked": "marked as not trained on, dropped"}
     dropped = [f"{c[k]} {words}" for k, words in reasons.items() if c.get(k)]
     info(
-        f"{data.name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
-        + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")
+        f"{data.name}: {len(examples)} examples, {examples.described}"
         + "".join(f", {said}" for said in weights_in_words(examples))
         + (f" ({', '.join(dropped)})" if dropped else "")
     )

@@ -48,6 +48,10 @@ class Examples(Protocol):
     @property
     def max_lengths(self) -> np.ndarray: ...
 
+    @property
+    def described(self) -> str:
+        """What they are, in a few words."""
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
@@ -90,8 +94,41 @@ class Collator(NamedTuple):
     share_prefixes: bool = False
 
 
+class Weighed:
+    """What all examples do alike with their weights, and with a choice among themselves."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def subset(self, keep: np.ndarray):
+        """The examples where the boolean array `keep` [examples] is true."""
+        return self.take(np.flatnonzero(keep))
+
+    def weigh(self, weights: dict[str, float]) -> None:
+        """Set the weights of all examples, by part of the loss."""
+        self.weights = {name: np.full(len(self), weight, np.float32) for name, weight in weights.items() if weight != 1}
+
+    def unweighted(self):
+        """The same examples with all weights 1."""
+        return replace(self, weights={})
+
+    def weight(self, name: str) -> np.ndarray:
+        """The weight of each example in a part of the loss, float32 [examples]."""
+        return self.weights.get(name, np.ones(len(self), np.float32))
+
+    def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
+        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
+        number of those that are not 0."""
+        counts, found = self.num_targets[chosen], {}
+        for name, w_E in self.weights.items():
+            own = w_E[chosen]
+            if (own != 1).any():
+                found[name] = float((np.abs(own.astype(np.float64)) * counts).sum()), int(counts[own != 0].sum())
+        return found
+
+
 @dataclass
-class TokenExamples:
+class TokenExamples(Weighed):
     """Examples as flat arrays, one after another; example i is `ids[offsets[i] : offsets[i + 1]]`."""
 
     ids: np.ndarray  # int32 [tokens]
@@ -112,9 +149,6 @@ class TokenExamples:
         if self.teacher_index is None:
             self.teacher_index = np.full(len(self.row), ALL_TEACHERS, np.int64)
 
-    def __len__(self) -> int:
-        return len(self.row)
-
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part], self.loss_mask[part]
@@ -132,15 +166,11 @@ class TokenExamples:
         The teacher's input is included where it differs, so the hash does not depend on the other examples in the data.
         """
         student, teacher = (b"".join(x.tobytes() for x in of.example(i)) for of in (self, self.teacher_view or self))
-        return _digest(student if teacher == student else student + b"|" + teacher)
+        return digest(student if teacher == student else student + b"|" + teacher)
 
     def student_hash(self, i: int) -> str:
         """The same hash of the student's input alone: equal with and without a context for the teacher."""
-        return _digest(b"".join(x.tobytes() for x in self.example(i)))
-
-    def subset(self, keep: np.ndarray) -> "TokenExamples":
-        """The examples where the boolean array `keep` [examples] is true."""
-        return self.take(np.flatnonzero(keep))
+        return digest(b"".join(x.tobytes() for x in self.example(i)))
 
     def take(self, chosen: np.ndarray) -> "TokenExamples":
         """The examples with these indices, in this order. `counts` are not kept."""
@@ -153,17 +183,9 @@ class TokenExamples:
         of_tokens = {name: w_T[tokens] for name, w_T in self.token_weights.items()}
         return TokenExamples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights, of_tokens, self.collator)
 
-    def weigh(self, weights: dict[str, float]) -> None:
-        """Set the weights of all examples, by part of the loss."""
-        self.weights = {name: np.full(len(self), weight, np.float32) for name, weight in weights.items() if weight != 1}
-
     def unweighted(self) -> "TokenExamples":
         """The same examples with all weights 1."""
         return replace(self, weights={}, token_weights={})
-
-    def weight(self, name: str) -> np.ndarray:
-        """The weight of each example in a part of the loss, float32 [examples]."""
-        return self.weights.get(name, np.ones(len(self), np.float32))
 
     def target_weights(self, i: int, name: str) -> np.ndarray:
         """The weight of each of an example's targets in a part of the loss, float32 [targets]."""
@@ -174,18 +196,40 @@ class TokenExamples:
         return own * self.weight(name)[i]
 
     def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
-        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
-        number of those that are not 0."""
-        counts, found = self.num_targets[chosen], {}
-        for name, w_E in self.weights.items():
-            own = w_E[chosen]
-            if (own != 1).any() and name not in self.token_weights:
-                found[name] = float((np.abs(own.astype(np.float64)) * counts).sum()), int(counts[own != 0].sum())
+        found = {name: sums for name, sums in super().weighted(chosen).items() if name not in self.token_weights}
         for name in self.token_weights:
             own = np.concatenate([np.zeros(0, np.float32), *(self.target_weights(i, name) for i in chosen)])
             if (own != 1).any():
                 found[name] = float(np.abs(own.astype(np.float64)).sum()), int((own != 0).sum())
         return found
+
+    @property
+    def described(self) -> str:
+        theirs = "" if self.teacher_view is None else f", {len(self.teacher_view.ids)} tokens for the teacher with its context"
+        return f"{len(self.ids)} tokens, {int(self.loss_mask.sum())} targets{theirs}"
+
+    @staticmethod
+    def joined(
+        parts: "list[TokenExamples]", before: list[int], counts: dict[str, int], source: np.ndarray | None = None
+    ) -> "TokenExamples":
+        """See `concat`."""
+        of_each = (
+            np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
+            counts,
+            source,
+            np.concatenate([part.teacher_index for part in parts]),
+        )
+        theirs = None
+        if any(part.teacher_view is not None for part in parts):
+            theirs = TokenExamples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
+        names = dict.fromkeys(name for part in parts for name in part.weights)
+        weights = {name: np.concatenate([part.weight(name) for part in parts]) for name in names}
+        ones = [np.ones(len(part.ids), np.float32) for part in parts]
+        names = dict.fromkeys(name for part in parts for name in part.token_weights)
+        of_tokens = {
+            name: np.concatenate([part.token_weights.get(name, one) for part, one in zip(parts, ones, strict=True)]) for name in names
+        }
+        return TokenExamples(*_one_after_another(parts), *of_each, theirs, weights, of_tokens, parts[0].collator)
 
     @functools.cached_property
     def num_targets(self) -> np.ndarray:
@@ -202,11 +246,11 @@ class TokenExamples:
         return self.lengths if self.teacher_view is None else np.maximum(self.lengths, self.teacher_view.lengths)
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def merge(parts: list[TokenExamples]) -> TokenExamples:
+def merge(parts: "list[Examples]") -> "Examples":
     """The examples of several sources as one, with their rows numbered through and `source` set."""
     if len(parts) == 1:
         return parts[0]
@@ -215,23 +259,9 @@ def merge(parts: list[TokenExamples]) -> TokenExamples:
     return concat(parts, before[:-1].tolist(), counts, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
 
 
-def concat(parts: list[TokenExamples], before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> TokenExamples:
-    """The parts one after another. The rows of part k are numbered from `before[k]` on."""
-    of_each = (
-        np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
-        counts,
-        source,
-        np.concatenate([part.teacher_index for part in parts]),
-    )
-    theirs = None
-    if any(part.teacher_view is not None for part in parts):
-        theirs = TokenExamples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
-    names = dict.fromkeys(name for part in parts for name in part.weights)
-    weights = {name: np.concatenate([part.weight(name) for part in parts]) for name in names}
-    ones = [np.ones(len(part.ids), np.float32) for part in parts]
-    names = dict.fromkeys(name for part in parts for name in part.token_weights)
-    of_tokens = {name: np.concatenate([part.token_weights.get(name, one) for part, one in zip(parts, ones, strict=True)]) for name in names}
-    return TokenExamples(*_one_after_another(parts), *of_each, theirs, weights, of_tokens, parts[0].collator)
+def concat(parts: "list[Examples]", before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> "Examples":
+    """The parts, of one kind, one after another. The rows of part k are numbered from `before[k]` on."""
+    return type(parts[0]).joined(parts, before, counts, source)
 
 
 def _one_after_another(parts: list[TokenExamples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ..config.teacher import Cache
 from ..console import count
 from ..data.encoding.tokenizer import save_tokenizer
 from ..model_folder.files import ModelFiles, find
-from ..model_folder.generation import generation_settings, stopping_at, stops_at
+from ..model_folder.generation import generation_settings, stops_at
 from ..models import merge as merging
 from ..models import saved_student
 from ..models.load import LoadContext, load_models, load_teacher
@@ -23,7 +23,6 @@ from ..teachers.cached import CachedTeacher
 from ..teachers.live import LiveTeacher
 from ..teachers.resolve import TeacherSource, examples_of
 from ..teachers.sparse import Sampled, TopK
-from ..training.prepare import generation_before
 from . import plain
 from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
 from .data import last_tokens
@@ -243,7 +242,8 @@ def _write(setup: Setup) -> Path:
 
 
 def _generation(setup: Setup) -> dict:
-    return stopping_at(generation_before(setup.small.student, setup.prepared.student), setup.prepared.end_tokens)
+    prepared = setup.prepared
+    return prepared.task.generation(setup.small.student, prepared.student, prepared.end_tokens)
 
 
 def _logits(setup: Setup, model=None) -> Tensor:

@@ -211,6 +211,13 @@ def _config(folder: Path, name: str, setting: str) -> dict:
     return config
 
 
+def classifier_class(config: dict) -> str | None:
+    """The name of transformers' class that loads a classifier; None for a configuration of none."""
+    kinds = ("SequenceClassification", "AudioClassification", "ImageClassification")
+    named = " ".join(config.get("architectures") or [])
+    return next((f"AutoModelFor{kind}" for kind in kinds if kind in named), None)
+
+
 def positions(config: dict) -> int | None:
     """The longest sequence of a model in tokens, under the name of its family; None where it has no bound."""
     config = config.get("text_config", config)

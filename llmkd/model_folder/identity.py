@@ -118,6 +118,11 @@ def record_of(folder: Path, setting: str = "model") -> dict:
     return record
 
 
+def is_made_here(base: Path) -> bool:
+    """Whether a base is a model that llmkd has made of another, such as one of fewer layers or with a new head: it is nowhere else."""
+    return record_of(base).get("student") == "base"
+
+
 def _record_hash(record: dict) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .language_model import LanguageModel
+from .model import Model
 from .parts import local
 from .sharding import is_sharded, reshard, sharded_copy
 from .shared_weights import copy_sharing_weights
 
 
-def copy_of(student: LanguageModel, setting: str) -> LanguageModel:
+def copy_of(student: Model, setting: str) -> Model:
     """The student as it is, frozen and in eval mode: what trains is copied, everything else is the same tensors. UserError for weights that train in
     16 bit, in which an average stands still. `setting`: names it, for messages."""
     narrow = [name for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)]
@@ -25,13 +25,13 @@ def copy_of(student: LanguageModel, setting: str) -> LanguageModel:
         model = sharded_copy(student.model, setting.removesuffix(".ema"))
     else:
         model = copy_sharing_weights(student.model, trained=False)
-    return LanguageModel(model, student.head.vocab, student.adapter, autocast=student.autocast).requires_grad_(False).eval()
+    return type(student)(model, student.head.vocab, student.adapter, autocast=student.autocast).requires_grad_(False).eval()
 
 
 class Average:
     """Updates a copy of the student after each step of its optimizer: average <- decay average + (1 - decay) student."""
 
-    def __init__(self, student: LanguageModel, copy: LanguageModel, decay: float):
+    def __init__(self, student: Model, copy: Model, decay: float):
         reshard(copy.model)  # which the checks of it have left whole
         theirs = dict(copy.model.named_parameters())
         self.pairs = {name: (p, theirs[name]) for name, p in student.trainable().items()}

@@ -56,10 +56,10 @@ def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
     base, setting = files.base, "student.model"
     verify(base, None, setting)
     key = [fingerprint(base, setting), config_hash(base, setting), list(kept), str(base.resolve())]
-    folder = _cache() / "models" / _key(key)
+    folder = model_cache() / "models" / key_of(key)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             if not _is_whole(folder):
                 remove_leftovers(folder.parent, folder.name)
                 config = smaller_config(files.config, _whole_config(files), kept)
@@ -232,8 +232,8 @@ def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarra
     from . import pretrained
 
     key = [fingerprint(files.base, "student.model"), config_hash(files.base, "student.model"), settings.dtype, settings.attention]
-    path = _cache() / "influence" / f"{_key([*key, [ids.tolist() for ids in examples]])}.json"
-    with _locked(path):
+    path = model_cache() / "influence" / f"{key_of([*key, [ids.tolist() for ids in examples]])}.json"
+    with locked(path):
         try:
             found = read_sealed(path)["influence"]
         except (OSError, ValueError, KeyError):
@@ -254,16 +254,16 @@ def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarra
 # ---- the cache
 
 
-def _cache() -> Path:
+def model_cache() -> Path:
     return Path(os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser()
 
 
-def _key(parts: list) -> str:
+def key_of(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def _locked(entry: Path) -> Iterator[None]:
+def locked(entry: Path) -> Iterator[None]:
     """Held by one process of this machine at a time; where nothing can be locked, it is not held."""
     try:
         place = entry.parent.with_name("locks")

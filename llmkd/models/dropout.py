@@ -94,8 +94,7 @@ class DropoutMasks:
         """A forward pass of the view begins. Without keys it has random ones."""
         keys_BT = view.keys
         if keys_BT is None:
-            ids_BT = view.inputs["input_ids"]
-            keys_BT = torch.randint(-(1 << 31), 1 << 31, ids_BT.shape, dtype=torch.int32, device=ids_BT.device)
+            keys_BT = torch.randint(-(1 << 31), 1 << 31, view.shape[:2], dtype=torch.int32, device=view.rows_N.device)
         computed = _COMPUTED[self.number]
         computed.positions = keys_BT.flatten()
         computed.rows, computed.chunk = computed.positions[view.rows_N], None

@@ -1,6 +1,6 @@
 """Students and teachers, loaded together and checked: weights that they have in common are in memory once.
 
-The builder of every finished `LanguageModel`: the results of the startup checks and a teacher's settings are applied here.
+The builder of every finished `Model`: the results of the startup checks and a teacher's settings are applied here.
 """
 
 import contextlib
@@ -17,22 +17,24 @@ from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
 from ..model_folder.trainable import refuse_untrainable
-from . import activation_checkpointing, adapters, attention, average, pretrained, sharding, shared_weights, startup_checks
+from . import activation_checkpointing, adapters, average, pretrained, sharding, shared_weights, startup_checks
 from .depth import find_student
 from .dropout import follow_examples
-from .families import non_text_parameters
+from .families import base_of, non_text_parameters
 from .float8 import refuse_without_products
-from .language_model import LanguageModel
+from .kinds import CAUSAL, ModelKind
+from .kinds import checked as checked
 from .last_layer import enable_if_exact
 from .lora import add_new_adapter, refuse_missing_modules
+from .model import Model
 from .offload import OFFLOAD, head_on, offload, resolve_device
 from .teacher_transforms import apply_transforms
 
 #: From (teacher, its settings, their name): a context manager round a change of the teacher, whose value is the teacher's `fidelity`.
-AroundTransform = Callable[[LanguageModel, Teacher, str], contextlib.AbstractContextManager[dict[str, float]]]
+AroundTransform = Callable[[Model, Teacher, str], contextlib.AbstractContextManager[dict[str, float]]]
 
 
-def _unmeasured(teacher: LanguageModel, settings: Teacher, setting: str) -> contextlib.AbstractContextManager[dict[str, float]]:
+def _unmeasured(teacher: Model, settings: Teacher, setting: str) -> contextlib.AbstractContextManager[dict[str, float]]:
     return contextlib.nullcontext({})
 
 
@@ -46,6 +48,8 @@ class LoadContext:
     packing           packed rows of so many tokens must be safe; 0 without packing
     around_transform  entered round a teacher's merge or conversion to fp8, to measure the change
     sharded           of the models that are sharded (student, teacher, teacher.0, ...) the mesh of processes
+    kind              what the models are
+    find              the files of a student
     """
 
     vocab: int
@@ -54,23 +58,17 @@ class LoadContext:
     packing: int = 0
     around_transform: AroundTransform = _unmeasured
     sharded: Mapping[str, object] = field(default_factory=dict)
+    kind: ModelKind = CAUSAL
+    find: Callable[[Student], ModelFiles | None] = find_student
 
     def loads_mapped(self, setting: str, settings: Student | Teacher) -> bool:
         """Whether the model's weights stay mapped from their files until they are sharded. What is merged or quantised is loaded whole."""
         return setting in self.sharded and not settings.quantization and not getattr(settings, "is_transformed", False)
 
 
-def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
-    """The model with what the startup checks find of it put to use. UserError where it cannot be used; see `startup_checks.check`."""
-    found = startup_checks.check(model, setting, packing, implementation)
-    if found.packed_attention:
-        attention.enable(model.base_model)
-    return model.replaced(capabilities=found)
-
-
 def load_teacher(
     settings: Teacher, context: LoadContext, setting: str = "teacher", files: ModelFiles | None = None, base: nn.Module | None = None
-) -> LanguageModel:
+) -> Model:
     """The teacher, frozen and in eval mode: a model, or an adapter on its base, merged or not.
 
     setting      the name of its settings: teacher, or teacher.0, ...
@@ -82,21 +80,23 @@ def load_teacher(
         refuse_without_products(held, setting)
     mapped, casts = context.loads_mapped(setting, settings), None
     if base is None and mapped and not files.adapter:
-        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention)
+        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, context.kind.auto)
     held = None if mapped else held
-    model = base or pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
+    how = settings.dtype, settings.attention, held, settings.loaded_in, context.kind.auto
+    model = base or pretrained.load_pretrained(files.base, name, *how)
     if files.adapter:
         adapters.note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name)
         model = model if mapped else model.to(held)
-    teacher = LanguageModel(model, _checked_vocab(model, context.vocab, name))
+    context.kind.refuse_misfit(model, context.vocab, name)
+    teacher = context.kind.wrapper(model, context.vocab)
     teacher.requires_grad_(False).eval()
     if setting in context.sharded and not settings.is_transformed:
         _shard(model, setting, context, casts)
     if settings.device == OFFLOAD:
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
         offload(teacher.base_model, device)
-    teacher = checked(teacher, name, context.packing, settings.attention)
+    teacher = context.kind.checked(teacher, name, context.packing, settings.attention)
     if settings.is_transformed:
         with context.around_transform(teacher, settings, setting) as fidelity:
             apply_transforms(teacher, settings, files, setting)
@@ -111,7 +111,7 @@ def load_teacher(
 
 def load_students(
     many: list[Student], context: LoadContext, found: list[ModelFiles] | None = None, base: nn.Module | None = None
-) -> list[LanguageModel]:
+) -> list[Model]:
     """Students in training mode, of which exactly the parameters that `method` names require a gradient.
 
     Several students may differ only in their adapters: they share one base in memory, and each behaves as if it were alone. A single
@@ -120,19 +120,20 @@ def load_students(
     found, base  the files of each and their base, where they are located and loaded already
     """
     settings, device = many[0], context.device
-    found = found or [files for one in many if (files := find_student(one))]
+    found = found or [files for one in many if (files := context.find(one))]
     torch.manual_seed(context.seed)
     mapped, casts = context.loads_mapped("student", settings), None
     if found and mapped and base is None and settings.method == "full":
-        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention)
+        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention, context.kind.auto)
     device = None if mapped else device
     if found:
-        model = base or pretrained.load_pretrained(
-            found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization
-        )
+        how = settings.dtype, settings.attention, device, settings.quantization, context.kind.auto
+        model = base or pretrained.load_pretrained(found[0].base, "student.model", *how)
     else:
-        model = pretrained.new_model(settings, context.vocab)
+        model = pretrained.new_model(settings, context.kind.architecture(context.vocab), context.kind.auto)
         model = model if mapped else model.to(device)
+    if found and not found[0].adapter:
+        context.kind.started(model, found[0].base, context.seed)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
         for parameter in non_text_parameters(model):
@@ -145,9 +146,9 @@ def load_students(
     if settings.method == "lora":
         model.requires_grad_(False)
         names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
-        model = _with_adapters(model, found, many, names, context.seed)
+        model = _with_adapters(model, found, many, names, context)
         model = model if mapped else model.to(device)
-    _checked_vocab(model, context.vocab, "student.model")
+    context.kind.refuse_misfit(model, context.vocab, "student.model")
     if "student" in context.sharded:
         _shard(model, "student", context, casts, keep_outline=True)
     students = []
@@ -162,26 +163,29 @@ def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[
     pretrained.own_memory(model)  # of buffers, which are whole
 
 
-def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], seed: int) -> nn.Module:
+def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], context: LoadContext) -> nn.Module:
     """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
-        torch.manual_seed(seed)
+        torch.manual_seed(context.seed)
         with attribute_to_student(k):
-            model = (adapters.load_to_train if found[k].adapter else add_new_adapter)(model, found[k], many[k], names[k])
+            if found[k].adapter:
+                model = adapters.load_to_train(model, found[k], many[k], names[k])
+            else:
+                model = add_new_adapter(model, found[k], many[k], names[k], context.kind.peft, context.kind.copies(base_of(model)))
     if len(many) > 1:
         model.set_adapter(names[0])
     follow_examples(model)
     return model
 
 
-def _student(model: nn.Module, name: str | None, settings: Student, context: LoadContext) -> LanguageModel:
+def _student(model: nn.Module, name: str | None, settings: Student, context: LoadContext) -> Model:
     """One student of those on `model`: checked, in training mode."""
     autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    student = LanguageModel(model, context.vocab, name, autocast=autocast).train()
-    student = checked(student, "student.model", context.packing, settings.attention)
+    student = context.kind.wrapper(model, context.vocab, name, autocast=autocast).train()
+    student = context.kind.checked(student, "student.model", context.packing, settings.attention)
     _check_narrow(student, settings)
-    unused = startup_checks.parameters_without_gradient(student, "student.model")
+    unused = context.kind.without_gradient(student, "student.model")
     if unused:
         some = f"{len(unused)} of {len(student.trainable())} trainable tensors, such as {unused[0]}"
         warn(f"note: student: {some}, get no gradient from a small batch; they may never be used")
@@ -195,7 +199,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
         warn("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
-def _check_narrow(student: LanguageModel, settings: Student) -> None:
+def _check_narrow(student: Model, settings: Student) -> None:
     """LoRA's own matrices are in float32 at least; copies of modules and biases are in the base's type, and train in it."""
     narrow = {name: p.dtype for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
     if settings.method == "full" or not narrow:
@@ -206,16 +210,7 @@ def _check_narrow(student: LanguageModel, settings: Student) -> None:
     warn(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
 
 
-def _checked_vocab(model: nn.Module, vocab: int, setting: str) -> int:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocab:
-        raise UserError(f"{setting}: the tokenizer has {vocab} entries and the model's embedding {rows}; they do not belong together")
-    return vocab
-
-
-def load_models(
-    students: list[Student], teachers: list[tuple[str, Teacher]], context: LoadContext
-) -> tuple[list[LanguageModel], list[LanguageModel]]:
+def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], context: LoadContext) -> tuple[list[Model], list[Model]]:
     """The students as `load_students` returns them and the teachers as `load_teacher` does, each as it would be alone.
 
     teachers  with the names of their settings: teacher, or teacher.0, teacher.1, ...
@@ -228,7 +223,7 @@ def load_models(
         held = resolve_device(setting, teacher.device, context.device)
         if teacher.float8:
             refuse_without_products(held, setting)
-    own = [files for one in students if (files := find_student(one))]
+    own = [files for one in students if (files := context.find(one))]
     theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
     for k, (student, files) in enumerate(zip(students, own, strict=False)):
         with attribute_to_student(k):
@@ -245,7 +240,8 @@ def load_models(
             if waiting[key] < 2:
                 return None
             device = context.device if key in whole else None
-            bases[key] = pretrained.load_pretrained(files.base, setting, settings.dtype, settings.attention, device, settings.quantization)
+            how = settings.dtype, settings.attention, device, settings.quantization, context.kind.auto
+            bases[key] = pretrained.load_pretrained(files.base, setting, *how)
         waiting[key] -= 1
         return shared_weights.copy_sharing_weights(bases[key]) if waiting[key] else bases.pop(key)
 
@@ -258,7 +254,7 @@ def load_models(
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, context, own, on) if students else []
     models += [
-        checked(average.copy_of(learning[0], f"{name}.ema"), f"{name}.model", context.packing)
+        context.kind.checked(average.copy_of(learning[0], f"{name}.ema"), f"{name}.model", context.packing)
         for name, one in teachers
         if one.ema is not None
     ]
@@ -289,7 +285,7 @@ def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[s
     return [student_key, *(shared_weights.base_identity(*candidate) if candidate else None for candidate in candidates)]
 
 
-def _report_shared_weights(setting: str, model: LanguageModel, students: list[LanguageModel], others: list[LanguageModel]) -> None:
+def _report_shared_weights(setting: str, model: Model, students: list[Model], others: list[Model]) -> None:
     own = shared_weights.storage_bytes(model)
     for who, them in (("the student", students), ("the teachers before it", others)):
         if shared := sum(own[place] for place in own.keys() & shared_weights.storage_bytes(*them).keys()):

@@ -12,6 +12,7 @@ from ..config.recipe import Lora, Student
 from ..console import warn
 from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles
+from ..model_folder.identity import is_made_here
 from ..model_folder.weights import modules_are_named
 from .adapters import refuse_dora_in_8bit
 from .families import non_text_parameters
@@ -21,30 +22,39 @@ class _MissingModule(UserError):
     """A module in `student.lora` that the model does not have."""
 
 
-def add_new_adapter(model: nn.Module, files: ModelFiles, settings: Student, name: str) -> nn.Module:
+def add_new_adapter(
+    model: nn.Module, files: ModelFiles, settings: Student, name: str, kind: str | None = "CAUSAL_LM", copies: tuple[str, ...] = ()
+) -> nn.Module:
     """A student's base with the new adapter of its settings, which is saved with the base's name."""
-    adapted = add_lora(model, settings.lora or Lora(), None if settings.layers else settings.revision, name)
-    path = files.base if settings.layers else Path(settings.model)
+    made = is_made_here(files.base)
+    adapted = add_lora(model, settings.lora or Lora(), None if made else settings.revision, name, kind, copies)
+    path = files.base if made else Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
 
 
-def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
-    """The base with a new LoRA adapter, which alone requires a gradient. A model that already has adapters keeps them."""
+def add_lora(
+    model: nn.Module, lora: Lora, revision: str | None, name: str = "default", kind: str | None = "CAUSAL_LM", copies: tuple[str, ...] = ()
+) -> nn.Module:
+    """The base with a new LoRA adapter, which alone requires a gradient. A model that already has adapters keeps them.
+
+    kind     PEFT's name of what the adapter is for
+    copies   modules that train in full besides, such as a classifier's head
+    """
     from peft import LoraConfig, PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     refuse_dora_in_8bit(base, lora.dora, "student")
     _refuse_missing_copies(base, lora)
-    excluded = _without_adapter(base, lora)
+    excluded = _without_adapter(base, lora) + list(copies)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=kind,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         exclude_modules=excluded or None,
-        modules_to_save=list(lora.modules_to_save) or None,
+        modules_to_save=list(dict.fromkeys((*lora.modules_to_save, *copies))) or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         revision=revision,

@@ -48,6 +48,19 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None, trained
     return merged
 
 
+def merge_classifier(files: ModelFiles, auto: str, checkpoint: Path | None = None) -> nn.Module:
+    """A classifier's base with the adapter merged into it and its trained head in place, in at least float32 and then in the base's dtype."""
+    base = pretrained.load_pretrained(files.base, "export", auto=auto)
+    held = {name: t.dtype for name, t in _tensors(base)}
+    adapted = adapters.load(base.to(torch.promote_types(base.dtype, torch.float32)), files, "export").eval()
+    if checkpoint:
+        load_trained_weights(adapted, checkpoint)
+    merged = adapted.merge_and_unload()
+    for name, t in _tensors(merged):
+        t.data = t.data.to(held[name])
+    return merged
+
+
 def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
     """Merge the adapter into the weights in place, layer by layer in at least float32, and return the plain model in its own dtypes.
 
@@ -98,16 +111,16 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def from_checkpoint(model_folder: Path, checkpoint: Path) -> nn.Module:
-    """A fully trained model with the weights of a checkpoint."""
-    model = pretrained.load_pretrained(model_folder, "export")
+def from_checkpoint(model_folder: Path, checkpoint: Path, auto: str = pretrained.CAUSAL_LM) -> nn.Module:
+    """A fully trained model with the weights of a checkpoint. `auto`: the name of transformers' class that loads it."""
+    model = pretrained.load_pretrained(model_folder, "export", auto=auto)
     load_trained_weights(model, checkpoint)
     return model
 
 
-def verify_saved(model: nn.Module, folder: Path) -> None:
+def verify_saved(model: nn.Module, folder: Path, auto: str = pretrained.CAUSAL_LM) -> None:
     """UserError unless the model in `folder` is bitwise the one that was saved there."""
-    again, saved = pretrained.load_pretrained(folder, "export").state_dict(), model.state_dict()
+    again, saved = pretrained.load_pretrained(folder, "export", auto=auto).state_dict(), model.state_dict()
     wrong = [k for k in saved if k not in again or not torch.equal(again[k].double(), saved[k].cpu().double())]
     if wrong or again.keys() - saved.keys():
         raise UserError(f"export: {len(wrong)} tensors, such as {wrong[:1]}, are not saved as they are; use the adapter unmerged")

@@ -22,6 +22,7 @@ from .adapter_names import WRAPPERS, without_wrappers
 from .parts import is_part
 from .quantization import DTYPES, bitsandbytes_config, note_share
 
+CAUSAL_LM = "AutoModelForCausalLM"
 #: Names of float types in safetensors files.
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 #: Buffers that older versions of transformers saved with the weights and newer ones compute.
@@ -29,10 +30,17 @@ _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 
 
 def load_pretrained(
-    folder: Path, setting: str, dtype: str = "auto", attention: str = "auto", device="cpu", quantization: Quantization | None = None
+    folder: Path,
+    setting: str,
+    dtype: str = "auto",
+    attention: str = "auto",
+    device="cpu",
+    quantization: Quantization | None = None,
+    auto: str = CAUSAL_LM,
 ) -> nn.Module:
     """A model from its folder, on `device`. UserError unless every tensor fits its configuration.
 
+    auto     the name of transformers' class that loads it
     device   None for a model that is to be sharded: its weights stay mapped from their files, as far as they are of the type that they have there
     """
     verify(folder, None, setting)
@@ -42,7 +50,7 @@ def load_pretrained(
     if quantization:
         options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
     renaming = _unwrapping(folder, setting)
-    model = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, key_mapping=renaming or None, **options)
+    model = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, auto, key_mapping=renaming or None, **options)
     for module in model.modules():
         # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -58,13 +66,13 @@ def load_pretrained(
     return model
 
 
-def _read(folder: Path, setting: str, dtype, attention: str, **options) -> nn.Module:
+def _read(folder: Path, setting: str, dtype, attention: str, auto: str, **options) -> nn.Module:
     """A model as transformers loads it. UserError unless every tensor fits its configuration."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
         with unchanged([folder], setting):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = getattr(transformers, auto).from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
@@ -91,7 +99,9 @@ def _read(folder: Path, setting: str, dtype, attention: str, **options) -> nn.Mo
     return model
 
 
-def load_as_stored(folder: Path, setting: str, dtype: str, attention: str) -> tuple[nn.Module, dict[str, torch.dtype]]:
+def load_as_stored(
+    folder: Path, setting: str, dtype: str, attention: str, auto: str = CAUSAL_LM
+) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """A model to be sharded that has no adapter: its weights are all mapped from their files. UserError as from `load_pretrained`.
 
     Returns the types too that they are to have, by name; empty where that is what they have.
@@ -103,14 +113,14 @@ def load_as_stored(folder: Path, setting: str, dtype: str, attention: str) -> tu
     cast = len(stored) == 1 and "quantization_config" not in config
     if cast and STORED[one := stored.pop()] != DTYPES[loaded_dtype(config, dtype)]:
         renaming = _unwrapping(folder, setting) or None
-        shapes = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, key_mapping=renaming, device_map={"": "meta"})
+        shapes = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, auto, key_mapping=renaming, device_map={"": "meta"})
         types = {name: p.dtype for name, p in shapes.named_parameters()}
         if set(types.values()) != {STORED[one]}:
-            model = load_pretrained(folder, setting, str(STORED[one]).removeprefix("torch."), attention, None)
+            model = load_pretrained(folder, setting, str(STORED[one]).removeprefix("torch."), attention, None, auto=auto)
             if _with_buffers_of(shapes, model):
                 model.config.__dict__.update(shapes.config.__dict__)
                 return model, types
-    return load_pretrained(folder, setting, dtype, attention, None), {}
+    return load_pretrained(folder, setting, dtype, attention, None, auto=auto), {}
 
 
 def _with_buffers_of(shapes: nn.Module, model: nn.Module) -> bool:
@@ -187,20 +197,20 @@ def own_memory(model: nn.Module) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
-    """A model of `settings.architecture` with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def new_model(settings: StudentSettings, implied: dict, auto: str = CAUSAL_LM) -> nn.Module:
+    """A model of `settings.architecture` with random weights. `implied`: what its configuration says besides, unless the architecture does."""
+    import transformers
 
-    wanted = {"vocab_size": vocab, **settings.architecture}
+    wanted = {**implied, **settings.architecture}
     try:
         check_config(wanted, "the architecture", "student.architecture")
-        config = AutoConfig.for_model(**wanted)
+        config = transformers.AutoConfig.for_model(**wanted)
         ignored = [k for k in wanted if k != "model_type" and not hasattr(type(config)(), k)]
         if ignored:
             raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}; leave it out")
         dtype = DTYPES.get(settings.dtype, torch.float32)
         attention = None if settings.attention == "auto" else settings.attention
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return getattr(transformers, auto).from_config(config, dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ from ..config.recipe import Teacher as TeacherSettings
 from ..model_folder.generation import write_generation
 from ..model_folder.identity import base_config_hash, fingerprint, record_of, write_record
 from . import adapters
-from .language_model import LanguageModel
+from .model import Model
 
 
 def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
@@ -26,8 +26,8 @@ def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
     )
 
 
-def save(model: LanguageModel, folder: Path, settings: StudentSettings, generation: dict) -> None:
-    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with this generation config.
+def save(model: Model, folder: Path, settings: StudentSettings, generation: dict | None) -> None:
+    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with this generation config, if it has one.
 
     Beside it, llmkd.json holds the hashes of the folder's files, so its tokenizer is to be there already. For an adapter it also names
     the base's fingerprint, dtype and quantisation; `as_trained` reads them.
@@ -35,7 +35,8 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings, generati
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
         adapters.save(model.model, folder, model.adapter or "default")
-        write_generation(folder, generation)
+        if generation is not None:
+            write_generation(folder, generation)
         base = Path(model.base_model.config._name_or_path)
         record = {
             "base_fingerprint": fingerprint(base, "student.model"),
@@ -49,8 +50,11 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings, generati
         write_record(folder, "output_dir", student="full")
 
 
-def save_whole(model: nn.Module, folder: Path, generation: dict) -> None:
-    """Write a plain transformers model, with this generation config."""
+def save_whole(model: nn.Module, folder: Path, generation: dict | None) -> None:
+    """Write a plain transformers model, with this generation config, if it has one."""
+    if generation is None:
+        model.save_pretrained(folder)
+        return
     held, model.generation_config = model.generation_config, None if model.generation_config is None else type(model.generation_config)()
     try:
         model.save_pretrained(folder)

@@ -13,7 +13,7 @@ from .quantization import note_share
 
 @torch.no_grad()
 def apply_transforms(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
-    """Merge the adapter of a `LanguageModel` and convert it to fp8, if its settings have these, in place. UserError if it fails afterwards."""
+    """Merge the adapter of a `Model` and convert it to fp8, if its settings have these, in place. UserError if it fails afterwards."""
     if settings.merge_adapter:
         teacher.replace_with(merge_adapter_(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
     if settings.float8:

@@ -20,7 +20,7 @@ _BESIDE_TERMS = (
 
 
 #: The part of the loss whose weights say how much a held-out example counts in a metric; in the others all count alike.
-WEIGHED_BY = {"ce": "ce", "teacher_ce": "ce", "forward_kl": "kd", "reverse_kl": "kd", "top1_agreement": "kd"}
+WEIGHED_BY = {"ce": "ce", "teacher_ce": "ce", "forward_kl": "kd", "reverse_kl": "kd", "top1_agreement": "kd", "accuracy": "ce"}
 #: Seconds after which what was recorded is synced to the disk; a kill loses none of it, a power cut what came after the last time.
 SYNC_EVERY = 1.0
 #: What else a record may hold, by what was measured.

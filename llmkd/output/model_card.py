@@ -33,11 +33,21 @@ METRICS = {
     "forward_kl": ("forward_kl", "KL(teacher, student), nats per token"),
     "reverse_kl": ("reverse_kl", "KL(student, teacher), nats per token"),
     "top1_agreement": ("top1_agreement", "same most likely token as the teacher"),
-    "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
+    "accuracy": ("accuracy", "accuracy"),
+    "f1": ("f1", "macro F1"),
 }
 
 #: Metrics that need a teacher.
 TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
+
+#: The pipeline of transformers that writes text, and what others read, as an example.
+GENERATION = "text-generation"
+EXAMPLES = {
+    "text-classification": "A text in the form of the training data.",
+    "audio-classification": "clip.wav",
+    "image-classification": "picture.png",
+    "automatic-speech-recognition": "clip.wav",
+}
 
 #: The end of both snippets.
 GENERATE = """
@@ -100,9 +110,11 @@ def model_card(
     student: ModelFiles | None,
     teachers: tuple[TeacherSource, ...],
     origins: dict[str, list[dict]],
-    end_tokens: Sequence[str] = (),
+    end_tokens: Sequence[str] | None = (),
+    pipeline: str = GENERATION,
 ) -> str:
-    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s; `end_tokens` close the answers.
+    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s; `end_tokens` close the answers, None
+    where the model writes none. `pipeline`: the name of transformers' pipeline that uses the model.
 
     It takes the whole recipe because it prints it.
     """
@@ -114,12 +126,12 @@ def model_card(
         packages.append("bitsandbytes")
     return "\n".join(
         [
-            f"---\n{card_data(recipe, summary, student, teachers, data).to_yaml()}\n---\n",
+            f"---\n{card_data(recipe, summary, student, teachers, data, pipeline).to_yaml()}\n---\n",
             f"# {markdown.escape(title(recipe))}\n",
             *introduction(recipe.student, recipe.loss, recipe.mixture, student, teachers),
-            *stopping(end_tokens),
+            *(stopping(end_tokens) if end_tokens is not None else []),
             "\n## Use\n",
-            markdown.code_block(usage_snippet(recipe, student), "python"),
+            markdown.code_block(usage_snippet(recipe, student, pipeline), "python"),
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
@@ -177,14 +189,20 @@ def sources_by_purpose(settings: Data, origins: dict[str, list[dict]]) -> dict[s
 
 
 def card_data(
-    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], data: dict[str, list[DataSource]]
+    recipe: Recipe,
+    summary: dict,
+    student: ModelFiles | None,
+    teachers: tuple[TeacherSource, ...],
+    data: dict[str, list[DataSource]],
+    pipeline: str = GENERATION,
 ) -> ModelCardData:
     """The metadata that the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
     lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
     held_out = data["held out"] or data["trained on"]
+    asked = ("accuracy",) if data["questions"] else ()  # of multiple-choice questions
     results = [
-        eval_result(name, summary["validation"][name], data["questions"] if name == "accuracy" else held_out)
+        eval_result(name, summary["validation"][name], *((data["questions"], "multiple-choice") if name in asked else (held_out, pipeline)))
         for name in METRICS
         if math.isfinite(summary["validation"].get(name, math.nan))
     ]
@@ -194,7 +212,7 @@ def card_data(
         **relation,
         **(licence(student.base) if student else {}),
         library_name="peft" if lora else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["llmkd", *(["lora"] if lora else []), *(["distillation"] if teachers else [])],
         datasets=list(dict.fromkeys(train)) or None,
         model_name=title(recipe),
@@ -202,7 +220,7 @@ def card_data(
     )
 
 
-def eval_result(name: str, value: float, rows: list[DataSource]) -> EvalResult:
+def eval_result(name: str, value: float, rows: list[DataSource], task: str) -> EvalResult:
     """A metric with the rows it was measured on. A data set's type is an id of the hub, or "custom".
 
     Questions have a task of their own: results of one task, type, configuration, split and revision get the name of the first's data.
@@ -211,7 +229,7 @@ def eval_result(name: str, value: float, rows: list[DataSource]) -> EvalResult:
     names = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
     kind, described = METRICS[name]
     return EvalResult(
-        task_type="multiple-choice" if name == "accuracy" else "text-generation",
+        task_type=task,
         dataset_type=hub.source.path if hub else "custom",
         dataset_name=f"{names} (held out)",
         dataset_config=hub.source.name if hub else None,
@@ -292,17 +310,21 @@ def describe_teacher(teacher: TeacherSource) -> str:
 def model_name(folder: Path) -> str:
     """A model's name on the hub with its commit, or its folder; of some layers of a model also their numbers."""
     record = record_of(folder)
+    if "headed_from" in record:
+        return f"{markdown.code_span(record['headed_from'])} with a new head"
     if "cut_from" in record:
         return f"{layer_words(record['layers'])} of {markdown.code_span(record['cut_from'])}"
     origin = hub_origin(folder)
     return f"{markdown.code_span(origin[0])} (revision {markdown.code_span(origin[1])})" if origin else markdown.code_span(str(folder))
 
 
-def usage_snippet(recipe: Recipe, student: ModelFiles | None) -> str:
+def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GENERATION) -> str:
     """Python that loads the student as it was trained."""
     lora, push = recipe.student.method == "lora", recipe.push_to_hub
     here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
     top = f"{here!r}  # this folder, or its id on the hub"
+    if pipeline != GENERATION:
+        return f"from transformers import pipeline\n\nhere = {top}\nmodel = pipeline({pipeline!r}, model=here)\nprint(model({EXAMPLES[pipeline]!r}))"
     if not lora:
         return full_model_snippet(top)
     origin, quantization = hub_origin(student.base), recipe.student.quantization

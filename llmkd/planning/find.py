@@ -70,6 +70,10 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
 
 def refuse_unplanned(recipe: Recipe) -> None:
     """UserError for what a plan does not know."""
+    if recipe.task != "causal_lm":
+        raise UserError(
+            f"task: found {recipe.task}, and llmkd plan is for language models; llmkd train --train.max_steps 2 shows speed and memory"
+        )
     for setting, one in used_teachers(recipe):
         if one.ema is not None:
             raise UserError(

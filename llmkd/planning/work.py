@@ -17,7 +17,9 @@ from ..data.dataset import read_data
 from ..data.encoding.tokenizer import load_tokenizer
 from ..data.examples import Draw, Examples, TokenExamples
 from ..errors import UserError
-from ..training.prepare import batch_plan, batching, encode_data
+from ..tasks.causal_lm import encode_data
+from ..tasks.planned import batch_plan
+from ..training.prepare import batching
 from .model_configs import ModelConfig
 from .writing import as_written
 

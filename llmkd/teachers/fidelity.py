@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..head import Head
 from ..losses.divergences import forward_kl
 from ..losses.fused import default_chunk
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from .resolve import examples_of
 
 #: Targets on which the change of a transformed teacher is measured.
@@ -51,7 +51,7 @@ ProbeBatches = Callable[[str], Sequence[Batch]]
 
 
 @contextlib.contextmanager
-def measured_transform(probe: ProbeBatches, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[dict[str, float]]:
+def measured_transform(probe: ProbeBatches, teacher: Model, settings: Teacher, setting: str) -> Iterator[dict[str, float]]:
     """Compare the teacher's outputs on the probe batches before and after the body: KL(before || after) and top-1 agreement, as a line of
     the log and in the dictionary that is yielded. UserError where the outputs are no longer finite."""
     batches, found = probe(setting), {}

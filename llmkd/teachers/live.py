@@ -3,7 +3,7 @@
 import torch
 
 from ..batch import Batch
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..signals import NO_TAPS, TEACHER_METRICS, Dense, Taps
 
 
@@ -12,7 +12,7 @@ class LiveTeacher:
 
     metrics = TEACHER_METRICS
 
-    def __init__(self, model: LanguageModel, taps: Taps = NO_TAPS):
+    def __init__(self, model: Model, taps: Taps = NO_TAPS):
         self.model, self.taps = model, taps
 
     @torch.no_grad()

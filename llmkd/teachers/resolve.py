@@ -1,8 +1,6 @@
 """Find and check the teachers that a recipe names, before a model is loaded: a model's files, a teacher cache, or both. No torch here."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 
 from ..config.data import Data
 from ..config.fields import shaping
-from ..config.recipe import Loss
+from ..config.recipe import OF_THE_STUDENT, Loss
 from ..config.schedule import in_words
 from ..config.served import base_address
 from ..config.target_weights import rules_in_use, unusable_cache
@@ -153,16 +151,15 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
-def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str, str]) -> dict[str, dict]:
-    """All that the contents of a teacher cache depend on, by name: tokenizer, teacher and data. `data` are the hashes of the data."""
+def provenance(settings: Data, teacher: TeacherSource, processor: dict[str, str], data: dict[str, str]) -> dict[str, dict]:
+    """All that the contents of a teacher cache depend on, by name: what reads the rows (`processor`), teacher and data. `data` are the hashes of the data."""
     one, weights = teacher.settings, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         weights = {"dtype": weights_dtype(files, one)} | weights_of(files.base, files.adapter, f"{teacher.setting}.model")
     if one.server:
         weights |= served_weights(one)
-    template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     return {
-        "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
+        "tokenizer": processor,
         "teacher": weights | {"quantization": one.quantization and one.quantization.type, "merge_adapter": one.merge_adapter or None},
         "data": data | {f"data.{name}": value for name, value in shaping(settings, "teacher").items()},
     }
@@ -186,17 +183,18 @@ def data_hashes(prepared) -> dict[str, str]:
 _OTHER = {
     "tokenizer": "with another tokenizer",
     "chat_template": "with another chat template",
+    "labels": "with other classes, or in another order",
     "base": "by a teacher on another base",
     "adapter": "by a teacher with another adapter, or with none",
     "merge_adapter": "by a teacher whose adapter was merged, or was not, unlike this one's",
 }
 
 
-def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, vocab: int) -> None:
+def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, processor: dict[str, str], vocab: int) -> None:
     """UserError, naming every difference, for a cache of another tokenizer, chat template, teacher or kind than the recipe's."""
     header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
     provenance_then, kept = header["provenance"], header["kind"]
-    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(data, teacher, tokenizer, {})
+    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(data, teacher, processor, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files or teacher.settings.server else ("tokenizer",):
         for name, value in ours[part].items():
@@ -252,7 +250,7 @@ def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
             problems.append(f"{setting}: found {divergence}, {why} for forward_kl only")
     if use.mixture.combine == "log_probabilities":
         problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences only")
-    if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
+    if by not in (None, *OF_THE_STUDENT, "forward_kl" if drawn == 1 else None):
         problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at the temperature of their sampling only; use ce")
     return problems
 

@@ -28,8 +28,8 @@ from ..losses.target_weights import TargetWeights
 from ..losses.terms import HeadTerm, Term
 from ..models.average import Average
 from ..models.compile import compile_layers, configure_torch_compile
-from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
+from ..models.model import Model
 from ..output.run_folder import RunFolder
 from ..signals import NO_TAPS, Taps, Teacher
 from ..teachers.connect import check_served, open_served
@@ -105,7 +105,10 @@ def build_setup(
     packing = data.packing * longest_row(train, data)
     strategy = strategy_of(train.shard, accelerator)
     sharded = sharded_models(strategy, {name: sharded_teacher(train, own) for name, own in live}, accelerator)
-    context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe), sharded)
+    kind = prepared.kind()
+    context = LoadContext(
+        prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe), sharded, kind, prepared.files_of
+    )
     for k, own in enumerate(recipes[1:], 1):
         with attribute_to_student(k):
             check_terms(own, prepared.configs, prepared.train)
@@ -154,7 +157,7 @@ def build_setup(
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text, bool(sharded))
 
 
-def average_students(students: list[StudentRun], models: dict[str, LanguageModel], teachers: list[tuple[str, TeacherSettings]]) -> None:
+def average_students(students: list[StudentRun], models: dict[str, Model], teachers: list[tuple[str, TeacherSettings]]) -> None:
     """A teacher that is the average of its student's weights follows it from now on, and is in its checkpoints."""
     for setting, one in teachers:
         if one.ema is not None and setting in models:
@@ -178,7 +181,7 @@ def check_servers(served: Iterable[ServedTeacher], prepared: Prepared) -> None:
 def open_teacher(
     sources: tuple[TeacherSource, ...],
     mixture: Mixture,
-    models: Iterable[LanguageModel],
+    models: Iterable[Model],
     taps: dict[str, Taps],
     device,
     served: dict[str, ServedTeacher],
@@ -257,7 +260,7 @@ def load(
     share_prefixes: bool,
     compile: bool,
     attention: Sequence[AttentionLoss | None] = (),
-) -> tuple[list[LanguageModel], list[LanguageModel]]:
+) -> tuple[list[Model], list[Model]]:
     """The students and the teachers, by their settings' names, checked for data.share_prefixes and compiled with train.compile.
 
     attention   loss.attention of each student
@@ -294,7 +297,7 @@ def longest_row(train: Train, data: Data) -> int:
 def build_student(
     loss: Loss,
     optim: Optim,
-    student: LanguageModel,
+    student: Model,
     total_steps: int,
     accelerator,
     chunk_size: int | None = None,

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..losses.terms import Loss, StudentOutputs, Term, by_name
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..signals import Signal, Taps, Teacher
 
 
 class Distiller(nn.Module):
     """A student and the terms that it minimises."""
 
-    def __init__(self, student: LanguageModel, terms: Iterable[Term]):
+    def __init__(self, student: Model, terms: Iterable[Term]):
         super().__init__()
         self.student, self.terms = student, by_name(terms)
 

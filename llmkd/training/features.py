@@ -19,10 +19,8 @@ from ..errors import UserError
 from ..head import widen
 from ..losses.features import FeatureTerm, Spread
 from ..losses.least_squares import LeastSquares
-from ..models.families import layers_of
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..models.parts import sharded_like
-from ..models.startup_checks import layer_widths
 from ..signals import Teacher
 from .layer_pairs import LEAST_PER_DIMENSION, is_computed, refuse_features
 
@@ -32,9 +30,7 @@ _TARGETS, _PER_DIMENSION = 1024, 8
 _LITTLE = 0.1
 
 
-def feature_terms(
-    features: Features | None, setting: str, student: LanguageModel, teachers: dict[str, LanguageModel], seed: int
-) -> list[FeatureTerm]:
+def feature_terms(features: Features | None, setting: str, student: Model, teachers: dict[str, Model], seed: int) -> list[FeatureTerm]:
     """The term of `loss.features` for loaded models, if there is one. UserError where they do not have the layers or widths that it needs.
 
     setting    the teacher's name in the recipe: teacher, or teacher.0, ...
@@ -44,13 +40,11 @@ def feature_terms(
     if not features:
         return []
     names, models = ("student.model", f"{setting}.model"), (student, teachers[setting])
-    for model, name in zip(models, names, strict=True):
-        layer_widths(model, (), name)  # a family without a list of layers
-    depths = [len(layers_of(model.base_model)) for model in models]
+    depths = [model.depth(name) for model, name in zip(models, names, strict=True)]
     refuse_features(features, *((depth, None) for depth in depths))
     pairs = layer_pairs(features.layers, *depths)
     sides = [sorted({pair[side] for pair in pairs}) for side in range(2)]
-    of_student, of_teacher = (layer_widths(model, numbers, name) for model, numbers, name in zip(models, sides, names, strict=True))
+    of_student, of_teacher = (model.widths(numbers, name) for model, numbers, name in zip(models, sides, names, strict=True))
     widths = [(of_student[s], of_teacher[t]) for s, t in pairs]
     for width, other in widths:
         refuse_features(features, (depths[0], width), (depths[1], other))
@@ -75,7 +69,7 @@ def refuse_small_samples(features: Features, width: int, samples: tuple[Sequence
 
 
 def start_features(
-    features: Features, term: FeatureTerm, student: LanguageModel, teacher: Teacher, samples: tuple[Sequence[Batch], Sequence[Batch]]
+    features: Features, term: FeatureTerm, student: Model, teacher: Teacher, samples: tuple[Sequence[Batch], Sequence[Batch]]
 ) -> dict[str, float]:
     """Set the term's maps and scales from the untouched models. Returns what share of the teacher's states linear maps leave unexplained.
 
@@ -130,7 +124,7 @@ def _batches(train: Examples, chosen: list[int], size: int, device) -> list[Batc
 
 
 def _fitted(
-    term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch]
+    term: FeatureTerm, student: Model, teacher: Teacher, batches: Sequence[Batch]
 ) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
     """Of each pair the teacher's spread, NaN where states are not finite, and the least-squares map: none without maps, and of too few targets.
 
@@ -161,7 +155,7 @@ def _agreed(scales: list[float], maps: list[tuple[Tensor, Tensor]], device) -> t
 
 
 def _left(
-    term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch], maps: Sequence[tuple[Tensor, Tensor]]
+    term: FeatureTerm, student: Model, teacher: Teacher, batches: Sequence[Batch], maps: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     """Of each pair the mean distance of the student's mapped states from the teacher's, as a share of the teacher's spread: with `mse` 1 - R^2, of
     all dimensions at once. Left out where the teacher's do not differ."""
@@ -176,7 +170,7 @@ def _left(
 
 
 @torch.no_grad()
-def _states(term: FeatureTerm, student: LanguageModel, teacher: Teacher, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+def _states(term: FeatureTerm, student: Model, teacher: Teacher, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Of each pair the hidden states of student [N, D] and teacher [N, E] at a batch's targets, in float32 at least, where the term is."""
     training, device = student.training, term.scales.device
     student.eval()

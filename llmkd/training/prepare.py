@@ -4,47 +4,27 @@
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
-from ..config.recipe import Data, Recipe, Source, Student, Teacher, Train, distils, used_teachers
+from ..config.recipe import Recipe, Student, Teacher, Train, distils, used_teachers
 from ..config.schedule import refuse_long_schedule
 from ..console import info
-from ..data.batch_source import PlannedSource, TrainingSource
-from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
-from ..data.dataset import (
-    Dataset,
-    Questions,
-    encode_choices,
-    encode_sources,
-    hold_out,
-    join,
-    read_data,
-    refuse_empty_sources,
-    refuse_too_few_positions,
-    refuse_uncounted,
-    refuse_unknown_tokens,
-    report_examples,
-    report_notes,
-    teacher_index,
-)
-from ..data.encoding import template_process, token_cache
-from ..data.encoding.end_tokens import end_tokens, report_end_tokens
-from ..data.encoding.same_tokenizer import refuse_other_ends, refuse_other_tokens, report_chosen
-from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
+from ..data.batch_source import TrainingSource
+from ..data.batching import MOST_TOKENS, Batching, TokenBudget
+from ..data.dataset import Questions, read_data, refuse_uncounted
 from ..data.examples import Examples
-from ..data.reading.sources import Rows
-from ..data.stream import StreamSource
 from ..data.written import Prompts, held_out_prompts_for, prompts_for, refuse_mix, refuse_replay
 from ..errors import UserError
-from ..model_folder.files import ModelFiles, find, rows_of
-from ..model_folder.generation import generation_settings
+from ..model_folder.files import ModelFiles, find
 from ..model_folder.identity import identity_of, verify
 from ..output.run_files import LAYERS
+from ..tasks.registry import task_named
+from ..tasks.task import EncodedData, FoundModels, Processor, Task
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
 from ..teachers.served_models import refuse_absent
 from .early_checks import refuse_early
@@ -53,40 +33,19 @@ from .recipe_checks import check_packages, report_large_micro_batch
 from .rolled_data import report_writers
 from .teacher_check import refuse_nothing_to_learn
 
+if TYPE_CHECKING:
+    from ..models.kinds import ModelKind
+
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured
-
-
-@dataclass(frozen=True)
-class FoundModels:
-    """The files of the recipe's models: their folders and configurations, and no weights."""
-
-    student: ModelFiles | None  # None for new weights
-    teachers: tuple[TeacherSource, ...]
-    configs: dict[str, dict]  # by setting (student.model, teacher.model, ...)
-
-
-@dataclass(frozen=True)
-class EncodedData:
-    """The recipe's data as examples. `places` name where each example was read (file:line)."""
-
-    source: TrainingSource
-    train: Examples  # of a stream the first step's
-    places: Sequence[str]
-    validation: Examples | None
-    validation_places: Sequence[str]
-    questions: Questions | None
-    identity: dict[str, str]  # hashes of the training and the held-out data
-    end_tokens: set[int]  # that close the training answers; of a stream those of the steps that were read
-    origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that is read and checked before a model is loaded."""
 
-    tokenizer: object
-    vocab: int  # entries that the tokenizer and all models have
+    task: Task
+    processor: Processor
     source: TrainingSource
     train: Examples  # of a stream the first step's
     places: Sequence[str]  # of each example of `train`
@@ -103,13 +62,30 @@ class Prepared:
     prompts: Prompts | None = None  # of `train`, where the student writes answers itself
     validation_prompts: Prompts | None = None  # and of `validation`, where it does so there
 
+    @property
+    def tokenizer(self) -> object:
+        """What reads the data: of text the tokenizer."""
+        return self.processor.reader
+
+    @property
+    def vocab(self) -> int:
+        """The entries that the tokenizer and all models have; of classifiers the classes."""
+        return self.processor.vocab
+
+    def files_of(self, settings: Student) -> ModelFiles | None:
+        """The files of a student's base and adapter, as it is trained."""
+        return self.task.student_files(student_files(settings), self.processor)
+
+    def kind(self) -> "ModelKind":
+        return self.task.kind(self.processor, self.train)
+
     def resolved(self, settings: Student) -> Student:
         """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
         return settings if self.layers is None else dataclasses.replace(settings, layers=self.layers)
 
     def for_student(self, settings: Student, with_teachers: bool) -> "Prepared":
         """The same for another student, which perhaps learns without the teacher that others have."""
-        student, teachers = student_files(self.resolved(settings)), self.teachers if with_teachers else ()
+        student, teachers = self.files_of(self.resolved(settings)), self.teachers if with_teachers else ()
         identity = {name: value for name, value in self.identity.items() if not name.startswith(MODELS)} | model_identity(student, teachers)
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
@@ -123,31 +99,33 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     report_large_micro_batch(recipe.train)
     refuse_absent(used_teachers(recipe), recipe.data)
     rows = read_data(recipe.data)
-    models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
+    models = find_models(recipe.student, used_teachers(recipe), open_caches)
     if recipe.loss.attention:
         refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])
-    tokenizer, vocab = find_tokenizer(recipe.student, models, recipe.data, rows)
-    teachers = tuple(with_answers(teacher, recipe.data, tokenizer, vocab) for teacher in models.teachers)
+    task = task_named(recipe.task)
+    processor = task.find_processor(recipe.student, models, recipe.data, rows)
+    models = dataclasses.replace(models, student=task.student_files(models.student, processor))
+    vocab = processor.vocab
+    teachers = tuple(with_answers(teacher, recipe.data, processor.reader, vocab) for teacher in models.teachers)
     models = dataclasses.replace(models, teachers=teachers)
     for teacher in models.teachers:
         if teacher.cache:
-            check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)
-    data = encode_data(
-        rows, recipe.data, batching(recipe.train, recipe.seed, recipe.data.packing), as_tuple(recipe.teacher), tokenizer, vocab
-    )
+            check_cache(teacher, recipe.data, signal_use(recipe), processor.provenance, vocab)
+    cut = batching(recipe.train, recipe.seed, recipe.data.packing)
+    data = task.encode(rows, recipe.data, cut, as_tuple(recipe.teacher), processor)
     if data.validation is not None:
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
-    check_caches_cover(recipe, models.teachers, tokenizer, data)
+    check_caches_cover(recipe, models.teachers, processor.provenance, data)
     report_writers(recipe.data, models.teachers)
     refuse_nothing_to_learn(recipe.teacher, recipe.loss.kd_ratio, recipe.data.streaming, data.train)
-    report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
+    task.report(data, recipe.student, models.student, processor)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
     configs = models.configs | ({"student.model": student.config} if student else {})
     check_terms(recipe, configs, data.train)
-    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | model_identity(student, models.teachers)
+    identity = data.identity | processor.identity | model_identity(student, models.teachers)
     identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
-    found = {"student": student, "configs": configs, "teachers": models.teachers, "layers": layers}
+    found = {"task": task, "processor": processor, "student": student, "configs": configs, "teachers": models.teachers, "layers": layers}
     if writes(recipe.on_policy):
         refuse_long_schedule("on_policy.share", recipe.on_policy.share, data.source.total_steps)
         refuse_mix(recipe.on_policy, data.train)
@@ -156,7 +134,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
         if data.validation is not None and recipe.on_policy.validation_prompts:
             held_out = data.validation, data.validation_places, recipe.data.max_length
             found["validation_prompts"] = held_out_prompts_for(recipe.on_policy, *held_out)
-    return Prepared(tokenizer=tokenizer, vocab=vocab, **found, **parts)
+    return Prepared(**found, **parts)
 
 
 def check_early(recipe: Recipe) -> None:
@@ -173,7 +151,7 @@ def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> No
         refuse_attention(attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
         refuse_second_view(train)
     check_features(features, feature_teacher(features, recipe.teacher), configs, train)
-    if features or attention:
+    if (features or attention) and recipe.task == "causal_lm":  # others are not built from their configurations
         refuse_by_outline(features, attention, feature_teacher(features, recipe.teacher) or teacher, configs)
 
 
@@ -220,86 +198,21 @@ def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]
     return found
 
 
-def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], data: Data, open_caches: bool) -> FoundModels:
-    """The files of student and teachers, and the teachers' caches. UserError where one is missing, or is too short for data.max_length."""
+def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], open_caches: bool) -> FoundModels:
+    """The files of student and teachers, and the teachers' caches. UserError where one is missing."""
     student, teachers = student_files(student_settings), resolve_teachers(named_teachers, open_caches)
     configs = {"student.model": student.config if student else student_settings.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
-    refuse_too_few_positions(data, configs)
     return FoundModels(student, teachers, configs)
 
 
-def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> tuple[object, int]:
-    """The student's tokenizer, and the entries that it and all models have. UserError where a teacher's tokenizer is another one."""
-    sources = [
-        (name, source, read)
-        for setting in rows
-        for (name, source), read in itertools.zip_longest(
-            with_setting_names(getattr(data, setting.removeprefix("data.")), setting), rows[setting]
-        )
-    ]
-    tokenizer = _tokenizer(student, models.student)
-    for teacher in models.teachers:
-        if teacher.files:
-            check_same_tokenizer(tokenizer, teacher, sources)
-    rows_known = {setting: rows_of(config) for setting, config in models.configs.items()}
-    rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in models.teachers if teacher.cache}
-    return tokenizer, shared_vocab(tokenizer, rows_known)
-
-
-def encode_data(
-    rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], tokenizer, vocab: int
-) -> EncodedData:
-    """Training, held-out and multiple-choice examples, from rows that were read; the training examples as a batch source."""
-    how = (data, tokenizer, teachers)
-    held_out = _joined("validation", encode_sources(rows["data.validation"], data.validation, "data.validation", *how))
-    if data.streaming:
-        source = _stream(data, batching, teachers, tokenizer)
-        train, content = Dataset("train", source.examples, source.places, [source.origin]), source.content
-        ends = source.end_tokens
-        report_notes(dataclasses.replace(train, name="train, the first step"))
-        refuse_unknown_tokens(vocab, train, tokenizer)
-    else:
-        train = _joined("train", encode_sources(rows["data.train"], data.train, "data.train", *how))
-        content = "\n".join(read.content for read in rows["data.train"])
-        refuse_unknown_tokens(vocab, train, tokenizer)
-        if data.validation_fraction:
-            report_examples(dataclasses.replace(train, name="train and validation"))
-            train, held_out = hold_out(train, data.validation_fraction)
-        refuse_empty_sources(train.examples, data)
-        report_examples(train)
-        plan = batch_plan(batching, train.examples, tuple(source.weight for source in as_tuple(data.train)))
-        source = PlannedSource(train.examples, train.places, plan, batching.micro_batch_size)
-        ends = end_tokens(train.examples, data, tokenizer)
-    if held_out:
-        report_examples(held_out)
-        refuse_unknown_tokens(vocab, held_out, tokenizer)
-    identity = {"the training data": content, "the held-out data": " ".join(read.content for read in rows["data.validation"])}
-    origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
-    questions = None
-    if data.choices:
-        (read,) = rows["data.choices"]
-        questions, origins["data.choices"] = encode_choices(read, data.choices, data, tokenizer), [read.origin]
-    if not data.streaming:
-        template_process.close()
-    validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
-    return EncodedData(source, train.examples, train.places, validation, places, questions, identity, ends, origins)
-
-
-def _joined(name: str, parts: list[Dataset]) -> Dataset | None:
-    """The examples of a setting; of several sources each is reported."""
-    for part in parts if len(parts) > 1 else ():
-        report_examples(part)
-    return join(name, parts)
-
-
-def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
+def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], processor: dict[str, str], data: EncodedData) -> None:
     """UserError where a teacher cache lacks examples that it is to answer: training rows only where the student learns from the teacher."""
     parts = {"data.train": (data.train, data.places)} if distils(recipe) else {}
     parts |= {"the held-out rows": (data.validation, data.validation_places)}
     for number, teacher in enumerate(teachers):
         if teacher.cache:
-            check_coverage(teacher, number, parts, provenance(recipe.data, teacher, tokenizer, data.identity))
+            check_coverage(teacher, number, parts, provenance(recipe.data, teacher, processor, data.identity))
 
 
 def signal_use(recipe: Recipe) -> SignalUse:
@@ -317,58 +230,13 @@ def student_files(student: Student) -> ModelFiles | None:
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
 
 
-def generation_before(student: Student, files: ModelFiles | None) -> dict:
-    """The generation config of what the student is trained from."""
-    config, folders = (files.config, (files.adapter, files.base)) if files else (student.architecture, ())
-    return generation_settings(config, folders, "student.model")
-
-
 def batching(train: Train, seed: int, packing: bool) -> Batching:
     """How a recipe's training examples are batched."""
     size = micro_batch_size(train, packing)
     return Batching(seed, train.batch_size, size, train.epochs, train.max_steps, train.group_by_length)
 
 
-def batch_plan(batching: Batching, examples: Examples, weights: tuple[float, ...]) -> BatchPlan:
-    """The order of the training examples. `weights`: passes over each source in an epoch."""
-    return BatchPlan(
-        lengths=examples.lengths,
-        seed=batching.seed,
-        batch_size=batching.batch_size,
-        epochs=batching.epochs,
-        max_steps=batching.max_steps,
-        group_by_length=batching.group_by_length,
-        sources=examples.source,
-        weights=weights,
-    )
-
-
-def _stream(data: Data, batching: Batching, teachers: tuple[Teacher, ...], tokenizer) -> StreamSource:
-    (source,) = as_tuple(data.train)
-    stream = StreamSource(source, data, tokenizer, batching, teacher_index(source, teachers))
-    info(f"train: streaming {source.path}")
-    return stream
-
-
 def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
     """How large a micro-batch may be, in examples or tokens; for `auto` the bound, until it is measured."""
     tokens = train.micro_batch_tokens
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size
-
-
-def _tokenizer(student: Student, files: ModelFiles | None):
-    if not student.tokenizer:
-        return load_tokenizer(str(files.base), "student.model")
-    tokenizer = load_tokenizer(student.tokenizer, "student.tokenizer")
-    if files and (files.base / "tokenizer.json").exists():
-        own = load_tokenizer(str(files.base), "student.model")
-        refuse_other_tokens(tokenizer, own, "student.tokenizer", "it", f"{files.base}'s own")
-        report_chosen(tokenizer, own, files.base)
-    return tokenizer
-
-
-def check_same_tokenizer(tokenizer, teacher: TeacherSource, sources: list[tuple[str, Source, Rows | None]]) -> None:
-    files, setting = teacher.files, f"{teacher.setting}.model"
-    theirs = load_tokenizer(str(files.with_tokenizer), setting)
-    refuse_other_tokens(tokenizer, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
-    refuse_other_ends(tokenizer, theirs, setting, files.with_tokenizer, sources)

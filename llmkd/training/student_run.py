@@ -9,16 +9,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.recipe import Recipe
+from ..config.recipe import HIGHER_IS_BETTER, Recipe
 from ..console import info, warn
 from ..data.batch_source import WrittenText
-from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
 from ..model_folder.files import ModelFiles
-from ..model_folder.generation import stopping_at
+from ..model_folder.identity import is_made_here
 from ..models import saved_student
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..output import metrics, plots, worsening
 from ..output.model_card import model_card
 from ..output.run_files import RECIPE, SUMMARY
@@ -26,7 +25,7 @@ from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers, configuration
 from . import checkpoint
 from .loop import StudentState
-from .prepare import Prepared, generation_before
+from .prepare import Prepared
 from .validate import HeldOut
 from .validation_samples import write_samples, write_training_samples
 
@@ -37,9 +36,10 @@ class StudentRun:
     It has the whole recipe because it writes all of it: to the trackers and into the model card.
     """
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: LanguageModel, state: StudentState, main: bool):
+    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: Model, state: StudentState, main: bool):
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
+        self.measured: dict[str, float] = {}  # by the newest validation
         self.unexplained: dict[str, float] = {}  # what the terms found before the first step, by layers
         self.held_out_hash: str | None = None  # of held_out.jsonl
         self.samples_hash: str | None = None  # of samples.jsonl
@@ -60,14 +60,14 @@ class StudentRun:
     def record_validation(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Write the held-out metrics, and remember the step if it is the best so far."""
         values, by = held_out.metrics(), self.recipe.checkpoint.best_by
-        self.validated = step
+        self.validated, self.measured = step, values
         if self.main:
             self.record.write({"step": step, "validation": values})
             self.write_held_out(held_out)
         if self.recipe.validation.samples and (self.main or not self.state.strategy.alone):
             self.samples_hash = write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation, self.main)
         if by and step and not math.isnan(values[by]):
-            sign = -1 if by == "top1_agreement" else 1
+            sign = -1 if by in HIGHER_IS_BETTER else 1
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:
                 self.best = {"by": by, "step": step, "value": values[by]}
         return values
@@ -119,7 +119,7 @@ class StudentRun:
         text = f"step {error.step}: {error.term} is not finite{where}; {left}"
         self.failure = NonFinite(error.step, error.term, places, text)
 
-    def finish(self, steps: int, scored: dict[str, float], student: LanguageModel) -> Path:
+    def finish(self, steps: int, scored: dict[str, float], student: Model) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
         records = metrics.read_metrics(self.folder.path, warn)
         last = next((r for r in reversed(records) if "loss" in r), None)
@@ -133,6 +133,7 @@ class StudentRun:
             "best": self.best,
             "files": {name: value for name, value in self.hashes().items() if value},
             **({"layers": list(self.prepared.layers)} if self.prepared.layers else {}),
+            **({"labels": list(labels)} if (labels := self.prepared.processor.labels) else {}),
             **({"seconds": spent} if (spent := metrics.seconds_of(records)) else {}),
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
@@ -155,26 +156,29 @@ class StudentRun:
             "samples.jsonl": self.samples_hash,
         }
 
-    def write_student(self, summary: dict, student: LanguageModel) -> Path:
+    def write_student(self, summary: dict, student: Model) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""
         output, files = self.folder.path / summary["output"], self.prepared.student
-        if self.recipe.student.layers and summary["output"] == "adapter":
+        if files and is_made_here(files.base) and summary["output"] == "adapter":
             files = self.write_base(student)
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:
-            save_tokenizer(self.prepared.tokenizer, part)
-            generation = stopping_at(generation_before(self.recipe.student, self.prepared.student), self.prepared.end_tokens)
+            task, processor, end_tokens = self.prepared.task, self.prepared.processor, self.prepared.end_tokens
+            processor.save(part)
+            generation = task.generation(self.recipe.student, self.prepared.student, end_tokens)
             saved_student.save(student, part, self.recipe.student, generation)
-            ends = self.prepared.tokenizer.convert_ids_to_tokens(sorted(self.prepared.end_tokens))
-            text = model_card(self.recipe, summary, files, self.prepared.teachers, self.prepared.origins, ends)
+            ends = None if generation is None else processor.reader.convert_ids_to_tokens(sorted(end_tokens))
+            text = model_card(self.recipe, summary, files, self.prepared.teachers, self.prepared.origins, ends, task.pipeline(processor))
             (part / "README.md").write_text(text, encoding="utf-8")
         return output
 
-    def write_base(self, student: LanguageModel) -> ModelFiles:
+    def write_base(self, student: Model) -> ModelFiles:
         """`base` in the run's folder: the base of an adapter where it is a model that is nowhere else, of some layers of another."""
         base = self.folder.path / "base"
         remove_leftovers(self.folder.path, base.name)
         with write_folder(base, replace=True) as part:
             shutil.copytree(self.prepared.student.base, part, dirs_exist_ok=True)
+            if not (part / "tokenizer_config.json").exists():  # transformers' pipeline looks for it here
+                self.prepared.processor.save(part)
         student.model.peft_config[student.adapter or "default"].base_model_name_or_path = str(base.resolve())
         return dataclasses.replace(self.prepared.student, base=base.resolve())

@@ -14,7 +14,7 @@ from ..config.recipe import Checkpoint, Train, Validation, scheduled
 from ..console import progress_bar, table
 from ..data.examples import Examples
 from ..errors import ChangedFiles, NonFinite, Stopped, UserError
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..output import metrics
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
@@ -47,7 +47,8 @@ class Trainer:
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
         self.own_text, self.together = setup.own_text, setup.together
-        self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop)
+        measures = self.prepared.task.measures(self.prepared.processor)
+        self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop, measures)
         self.timed: TimedTeacher | None = None
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
@@ -156,6 +157,8 @@ class Trainer:
             self.students[k].record.step(progress.step, progress.epoch, terms, values | measured, norm, progress.num_targets, speed)
         if len(self.students) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
+            latest = self.students[0].measured
+            shown |= {name: f"{latest[name]:.4f}" for name in self.evaluator.measures.shown if name in latest}
             shown |= {"lr": f"{rates[0]:.1e}"}
             if "written" in measured:
                 shown |= {"written": f"{measured['written_length']:.0f} tokens, {measured['written_tokens_per_s']:.0f}/s"}
@@ -188,7 +191,7 @@ class Trainer:
         self.source.checked(found[0])
         self.display.info(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
-    def measure(self, students: list[LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
+    def measure(self, students: list[Model], data: Examples, name: str, step: int) -> list[HeldOut]:
         """Every student on all of the data; a signal that arrives meanwhile stops the run."""
         try:
             return self.evaluator.validate(students, self.teacher, data, progress_bar(name))

@@ -16,9 +16,11 @@ from ..data.examples import Examples
 from ..errors import Stopped
 from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
-from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..output.metrics import WEIGHED_BY
 from ..signals import TEACHER_METRICS, Signal, Teacher
+from ..tasks.causal_lm import TokenMeasures
+from ..tasks.task import Measures
 from .shutdown import ShutdownRequest
 
 
@@ -34,6 +36,7 @@ class HeldOut:
     sums: dict[str, np.ndarray]
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     own_text: dict[str, float] = field(default_factory=dict)
+    measures: Measures = TokenMeasures()
 
     def counting(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """For the examples that count in a metric: their sums and their targets, both times their weight."""
@@ -45,11 +48,12 @@ class HeldOut:
         """Means over the targets that count, with the perplexity and the number of all targets; PART_targets is the number of those that count
         in the metrics of a part of the loss, where not all do. A metric in which none counts is left out."""
         means = {}
-        for name in self.sums:
+        for name in (name for name in self.sums if name not in self.measures.kept):
             sums, targets = self.counting(name)
             if len(targets):
                 means[name] = float(sums.sum()) / float(targets.sum())
-        means = {"ce": means["ce"], "perplexity": math.exp(min(means["ce"], 700))} | means
+        weights = self.weights.get("ce", np.ones(len(self.targets)))
+        means = {"ce": means["ce"], **self.measures.metrics(means, self.sums, weights)} | means
         fewer = {f"{part}_targets": int(self.targets[w_E > 0].sum()) for part, w_E in self.weights.items() if (w_E <= 0).any()}
         return means | {"targets": int(self.targets.sum())} | fewer | self.own_text
 
@@ -58,35 +62,38 @@ class HeldOut:
 class Evaluator:
     """Measures students on held-out examples, spread over all processes; it changes neither weights nor training mode.
 
-    stop   a signal that arrives meanwhile raises Stopped
+    stop       a signal that arrives meanwhile raises Stopped
+    measures   what the task takes down besides
     """
 
     accelerator: Any
     micro_batch_size: int
     stop: ShutdownRequest | None = None
+    measures: Measures = TokenMeasures()
 
     @torch.no_grad()
-    def validate(self, students: list[LanguageModel], teacher: Teacher | None, data: Examples, progress=iter) -> list[HeldOut]:
+    def validate(self, students: list[Model], teacher: Teacher | None, data: Examples, progress=iter) -> list[HeldOut]:
         """Every student on all targets of `data`, at temperature 1; the teacher is computed once for all of them.
 
         ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), top1_agreement (1 where both
-        have the same most likely token), teacher_ce and teacher_entropy, as far as its signals allow.
+        have the same most likely token), teacher_ce and teacher_entropy, as far as its signals allow. Besides them the task's own.
         """
-        names = ["ce", "entropy"] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
+        names = ["ce", "entropy", *self.measures.rows] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
         sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=self.accelerator.device) for _ in students]
         for batch in self._batches(students, data, progress):
             signal = teacher(batch) if teacher else None
             for student, sums in zip(students, sums_FE, strict=True):
                 hidden_NH = student.hidden(batch.student)
                 for rows in _chunks(batch, student.head.vocab):
-                    metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
+                    metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names, self.measures)
                     sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
         sums_FE = [self._over_ranks(sums) for sums in sums_FE]
         weights = {part: np.maximum(w_E.astype(np.float64), 0) for part, w_E in data.weights.items() if part in WEIGHED_BY.values()}
-        return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True)), weights) for sums in sums_FE]
+        by_name = [dict(zip(names, sums.cpu().numpy(), strict=True)) for sums in sums_FE]
+        return [HeldOut(data.num_targets, sums, weights, measures=self.measures) for sums in by_name]
 
     @torch.no_grad()
-    def accuracy(self, student: LanguageModel, questions: Questions, progress=iter) -> dict[str, float]:
+    def accuracy(self, student: Model, questions: Questions, progress=iter) -> dict[str, float]:
         """Multiple choice: the choice with the least cross-entropy, summed over its tokens, is the model's answer.
 
         The standard error is binomial, sqrt(a (1 - a) / (n - 1)).
@@ -109,7 +116,7 @@ class Evaluator:
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
-    def _batches(self, students: list[LanguageModel], data: Examples, progress) -> Iterator[Batch]:
+    def _batches(self, students: list[Model], data: Examples, progress) -> Iterator[Batch]:
         """Every example once, spread over the ranks, with the students in eval mode."""
         modes, here = [student.training for student in students], self.accelerator
         for student in students:
@@ -133,10 +140,10 @@ def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
 
 
 def _metrics(
-    student: LanguageModel, hidden_nH: Tensor, labels_n: Tensor, signal: Signal | None, rows: slice, names: list[str]
+    student: Model, hidden_nH: Tensor, labels_n: Tensor, signal: Signal | None, rows: slice, names: list[str], measures: Measures
 ) -> dict[str, Tensor]:
     log_q_nV = torch.log_softmax(student.head.logits(hidden_nH), dim=-1)
-    out = {"ce": -log_q_nV.gather(-1, labels_n[:, None])[:, 0], "entropy": _entropy(log_q_nV)}
+    out = {"ce": -log_q_nV.gather(-1, labels_n[:, None])[:, 0], "entropy": _entropy(log_q_nV), **measures.of_rows(log_q_nV, labels_n)}
     if signal is None:
         return out
     if "top1_agreement" not in names:  # a teacher known by samples

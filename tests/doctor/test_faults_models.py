@@ -12,8 +12,8 @@ from llmkd.doctor import data, files, weights
 from llmkd.models import adapters, merge
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense
+from llmkd.tasks import causal_lm
 from llmkd.teachers.cached import CachedTeacher
-from llmkd.training import prepare
 
 VOCAB, LOGITS, ADAPTER, TWICE, BETTER = "tokenizers and", "the model's own forward", "adapter changes", "logits twice", "knows the rows"
 SAVED, EXPORTED, ENDS, CACHE, DISK = "the saved student", "the exported student", "learns to end", "teacher cache", "room on the disk"
@@ -41,7 +41,7 @@ def test_another_tokenizer_that_was_let_through(make_setup, world, tmp_path, cau
     (one, a), (two, b) = sorted(vocab.items(), key=lambda item: item[1])[-2:]
     vocab[one], vocab[two] = b, a
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.setattr(prepare, "check_same_tokenizer", lambda *args: None)
+    monkeypatch.setattr(causal_lm, "check_same_tokenizer", lambda *args: None)
     setup = make_setup(teacher__model=str(other))
     assert "2 tokens" in caught(setup, VOCAB)
 

@@ -53,7 +53,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
     if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
         return row  # what else is wrong follows from it
-    how = HOW_MARKED if row_format.is_text else HOW_MASKED
+    how = HOW_MASKED if row_format.supervised == "marked" else HOW_MARKED
     trained, marks = row_mark(row, read, source, place, problems, how)
     lost = count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
     hidden = absent | (marks | set(source.ignore)) - read
@@ -73,10 +73,12 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_system(value, name, place, problems, unread)
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
+        elif value_kind == "label":
+            _check_label(value, f"{place}: {name}", problems)
         elif value_kind != "numbers":  # those are read together, below
             _check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
-    if not row_format.is_text:
+    if row_format.supervised == "marked":
         found |= read_tokens(found, theirs, place, problems)
     if isinstance(found.get("prompt"), list) and isinstance(found.get("completion"), str):  # the answer to a conversation
         found["completion"] = [{"role": "assistant", "content": found["completion"]}]
@@ -106,6 +108,15 @@ def _check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
     if type(value) in (int, float):
         fix = f'; put it in quotes: "{value}"'
     problems.add(f"{where} is {kind(value)}, expected text{fix}")
+
+
+def _check_label(value: Any, where: str, problems: ErrorCollector) -> None:
+    """A class is text or a whole number."""
+    if isinstance(value, str) and value.strip():
+        return check_text(value, where, problems)
+    if type(value) is not int:
+        found = "empty" if isinstance(value, str) else kind(value)
+        problems.add(f"{where} is {found}, expected the name of a class or its number; label the row, or leave it out (where)")
 
 
 def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str, problems: ErrorCollector) -> None:

@@ -10,7 +10,11 @@ import random
 from collections.abc import Callable, Iterator
 
 VERSION = 1
-SIZES = {"questions": {"train": 6000, "validation": 400, "test": 400}, "prose": {"train": 10000, "validation": 300}}
+SIZES = {
+    "questions": {"train": 6000, "validation": 400, "test": 400},
+    "prose": {"train": 10000, "validation": 300},
+    "kinds": {"train": 1200, "validation": 240},
+}
 
 _KINDS = {  # kind: (does, home, things with their colour and size)
     "bird": (
@@ -141,7 +145,8 @@ _WORDINGS = ["It is {}.", "The answer is {}.", "{}.", "That would be {}."]
 
 
 def rows(split: str, name: str = "questions", noise: float = 0.0) -> list[dict]:
-    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text, messages}.
+    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text, messages}; kinds: {text, label}, a
+    sentence and the kind of the thing in it.
 
     noise   share of the answers of questions that are replaced by wrong ones of the same kind; each row then has {clean}, false where its
             answer was. Of two shares the larger one replaces the answers of the smaller one too, by the same.
@@ -153,9 +158,35 @@ def rows(split: str, name: str = "questions", noise: float = 0.0) -> list[dict]:
         raise UserError(f"builtin:skills: found name {name!r} with split {split!r}, expected {known}")
     if name == "prose":
         return [_told(sentences) for sentences in _prose(split)]
+    if name == "kinds":
+        return _of_kinds()[split]
     if noise:
         return _with_noise(question_splits()[split], split, noise)
     return [_conversation(question, split) for question in question_splits()[split]]
+
+
+_SAID = (
+    *(
+        "{name} saw a {thing} today.",
+        "Where is the {thing}, {name}?",
+        "The {size} {thing} is not {name}'s.",
+        "We told {name} of a {thing}.",
+    ),
+    *("Is {name}'s {thing} {colour}?", "{name} likes neither the rain nor the {thing}."),
+)
+
+
+@functools.cache
+def _of_kinds() -> dict[str, list[dict]]:
+    """Distinct sentences about things, divided into splits."""
+    rng, found = random.Random("kinds"), {}
+    while len(found) < sum(SIZES["kinds"].values()):
+        thing = rng.choice(list(THINGS))
+        own = THINGS[thing]
+        found[rng.choice(_SAID).format(name=rng.choice(_NAMES), thing=thing, **own)] = own["kind"]
+    every = [{"text": text, "label": kind} for text, kind in found.items()]
+    train = SIZES["kinds"]["train"]
+    return {"train": every[:train], "validation": every[train:]}
 
 
 def _with_noise(questions: list[tuple[str, str, list[str], str]], split: str, noise: float) -> list[dict]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...batch import Example
 from ...config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Cache
 from ...errors import UserError
+from ...head import Passed
 from ...losses.fused import default_chunk
 from ...signals import TEACHER_METRICS, Dense, Signal
 from ..sparse import Sampled, TopK, entropy
@@ -171,8 +172,9 @@ class HiddenFormat:
 
 
 def make_record_format(cache: Cache, vocab: int, teacher=None) -> RecordFormat:
-    """The format of a cache to be written, from its settings and the defaults of its kind. `hidden` needs the teacher (a LanguageModel)."""
-    name = cache.kind or "topk"
+    """The format of a cache to be written, from its settings and the defaults of its kind. `hidden` needs the teacher (a `Model`); of a
+    classifier, whose logits are few, it is the default."""
+    name = cache.kind or ("hidden" if teacher is not None and isinstance(teacher.head.project, Passed) else "topk")
     options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
     if name == "topk":
         return TopKFormat(vocab, min(options["k"], vocab), options["value_bits"])

@@ -91,20 +91,6 @@ FAULTS = [
     *in_file(
         "llmkd/models/language_model.py",
         (
-            "adapter-not-switched",
-            "students on one base all use the adapter that is active",
-            "            self.model.set_adapter(self.adapter)\n",
-            "            pass\n",
-            f"{LAST}::test_adapters_side_by_side_and_the_teacher_beside_them commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
-        ),
-        (
-            "another-adapter-trains",
-            "a student names the parameters of the adapter that is active",
-            "        self.set_active_adapter()\n        reshard(self.model)",
-            "        reshard(self.model)",
-            "commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
-        ),
-        (
             "rows-by-position",
             "hidden states are taken by column alone",
             "hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)",
@@ -277,15 +263,15 @@ FAULTS = [
         (
             "adapters-not-from-one-seed",
             "a sweep's students begin with other adapters than alone",
-            "        torch.manual_seed(seed)\n        with attribute_to_student(k):\n            model =",
-            "        with attribute_to_student(k):\n            model =",
+            "        torch.manual_seed(context.seed)\n        with attribute_to_student(k):\n            if found[k].adapter:",
+            "        with attribute_to_student(k):\n            if found[k].adapter:",
             "commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
         ),
         (
             "seed-forgotten",
             "new adapters do not depend on the run's seed",
-            "found, many, names, context.seed)",
-            "found, many, names, 0)",
+            "        torch.manual_seed(context.seed)\n        with attribute_to_student(k):\n            if found",
+            "        torch.manual_seed(0)\n        with attribute_to_student(k):\n            if found",
             f"{STUDENTS}::test_new_adapters_follow_from_the_seed",
         ),
         (
@@ -301,13 +287,6 @@ FAULTS = [
             "    if torch.float16 in narrow.values():",
             "    if False:",
             "models/test_adapters.py::test_what_would_train_in_half_precision_is_said_or_refused",
-        ),
-        (
-            "too-few-rows",
-            "a model with fewer rows than the tokenizer has entries is taken",
-            "    if rows < vocab:\n",
-            "    if False:\n",
-            f"{STUDENTS}::test_a_model_with_too_few_rows_is_refused",
         ),
     ),
     *in_file(
@@ -368,7 +347,7 @@ FAULTS = [
         (
             "copies-forgotten",
             "modules_to_save are not trained",
-            "modules_to_save=list(lora.modules_to_save) or None",
+            "modules_to_save=list(dict.fromkeys((*lora.modules_to_save, *copies))) or None",
             "modules_to_save=None",
             f"{STUDENTS}::test_exactly_the_adapter_trains",
         ),
@@ -408,8 +387,8 @@ FAULTS = [
         (
             "checkpoint-not-loaded",
             "an export of a checkpoint has the last weights",
-            "        load_trained_weights(adapted, checkpoint)\n",
-            "        pass\n",
+            "        load_trained_weights(adapted, checkpoint)\n    ids_BT",
+            "        pass\n    ids_BT",
             BEST,
         ),
         (
@@ -438,8 +417,8 @@ FAULTS = [
         (
             "merge-stays-wide",
             "an export is in float32 whatever the base was in",
-            "        t.data = t.data.to(held[name])\n",
-            "        pass\n",
+            "have a wider type than the rest, such as the bias of a router\n        t.data = t.data.to(held[name])\n",
+            "have a wider type than the rest, such as the bias of a router\n        pass\n",
             "models/test_adapters.py::test_parameters_that_are_held_wider_than_the_rest_stay_so_when_merged",
         ),
         (
@@ -527,5 +506,32 @@ FAULTS = [
             "models/test_float8.py",
         ),
         ("activations-scale", "the activations' scale is forgotten", "* scale_N1 * scale_O1.T", "* scale_O1.T", "models/test_float8.py"),
+    ),
+    *in_file(
+        "llmkd/models/model.py",
+        (
+            "adapter-not-switched",
+            "students on one base all use the adapter that is active",
+            "            self.model.set_adapter(self.adapter)\n",
+            "            pass\n",
+            f"{LAST}::test_adapters_side_by_side_and_the_teacher_beside_them commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
+        ),
+        (
+            "another-adapter-trains",
+            "a student names the parameters of the adapter that is active",
+            "        self.set_active_adapter()\n        reshard(self.model)",
+            "        reshard(self.model)",
+            "commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
+        ),
+    ),
+    *in_file(
+        "llmkd/models/kinds.py",
+        (
+            "too-few-rows",
+            "a model with fewer rows than the tokenizer has entries is taken",
+            "    if rows < tokens:\n",
+            "    if False:\n",
+            f"{STUDENTS}::test_a_model_with_too_few_rows_is_refused",
+        ),
     ),
 ]

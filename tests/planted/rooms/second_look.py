@@ -123,8 +123,8 @@ FAULTS = [
         (
             "rows-of-another-chunk",
             "the teacher is asked for the first rows of a batch in every chunk",
-            "_metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)",
-            "_metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, slice(0, len(batch.labels_N[rows])), names)",
+            "_metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names, self.measures)",
+            "_metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, slice(0, len(batch.labels_N[rows])), names, self.measures)",
             VALIDATE,
         ),
     ),

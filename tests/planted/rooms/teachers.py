@@ -260,13 +260,6 @@ FAULTS = [
             f"{REFUSED}::test_samples_are_refused_for_what_they_are_not_right_for",
         ),
         (
-            "tokenizer-of-a-cache",
-            "a cache of another chat template is used",
-            '"chat_template": template}',
-            '"chat_template": ""}',
-            f"{REFUSED}::test_another_tokenizer_or_chat_template_is_refused",
-        ),
-        (
             "merged-or-not",
             "a cache of a merged teacher is used for one that is not",
             "one.merge_adapter or None}",
@@ -331,6 +324,16 @@ FAULTS = [
             "            cls.full_distribution = False\n",
             "            pass\n",
             "losses/test_head.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/causal_lm.py",
+        (
+            "tokenizer-of-a-cache",
+            "a cache of another chat template is used",
+            '"chat_template": template}',
+            '"chat_template": ""}',
+            f"{REFUSED}::test_another_tokenizer_or_chat_template_is_refused",
         ),
     ),
 ]

@@ -1,0 +1,38 @@
+"""What commands that are about language models say of a recipe, or a run, for another task. No torch here."""
+
+from pathlib import Path
+
+from ..config.recipe import Recipe
+from ..config.yaml_loader import parse_yaml
+from ..errors import UserError
+from ..files import read_file
+from ..output.run_files import RECIPE
+
+#: What is there instead, by command.
+INSTEAD = {
+    "plan": "llmkd train --train.max_steps 2 shows speed and memory",
+    "doctor": "llmkd data shows what the models read, and llmkd train checks them on a small batch before its first step",
+    "eval": "data.validation measures accuracy and macro F1 in training, and llmkd report shows the confusion matrix",
+    "sample": "transformers' pipeline, as in the README.md beside the student, uses it",
+    "roll": "it writes no text; leave its labels to a teacher in training",
+}
+
+
+def refuse_other_task(recipe: Recipe, command: str) -> None:
+    """UserError for a recipe whose models are no language models."""
+    if recipe.task != "causal_lm":
+        raise UserError(_line("task", recipe.task, command))
+
+
+def refuse_run_of_other_task(run: Path, command: str) -> None:
+    """The same for a run's folder, or the student in it."""
+    for folder in (run, run.parent):
+        if (file := folder / RECIPE).is_file():
+            settings = parse_yaml(read_file(file).decode("utf-8"), str(file))[0]
+            if isinstance(settings, dict) and settings.get("task", "causal_lm") != "causal_lm":
+                raise UserError(_line(str(run), settings["task"], command))
+            return
+
+
+def _line(where: str, task: str, command: str) -> str:
+    return f"{where}: found task {task}, and llmkd {command} is for language models; {INSTEAD[command]}"

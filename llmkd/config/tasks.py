@@ -1,0 +1,65 @@
+"""What does not go with a task. A part of `contradictions.py`."""
+
+from collections.abc import Iterator
+
+from .data import FORMATS_OF
+from .fields import with_setting_names
+from .recipe import Recipe
+
+
+def task_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """In the form of `contradictions.contradictions`."""
+    task, formats = recipe.task, FORMATS_OF[recipe.task]
+    for setting, value in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        for path, source in with_setting_names(value, setting):
+            if source.format not in formats:
+                of = next(name for name, known in FORMATS_OF.items() if source.format in known)
+                fix = f"give rows of format {' or '.join(formats)}, or set task: {of}"
+                yield (f"{path}.format", "task"), f"found {source.format}, which task: {task} does not read; {fix}"
+    if task == "classification":
+        yield from _classification(recipe)
+    elif recipe.checkpoint.best_by in ("accuracy", "f1"):
+        yield (
+            ("checkpoint.best_by", "task"),
+            f"found {recipe.checkpoint.best_by}, which is a metric of task: classification; use ce, or set task",
+        )
+
+
+def _classification(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is of texts that are continued, or has not been made for classifiers."""
+    student, data, loss, train = recipe.student, recipe.data, recipe.loss, recipe.train
+    why = {
+        "data.packing": (data.packing, "a classifier reads one text a row; set it to false"),
+        "data.streaming": (data.streaming, "the classes are known when all rows are read; set it to false"),
+        "data.choices": (data.choices, "questions are answered by text; leave it out"),
+        "data.teacher_context": (data.teacher_context, "it stands before a text that is continued; leave it out"),
+        "data.train_on_input": (data.train_on_input, "a classifier is not trained on its input; set it to false"),
+        "on_policy": (recipe.on_policy, "a classifier writes nothing; leave it out"),
+        "loss.attention": (
+            loss.attention,
+            "attention is compared between causal language models alone; use loss.features, or leave it out",
+        ),
+        "validation.samples": (recipe.validation.samples, "a classifier writes nothing; set it to 0"),
+        "student.layers": (
+            student.layers,
+            "layers are left out of causal language models alone; name a smaller model, or student.architecture",
+        ),
+        "student.quantization": (student.quantization, "classifiers are not trained on quantised bases; leave it out"),
+        "student.gradient_checkpointing": (student.gradient_checkpointing, "layers of classifiers are not recomputed; set it to false"),
+        "train.compile": (train.compile, "classifiers are not compiled; set it to false"),
+        "train.shard": (train.shard != "none", "classifiers are held whole by every process; set it to none"),
+        "loss.keep": (loss.keep != 1.0, "an example has one target, which is kept whole; leave it out"),
+    }
+    for setting, (given, problem) in why.items():
+        if given:
+            yield (setting, "task"), f"set with task: classification; {problem}"
+    for path, one in with_setting_names(recipe.teacher, "teacher"):
+        of_teacher = {
+            "server": (one.server, "servers have language models; name the teacher as model"),
+            "quantization": (one.quantization, "classifiers are loaded as they are; leave it out"),
+            "merge_adapter": (one.merge_adapter, "a classifier's adapter is used as it is; leave it out"),
+            "device": (one.device == "offload", "classifiers are not offloaded; leave it out"),
+        }
+        for name, (given, problem) in of_teacher.items():
+            if given:
+                yield (f"{path}.{name}", "task"), f"set with task: classification; {problem}"

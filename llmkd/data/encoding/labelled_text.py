@@ -1,0 +1,102 @@
+"""Rows of labelled texts, or pairs of texts, to tokens and classes; and the names of classes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...config.data import Data
+from ...errors import UserError
+from ..labelled import TextInputs
+from ..reading.problems import ErrorCollector
+from ..reading.sources import Rows
+
+_BATCH = 1024  # texts that are tokenised at a time
+
+
+def label_names(rows: Sequence[Rows]) -> tuple[str, ...]:
+    """The names of all classes of some rows, sorted: as numbers where all are whole numbers, else as text."""
+    found = {row["label"] for read in rows for row in read.rows}
+    numbers = all(isinstance(label, int) for label in found)
+    return tuple(str(label) for label in sorted(found, key=None if numbers else str))
+
+
+def is_default(names: Sequence[str]) -> bool:
+    """Whether the names are those that transformers gives where nobody has: LABEL_0, LABEL_1, ..."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
+
+
+def class_numbers(read: Rows, names: tuple[str, ...], setting: str, whose: str) -> np.ndarray:
+    """The number of each row's class, int64 [rows]; numbers are those of names that nobody gave. UserError names rows of other classes.
+
+    whose   the model that has the names, for messages
+    """
+    known = {name: i for i, name in enumerate(names)}
+    if is_default(names):
+        known |= {str(i): i for i in range(len(names))}
+    problems, out = ErrorCollector(), np.zeros(len(read.rows), np.int64)
+    for i, (row, place) in enumerate(zip(read.rows, read.places, strict=True)):
+        label = str(row["label"])
+        if label not in known:
+            fix = f"write its names as id2label into {whose}'s config.json" if is_default(names) else f"it has {listed(names)}"
+            problems.add(f"{place}: the label {label!r} is none of {whose}'s classes; {fix}", alike=f"label {label!r}")
+        out[i] = known.get(label, 0)
+    problems.raise_if_any()
+    return out
+
+
+def listed(names: Sequence[str]) -> str:
+    some = ", ".join(map(repr, names[:12]))
+    return some if len(names) <= 12 else f"{some} and {len(names) - 12} more"
+
+
+def text_inputs(read: Rows, data: Data, tokenizer, pad: int, setting: str) -> tuple[TextInputs, np.ndarray, dict[str, int]]:
+    """The tokens of a source's rows, the numbers of the rows that are used, and counts of those that are not.
+
+    Control tokens that the tokenizer puts around a text are there, as in transformers' own pipeline. UserError where data.too_long refuses
+    a row, and where none is left.
+    """
+    counts, problems = {"rows": len(read.rows), "too_long": 0, "unsupervised": 0, "marked": 0}, ErrorCollector()
+    ids, kinds, kept = [], [], []
+    for start in range(0, len(read.rows), _BATCH):
+        some = read.rows[start : start + _BATCH]
+        for i, (own, kind) in enumerate(_encoded(some, tokenizer), start):
+            if read.rows[i].get("train") is False:
+                counts["marked"] += 1
+                continue
+            if len(own) > data.max_length:
+                counts["too_long"] += 1
+                if data.too_long == "refuse":
+                    problems.add(
+                        f"{read.places[i]}: {len(own)} tokens, and data.max_length is {data.max_length}; raise it, or shorten the text"
+                    )
+                if data.too_long != "truncate":
+                    continue
+                ((own, kind),) = _encoded([read.rows[i]], tokenizer, truncation=True, max_length=data.max_length)
+            ids.append(own)
+            kinds.append(kind)
+            kept.append(i)
+    problems.raise_if_any()
+    if not kept:
+        raise UserError(
+            f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are longer than data.max_length = {data.max_length}, "
+            f"{counts['marked']} are marked as not trained on); raise data.max_length, or check the rows"
+        )
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    flat = [np.concatenate(part).astype(np.int32) for part in (ids, *([kinds] if kinds[0] is not None else []))]
+    counts |= {"examples": len(kept), "tokens": int(offsets[-1]), "targets": len(kept)}
+    left = tokenizer.padding_side == "left"
+    return TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left), np.array(kept, np.int64), counts
+
+
+def _encoded(rows: Sequence[dict], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
+    """Of each row its ids and, where the tokenizer has them, its token_type_ids. Rows with a pair and rows without are encoded apart."""
+    out: list = [None] * len(rows)
+    for paired in (False, True):
+        mine = [i for i, row in enumerate(rows) if (row.get("text_pair") is not None) == paired]
+        if mine:
+            texts = [[rows[i][column] for i in mine] for column in ("text", "text_pair")[: 1 + paired]]
+            made = tokenizer(*texts, add_special_tokens=True, verbose=False, **how)
+            kinds = made.get("token_type_ids") or [None] * len(mine)
+            for i, ids, kind in zip(mine, made["input_ids"], kinds, strict=True):
+                out[i] = ids, kind
+    return out

@@ -1,0 +1,256 @@
+"""Classifiers of text, sound or images: any of transformers' models for sequence, audio or image classification."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import View
+from ..console import warn
+from ..errors import UserError, brief
+from ..head import Head, Passed
+from ..signals import NO_TAPS, Taps
+from .kinds import refuse_few_rows
+from .model import Model, ModelOutputs
+from .probe import largest_difference
+from .startup_checks import tolerance
+
+_MAY_BE_LEFT_OUT = ("token_type_ids", "attention_mask")  # inputs that some families have no argument for
+
+
+class Classifier(Model):
+    """A classifier; see `Model`. Its outputs are the model's own logits [N, C], which its head passes on in at least float32.
+
+    probe   a view of some examples, to be tried on; None where there is none
+    """
+
+    probe: View | None = None
+
+    def own_head(self, vocab: int, adapter: str | None = None) -> Head:
+        return Head(Passed(), vocab)
+
+    def replaced(self, **changes) -> "Classifier":
+        other = super().replaced(**changes)
+        other.probe = self.probe
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_device or next(self.base_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.base_model.parameters()).dtype
+
+    def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
+        """Hidden states of a layer are the mean over the positions of an example, without padding."""
+        self.set_active_adapter()
+        if self.dropout_masks:  # of what has a row for each example the key of its first position
+            first_B = torch.arange(view.B, device=view.rows_N.device) * view.shape[1] if len(view.shape) > 1 else view.rows_N
+            self.dropout_masks.begin(dataclasses.replace(view, rows_N=first_B))
+        with (
+            torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None),
+            _tapped(self.base_model, taps.layers) as states,
+        ):
+            logits_BC = self.base_model(**self.model_inputs(view)).logits
+        layers = {number: self._mean(x_BTH, view).index_select(0, view.rows_N) for number, x_BTH in states.items()}
+        return ModelOutputs(logits_BC.index_select(0, view.rows_N), layers, {})
+
+    def model_inputs(self, view: View) -> dict[str, Tensor]:
+        known = inspect.signature(self.base_model.forward).parameters
+        wide = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in view.inputs.items()}
+        return {name: x for name, x in wide.items() if name in known or name not in _MAY_BE_LEFT_OUT}
+
+    def _mean(self, x_BTH: Tensor, view: View) -> Tensor:
+        """The mean over an example's positions [B, H]."""
+        mask, T = view.inputs.get("attention_mask"), x_BTH.shape[1]
+        if mask is not None and mask.shape[1] != T:
+            shorter = getattr(self.base_model, "_get_feature_vector_attention_mask", None)  # of families that shorten sound
+            mask = shorter(T, mask) if shorter else None
+        if mask is None:
+            return x_BTH.mean(1)
+        weight_BT1 = (mask.to(x_BTH.dtype) / mask.sum(1, keepdim=True).clamp_min(1))[:, :, None]
+        return (x_BTH * weight_BT1).sum(1)
+
+    def depth(self, setting: str) -> int:
+        """The number of its layers. UserError for a family without a list of them."""
+        return len(_layers(self.base_model, setting))
+
+    def widths(self, layers: Sequence[int], setting: str) -> dict[int, int]:
+        """The width of the hidden states after each of `layers`, by number, tried on the probe."""
+        count = self.depth(setting)
+        if beyond := [n for n in sorted(layers) if not 0 <= n <= count]:
+            raise UserError(f"{setting} has {count} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {count}")
+        if not layers:
+            return {}
+        with _trying(self):
+            taken = self.outputs(self.probe, Taps(frozenset(layers))).layers
+        return {number: x_NH.shape[-1] for number, x_NH in taken.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierKind:
+    """See `ModelKind`.
+
+    auto     the name of transformers' class that loads the models
+    names    of the classes
+    tokens   entries of the tokenizer; None where none reads the data
+    pad      the token of padding, of which some families must know
+    examples to be tried on, as `data.examples.Examples`; None where nothing is tried
+    """
+
+    auto: str
+    names: tuple[str, ...]
+    tokens: int | None = None
+    pad: int | None = None
+    examples: Any = None
+    wrapper = Classifier
+
+    @property
+    def peft(self) -> str | None:
+        return "SEQ_CLS" if self.auto == "AutoModelForSequenceClassification" else None
+
+    def architecture(self, vocab: int) -> dict:
+        text = {"vocab_size": self.tokens, "pad_token_id": self.pad} if self.tokens else {}
+        return text | labelled(self.names)
+
+    def copies(self, model: nn.Module) -> tuple[str, ...]:
+        """The modules of the head, which train in full beside an adapter."""
+        return head_modules(model)
+
+    def started(self, model: nn.Module, base: Path, seed: int) -> None:
+        from .new_head import new_modules
+
+        torch.manual_seed(seed)
+        for where in sorted(new_modules(base)):
+            draw(model, model.get_submodule(where))
+
+    def refuse_misfit(self, model: nn.Module, vocab: int, setting: str) -> None:
+        from .families import base_of
+
+        if (found := base_of(model).config.num_labels) != vocab:
+            raise UserError(f"{setting}: has {found} classes, and the data {vocab}; they do not belong together")
+        if self.tokens:
+            refuse_few_rows(base_of(model), self.tokens, setting)
+
+    def checked(self, model: Classifier, setting: str, packing: int = 0, implementation: str = "auto") -> Classifier:
+        """The logits of a small batch are finite, one for each class, and those of an example alone."""
+        if self.examples is None:
+            return model
+        order = self.examples.max_lengths.argsort(kind="stable")
+        both, alone = (self._view(some, setting, model.device) for some in ([order[0], order[-1]], [order[0]]))
+        model.probe = both
+        family = model.base_model.config.model_type
+        with _trying(model):
+            try:
+                logits_NC = model.head.logits(model.hidden(model.probe))
+            except Exception as error:
+                raise UserError(
+                    f"{setting}: {family} fails on a first small batch ({brief(error)}); check its files, or use another model"
+                ) from error
+            if logits_NC.ndim != 2 or logits_NC.shape[1] != model.head.vocab:
+                raise UserError(
+                    f"{setting}: {family} gives logits of shape {tuple(logits_NC.shape)}, expected one for each class; use another model"
+                )
+            if not math.isfinite(size := logits_NC.abs().max().item()):
+                raise UserError(f"{setting}: its logits are not finite; load it in another dtype, or use other weights")
+            gap = largest_difference(model.head.logits(model.hidden(alone)), logits_NC[:1])
+        if not gap <= tolerance(model) * max(size, 1e-3):
+            warn(
+                f"note: {setting}: {family} answers an example otherwise beside a longer one, by {gap:.2g} of {size:.2g}: padding counts for it, so "
+                "results depend on the micro-batches; train.group_by_length lessens it, and train.micro_batch_size: 1 ends it"
+            )
+        return model
+
+    def _view(self, chosen: Sequence[int], setting: str, device) -> View:
+        batch = self.examples.batch(chosen)
+        return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
+
+    def without_gradient(self, model: Classifier, setting: str) -> list[str]:
+        try:
+            with torch.enable_grad():
+                model.head.logits(model.hidden(model.probe)).logsumexp(-1).sum().backward()
+        except Exception as error:
+            raise UserError(
+                f"{setting}: fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
+            ) from error
+        found = [name for name, p in model.trainable().items() if p.grad is None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+
+def draw(model: nn.Module, module: nn.Module) -> None:
+    """Give a module random weights, as the model's family does."""
+    for parameter in module.parameters(recurse=False):
+        parameter.__dict__.pop("_is_hf_initialized", None)  # transformers' mark of weights that are not to be drawn again
+    module.__dict__.pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        model._init_weights(module)
+
+
+def labelled(names: Sequence[str]) -> dict:
+    """The classes in a configuration."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's modules outside of its body that have weights."""
+    body = model.base_model_prefix
+    return tuple(name for name, module in model.named_children() if name != body and any(True for _ in module.parameters()))
+
+
+def _layers(model: nn.Module, setting: str) -> nn.ModuleList:
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count]
+    found = max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)  # sound has convolutions in a list too
+    if found is None:
+        raise UserError(
+            f"{setting} ({model.config.model_type}) does not keep its layers in a list, so that nothing can be read inside it; use another model"
+        )
+    return found
+
+
+@contextmanager
+def _tapped(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Filled, in a forward pass inside, with the hidden states [B, T, H] after each of `layers`; 0 is what the first layer reads."""
+    taken: dict[int, Tensor] = {}
+    if not layers:
+        yield taken
+        return
+    modules, hooks = _layers(model, "a model"), []
+
+    def before(module, args, kwargs):
+        taken[0] = args[0] if args else kwargs["hidden_states"]
+
+    def after(number: int):
+        return lambda module, args, out: taken.__setitem__(number, out if isinstance(out, Tensor) else out[0])
+
+    for number in layers:
+        hook = (
+            modules[0].register_forward_pre_hook(before, with_kwargs=True)
+            if not number
+            else modules[number - 1].register_forward_hook(after(number))
+        )
+        hooks.append(hook)
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _trying(model: Model) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,186 @@
+"""Classification: rows with a label, compared at one target each, the distribution over the classes."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Data, Source, Student, Teacher
+from ..data.batching import Batching
+from ..data.dataset import Dataset, report_examples, teacher_index
+from ..data.encoding.labelled_text import class_numbers, is_default, label_names, listed
+from ..data.examples import Examples
+from ..data.labelled import Inputs, LabelledExamples
+from ..data.reading.sources import Rows
+from ..errors import UserError
+from ..model_folder.files import ModelFiles
+from .metrics.classification import confusion, macro_f1
+from .planned import joined, planned
+from .task import EncodedData, FoundModels, Processor
+from .text_processor import text_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..models.classifier import ClassifierKind
+
+
+class ClassProcessor(Processor, Protocol):
+    """A `Processor` of rows with a label.
+
+    auto, pipeline   the names of transformers' class that loads the models, and of the pipeline that uses them
+    tokens, pad      entries of the tokenizer, and its token of padding; None where none reads the rows
+    """
+
+    auto: str
+    pipeline: str
+    tokens: int | None
+    pad: int | None
+
+    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
+        """What student and teachers read of a source's rows, None where it is the same; the numbers of the rows that are used; and counts."""
+
+
+#: By the format of rows, from (student, models, data, classes).
+PROCESSORS: dict[str, Callable[..., ClassProcessor]] = {"labelled": text_processor}
+
+
+class ClassMeasures:
+    """Accuracy and macro F1 over all classes; what each example was answered with is kept, for the confusion matrix."""
+
+    rows, kept, shown = ("accuracy", "label", "answer"), ("label", "answer"), ("accuracy", "f1")
+
+    def __init__(self, labels: Sequence[str]):
+        self.classes = len(labels)
+
+    def of_rows(self, log_q_nV: "Tensor", labels_n: "Tensor") -> "dict[str, Tensor]":
+        answer_n = log_q_nV.argmax(-1)
+        return {"accuracy": (answer_n == labels_n).double(), "label": labels_n.double(), "answer": answer_n.double()}
+
+    def metrics(self, means: dict[str, float], sums: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+        label, answer = (sums[name].astype(np.int64) for name in ("label", "answer"))
+        return {"accuracy": means["accuracy"], "f1": macro_f1(confusion(label, answer, self.classes, weights))}
+
+
+class Classification:
+    """See `Task`."""
+
+    name = "classification"
+
+    def measures(self, processor: ClassProcessor) -> ClassMeasures:
+        return ClassMeasures(processor.labels)
+
+    def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> ClassProcessor:
+        names = class_names(models.student, rows["data.train"])
+        refuse_other_labels(names, models)
+        (form,) = {source.format for source in as_tuple(data.train)}
+        return PROCESSORS[form](student, models, data, names)
+
+    def encode(
+        self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: ClassProcessor
+    ) -> EncodedData:
+        def sets(setting: str, sources: Source | tuple[Source, ...] | None) -> list[Dataset]:
+            pairs = zip(with_setting_names(sources, setting), rows[setting], strict=True)
+            return [_encoded(read, source, name, data, teachers, processor) for (name, source), read in pairs]
+
+        held_out = joined("validation", sets("data.validation", data.validation))
+        source, train, drawn = planned(joined("train", sets("data.train", data.train)), data, batching)
+        held_out = drawn or held_out
+        if held_out:
+            refuse_unknown_classes(train, held_out)
+            report_examples(held_out)
+        contents = ["\n".join(read.content for read in rows[setting]) for setting in ("data.train", "data.validation")]
+        identity = dict(zip(("the training data", "the held-out data"), contents, strict=True))
+        origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
+        validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
+        return EncodedData(source, train.examples, train.places, validation, places, None, identity, set(), origins)
+
+    def report(self, data: EncodedData, student: Student, files: ModelFiles | None, processor: ClassProcessor) -> None:
+        pass
+
+    def student_files(self, files: ModelFiles | None, processor: ClassProcessor) -> ModelFiles | None:
+        if files is None or has_head(files):
+            return files
+        from ..models.new_head import with_head
+
+        return with_head(files, processor.labels, processor.auto, processor.pad, "student.model")
+
+    def kind(self, processor: ClassProcessor, examples: Examples | None = None) -> "ClassifierKind":
+        from ..models.classifier import ClassifierKind
+
+        return ClassifierKind(processor.auto, processor.labels, processor.tokens, processor.pad, examples)
+
+    def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> None:
+        return None
+
+    def pipeline(self, processor: ClassProcessor) -> str:
+        return processor.pipeline
+
+
+def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: ClassProcessor) -> Dataset:
+    labels = class_numbers(read, processor.labels, setting, "the student")
+    own, theirs, kept, counts = processor.inputs(read, data, setting)
+    examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teacher=theirs)
+    examples.teacher_index[:] = teacher_index(source, teachers)
+    examples.weigh(vars(source.loss))
+    origin = read.origin | {"used": len(kept)}
+    return Dataset(f"{setting} ({source.path})", examples, [read.places[i] for i in kept], [origin])
+
+
+def has_head(files: ModelFiles) -> bool:
+    """Whether a model has the head of a classifier, by the class that its configuration names."""
+    return files.adapter is not None or any(name.endswith("Classification") for name in files.config.get("architectures") or [])
+
+
+def names_of(config: dict) -> tuple[str, ...]:
+    """The classes of a classifier by its configuration, in their order; LABEL_0, LABEL_1 where it names none, as in transformers."""
+    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
+    return tuple(str(name) for _, name in sorted(given.items(), key=lambda one: int(one[0])))
+
+
+def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str, ...]:
+    """The classes of a run: those of the student's head, or of a new one those of the training rows. UserError for fewer than two."""
+    names = names_of(student.config) if student and has_head(student) else label_names(train)
+    if len(names) < 2:
+        raise UserError(
+            f"data.train: its rows have {len(names)} class, {listed(names)}, and there is nothing to tell apart; give rows of two or more"
+        )
+    return names
+
+
+def refuse_other_labels(names: tuple[str, ...], models: FoundModels) -> None:
+    """UserError where a teacher is no classifier, or its classes are not the student's, in the same order."""
+    for teacher in models.teachers:
+        if not teacher.files:
+            continue
+        setting, theirs = f"{teacher.setting}.model", names_of(teacher.files.config)
+        if not has_head(teacher.files):
+            raise UserError(
+                f"{setting}: {teacher.files.base} has no head of a classifier; train it on the labels first, with task: classification"
+            )
+        if theirs == names:
+            continue
+        if len(theirs) == len(names) and (is_default(theirs) or is_default(names)):
+            whose = setting if is_default(theirs) else "student.model"
+            raise UserError(
+                f"{setting}: its classes are {listed(theirs)}, and the student's {listed(names)}; where nobody has named them their order is not "
+                f"known: write {whose}'s names as id2label into its config.json"
+            )
+        how = "in another order" if sorted(theirs) == sorted(names) else "others"
+        raise UserError(
+            f"{setting}: its classes are {how} than the student's: {listed(theirs)}, and {listed(names)}; use models of the same classes in "
+            "the same order"
+        )
+
+
+def refuse_unknown_classes(train: Dataset, held_out: Dataset) -> None:
+    """UserError for held-out rows of classes that no training row has."""
+    known, examples = set(np.unique(train.examples.labels).tolist()), held_out.examples
+    lacking = [i for i, label in enumerate(examples.labels.tolist()) if label not in known]
+    if lacking:
+        name = examples.names[examples.labels[lacking[0]]]
+        raise UserError(
+            f"{held_out.places[lacking[0]]}: the class {name!r} is in held-out rows and in no training row ({len(lacking)} such rows); give "
+            "training rows of it, or leave these out (where)"
+        )

@@ -1,0 +1,13 @@
+"""The tasks that a recipe may name."""
+
+from collections.abc import Callable
+
+from .causal_lm import CausalLM
+from .classification import Classification
+from .task import Task
+
+TASKS: dict[str, Callable[[], Task]] = {"causal_lm": CausalLM, "classification": Classification}
+
+
+def task_named(name: str) -> Task:
+    return TASKS[name]()

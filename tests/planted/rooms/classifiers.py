@@ -1,0 +1,94 @@
+"""Faults in what classifiers read, what is compared at their examples, and what is measured."""
+
+from tests.planted.fault import in_file
+
+STEP, RUN, METRICS = "tasks/test_classifier.py", "tasks/test_classification_run.py", "tasks/test_metrics.py"
+
+FAULTS = [
+    *in_file(
+        "llmkd/data/labelled.py",
+        (
+            "label-not-in-the-hash",
+            "two examples of one text and two classes are taken for one",
+            'return self.inputs.content(i) + b"|" + self.names[self.labels[i]].encode()',
+            "return self.inputs.content(i)",
+            STEP,
+        ),
+        (
+            "teacher-sees-the-draw",
+            "a teacher that is to read clean inputs reads augmented ones",
+            "None if self.clean else draw",
+            "draw",
+            STEP,
+        ),
+        (
+            "padding-on-the-wrong-side",
+            "a tokenizer that pads on the left is not asked",
+            "[pad, own] if self.left else [own, pad]",
+            "[own, pad]",
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/models/classifier.py",
+        (
+            "rows-not-chosen",
+            "logits are not those of the targets",
+            "logits_BC.index_select(0, view.rows_N)",
+            "logits_BC",
+            STEP,
+        ),
+        (
+            "mean-with-padding",
+            "hidden states are a mean over padding too",
+            "if mask is None:",
+            "if True:",
+            STEP,
+        ),
+        (
+            "head-without-seed",
+            "a new head does not follow the seed",
+            "        torch.manual_seed(seed)\n        for where",
+            "        for where",
+            RUN,
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/metrics/classification.py",
+        (
+            "absent-classes-left-out",
+            "classes without examples are no part of macro F1",
+            "class_f1(matrix).mean()",
+            "class_f1(matrix)[matrix.sum(1) > 0].mean()",
+            METRICS,
+        ),
+        (
+            "rows-and-columns",
+            "the confusion matrix is transposed",
+            "np.asarray(labels) * classes + np.asarray(answers)",
+            "np.asarray(answers) * classes + np.asarray(labels)",
+            METRICS,
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/classification.py",
+        (
+            "order-of-classes",
+            "classes in another order are taken for the same",
+            "        if theirs == names:",
+            "        if sorted(theirs) == sorted(names):",
+            RUN,
+        ),
+        (
+            "class-unseen",
+            "held-out rows of an unknown class are measured",
+            "    if lacking:\n        name",
+            "    if False:\n        name",
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/training/student_run.py",
+        ("best-is-lowest", "the lowest F1 is the best", "sign = -1 if by in HIGHER_IS_BETTER else 1", "sign = 1", RUN),
+    ),
+]

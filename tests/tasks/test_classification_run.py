@@ -1,0 +1,291 @@
+"""Runs of classifiers, from a recipe to the folder that they leave; and what is refused before one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from sklearn.metrics import f1_score
+
+from llmkd.config import loader
+from llmkd.data.encoding.tokenizer import load_tokenizer
+from llmkd.errors import UserError
+from llmkd.training.run import run
+
+SMALL = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+}
+ROWS = {"path": "builtin:skills", "name": "kinds", "format": "labelled"}
+BASE = {
+    "task": "classification",
+    "student": {"architecture": SMALL, "tokenizer": "builtin:skills", "method": "full"},
+    "data": {"train": {**ROWS, "limit": 40}, "validation": {**ROWS, "split": "validation", "limit": 24}, "max_length": 64},
+    "train": {"batch_size": 10, "max_steps": 4},
+    "optim": {"lr": 2e-2},
+    "validation": {"every": 2, "teacher_check": 4},
+    "checkpoint": {"every": 2, "best_by": "f1"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    def made(name: str, **changes):
+        (folder / "base.yaml").write_text(json.dumps(BASE | {"output_dir": str(folder / name)}))
+        return loader.load_recipe(folder / "base.yaml", {key.replace("__", "."): value for key, value in changes.items()})
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe, folder) -> Path:
+    run(recipe("teacher", student__dtype="float64"))
+    return folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def base(folder) -> Path:
+    """A body without a head."""
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.for_model(**SMALL, vocab_size=len(load_tokenizer("builtin:skills", "")), pad_token_id=0)
+    transformers.BertModel(config).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def test_what_a_run_leaves(teacher):
+    summary = json.loads((teacher / "summary.json").read_text())
+    lines = [json.loads(line)["sums"] for line in (teacher / "held_out.jsonl").read_text().splitlines()]
+    label, answer = ([line[name] for line in lines] for name in ("label", "answer"))
+    every = list(range(len(summary["labels"])))
+    assert summary["validation"]["f1"] == pytest.approx(f1_score(label, answer, labels=every, average="macro", zero_division=0), rel=1e-12)
+    assert summary["validation"]["accuracy"] == pytest.approx(np.mean(np.array(label) == answer), rel=1e-12)
+    assert summary["labels"] == sorted(summary["labels"]) and len(every) == 8 and "perplexity" not in summary["validation"]
+    config = json.loads((teacher / "model/config.json").read_text())
+    assert [config["id2label"][str(i)] for i in every] == summary["labels"]
+    card = (teacher / "model/README.md").read_text()
+    assert "pipeline('text-classification'" in card and "pipeline_tag: text-classification" in card and "eos_token_id" not in card
+    assert not (teacher / "model/generation_config.json").exists()
+    found = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+    f1 = {one["step"]: one["validation"]["f1"] for one in found if "validation" in one and one["step"]}
+    assert len(set(f1.values())) > 1 and summary["best"] == {
+        "by": "f1",
+        "step": max(f1, key=f1.get),
+        "value": max(f1.values()),
+    }  # of equal ones the first
+
+
+def test_the_pipeline_of_transformers_answers_as_validation_did(teacher):
+    from llmkd.data.reading.skills import rows
+
+    lines = [json.loads(line)["sums"] for line in (teacher / "held_out.jsonl").read_text().splitlines()]
+    names = json.loads((teacher / "summary.json").read_text())["labels"]
+    classify = transformers.pipeline("text-classification", model=str(teacher / "model"), dtype=torch.float64)
+    answers = [one["label"] for one in classify([row["text"] for row in rows("validation", "kinds")[:24]])]
+    assert answers == [names[int(line["answer"])] for line in lines]
+
+
+def test_a_cache_of_the_teacher_is_the_teacher(recipe, teacher, folder):
+    """And training with it is training with the teacher, up to float32's rounding in batches of other shapes."""
+    from llmkd.commands.cache import cache
+
+    given = {"teacher__model": str(teacher / "model"), "loss__kd_ratio": 0.9, "loss__temperature": 10.0, "teacher__dtype": "float32"}
+    live = run(recipe("live", **given))
+    cache(recipe("unused", **given, **{"teacher__cache__path": str(folder / "cache")}))
+    kept = run(recipe("kept", **given, **{"teacher__cache__path": str(folder / "cache")}))
+    assert json.loads((folder / "cache/cache.json").read_text())["kind"]["name"] == "hidden"
+    assert all(kept["validation"][name] == pytest.approx(value, abs=1e-6) for name, value in live["validation"].items())
+    assert live["validation"]["forward_kl"] > 1e-5
+    ours, theirs = (load_file(folder / name / "model/model.safetensors") for name in ("live", "kept"))
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
+
+
+def test_an_adapter_with_a_new_head_resumes_bit_for_bit_and_is_used_by_the_pipeline(recipe, teacher, base, folder):
+    """Also with dropout in the adapter, hidden states of layers, and another seed's head."""
+    given = {
+        "student__architecture": None,
+        "student__model": str(base),
+        "student__method": "lora",
+        "student__lora__rank": 2,
+        "student__lora__dropout": 0.3,
+        "teacher__model": str(teacher / "model"),
+        "teacher__dtype": "float32",
+        "loss__features__layers": "last",
+        "loss__features__init": "xavier",
+    }
+    whole = run(recipe("whole", **given))
+    run(recipe("parted", **given))
+    for name in ("adapter", "base", "checkpoints/step-4"):
+        import shutil
+
+        shutil.rmtree(folder / "parted" / name)
+    (folder / "parted/summary.json").unlink()
+    assert run(recipe("parted", **given), resume=True)["validation"] == whole["validation"]
+    ours, theirs = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("whole", "parted"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("classifier.weight" in name for name in ours) and not any("lora" in name and "classifier" in name for name in ours)
+    classify = transformers.pipeline("text-classification", model=str(folder / "whole/adapter"))
+    assert classify.model.config.id2label[0] == whole["labels"][0] and classify("The owl is Ann's.")[0]["label"] in whole["labels"]
+    as_teacher = run(recipe("from_adapter", teacher__model=str(folder / "whole/adapter"), train__max_steps=1))
+    assert as_teacher["validation"]["teacher_ce"] == pytest.approx(whole["validation"]["ce"], rel=1e-6)
+    other = run(recipe("other", **given, seed=7, train__max_steps=1, optim__lr=1e-12))
+    assert other["before"]["ce"] != whole["before"]["ce"]  # the head is the seed's
+
+
+def test_the_best_checkpoint_and_a_merged_adapter_are_exported(teacher, folder):
+    """After the run of the adapter; what is written answers as the student."""
+    from llmkd.commands.export import export
+
+    best = json.loads((teacher / "summary.json").read_text())["best"]["step"]
+    ours = load_file(export(teacher, folder / "best", "best") / "model.safetensors")
+    saved = load_file(teacher / f"checkpoints/step-{best}/student.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in saved.items())
+    merged = transformers.pipeline("text-classification", model=str(export(folder / "whole", folder / "merged")))
+    apart = transformers.pipeline("text-classification", model=str(folder / "whole/adapter"))
+    one, other = ({of["label"]: of["score"] for of in classify("Is Ann's owl brown?", top_k=None)} for classify in (merged, apart))
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_report_shows_the_confusion_matrix(teacher):
+    from llmkd_eval.report.run_report import document, read_run
+
+    (table,) = (one for one in document(read_run(teacher)) if getattr(one, "head", [""])[0] == "class")
+    assert len(table.rows) == 8 and sum(float(cell) for row in table.rows for cell in row[1:-1]) == 24
+
+
+def test_data_is_shown_and_other_commands_refuse_in_one_line(recipe, teacher, folder, capsys):
+    from llmkd.cli import main
+
+    loader_file = folder / "seen.yaml"
+    loader_file.write_text(loader.dump(recipe("seen")))
+    assert main(["data", "--config", str(loader_file), "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "fish" in out and "example " in out and "class '" in out
+    for words in (
+        ["plan", "--config", str(loader_file)],
+        ["doctor", "--config", str(loader_file)],
+        ["sample", str(teacher)],
+    ):
+        assert main(words) == 2
+        assert "is for language models; " in capsys.readouterr().err, words
+
+
+WRONG = {
+    "format": ({"data__train__format": "text", "data__train__name": "prose"}, "which task: classification does not read"),
+    "packing": ({"data__packing": True}, "data.packing: set with task: classification"),
+    "attention": ({"loss__attention": {}, "teacher__model": "t"}, "loss.attention: set with task: classification"),
+    "shard": ({"train__shard": "full"}, "train.shard: set with task: classification"),
+    "server": ({"teacher__server": "http://x:1"}, "teacher.server: set with task: classification"),
+    "best": (
+        {"task": "causal_lm", "data__train__format": "text", "data__train__name": "prose", "data__validation": None},
+        "a metric of task",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_go_with_a_classifier_is_refused_by_name(recipe, case):
+    changes, said = WRONG[case]
+    with pytest.raises(UserError, match=said):
+        recipe("refused", **changes)
+
+
+def rows_of(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+PAIRS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "text_pair": "d", "label": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "said"),
+    [
+        ([*PAIRS, {"text": "e"}], PAIRS, r"train.jsonl:4: no column 'label'"),
+        ([*PAIRS, {"text": "e", "label": None}], PAIRS, r"train.jsonl:4: label is null, expected the name of a class"),
+        ([*PAIRS, {"text": "e", "label": 0.5}], PAIRS, r"train.jsonl:4: label is"),
+        (
+            PAIRS,
+            [*PAIRS, {"text": "e", "label": "z"}],
+            r"validation.jsonl:4: the label 'z' is none of the student's classes; it has 'x', 'y'",
+        ),
+        (PAIRS[:1], PAIRS[:1], "have 1 class"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(recipe, tmp_path, train, held_out, said):
+    from llmkd.training.prepare import prepare
+
+    plain = {"format": "labelled"}
+    files = {
+        f"data__{name}": plain | {"path": str(rows_of(tmp_path / f"{name}.jsonl", *rows))}
+        for name, rows in (("train", train), ("validation", held_out))
+    }
+    with pytest.raises(UserError, match=said):
+        prepare(recipe("refused", **files))
+
+
+def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
+    import shutil
+
+    from llmkd.training.prepare import prepare
+
+    prepared = prepare(recipe("refused", teacher__model=str(teacher / "model")))
+    names = prepared.processor.labels
+    assert prepared.train.names == names and prepared.vocab == 8
+    for change, said in (
+        ({"id2label": {str(i): name for i, name in enumerate(reversed(names))}}, "its classes are in another order than the student's"),
+        ({"id2label": {str(i): f"LABEL_{i}" for i in range(8)}}, "write teacher.model's names as id2label"),
+        ({"id2label": {str(i): f"other {i}" for i in range(8)}}, "its classes are others than the student's"),
+        ({"architectures": ["BertModel"]}, "has no head of a classifier; train it"),
+    ):
+        shutil.copytree(teacher / "model", tmp_path / "model", dirs_exist_ok=True)
+        (tmp_path / "model/llmkd.json").unlink(missing_ok=True)
+        config = json.loads((teacher / "model/config.json").read_text())
+        (tmp_path / "model/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=said):
+            prepare(recipe("refused", teacher__model=str(tmp_path / "model")))
+
+
+def test_long_texts_and_pairs(recipe, tmp_path):
+    from llmkd.training.prepare import prepare
+
+    file = rows_of(tmp_path / "long.jsonl", *PAIRS, {"text": "robin " * 30, "label": 3})
+    given = {
+        "data__train": {"path": str(file), "format": "labelled"},
+        "data__validation": None,
+        "validation__every": None,
+        "checkpoint__best_by": None,
+    }
+    dropped, cut = (prepare(recipe("long", **given, data__max_length=12, data__too_long=how)).train for how in ("drop", "truncate"))
+    assert (len(dropped), len(cut)) == (3, 4) and cut.lengths.max() == 12 and cut.names == ("3", "x", "y")
+    assert dataclasses.replace(cut, counts={}).lengths[2] > cut.lengths[0]  # both texts of a pair
+    with pytest.raises(UserError, match=r"long.jsonl:4: \d+ tokens, and data.max_length is 12"):
+        prepare(recipe("long", **given, data__max_length=12, data__too_long="refuse"))
+
+
+@pytest.mark.slow
+def test_two_processes_end_at_what_one_does(recipe, teacher, folder):
+    from tests.kit.processes import train_on_two
+
+    still = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # whose masks would be those of each process
+    given = {"teacher__model": str(teacher / "model"), "loss__kd_ratio": 0.5, "student__dtype": "float64", "student__architecture": still}
+    one = run(recipe("one", **given))
+    (folder / "two.yaml").write_text(loader.dump(recipe("two", **given)))
+    done = train_on_two(["--config", str(folder / "two.yaml")])
+    assert not done.returncode, done.stderr
+    two = json.loads((folder / "two/summary.json").read_text())
+    assert all(two["validation"][name] == pytest.approx(value, abs=1e-9) for name, value in one["validation"].items())
+    ours, theirs = (load_file(folder / name / "model/model.safetensors") for name in ("one", "two"))
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours if ours[name].is_floating_point()) < 1e-9
