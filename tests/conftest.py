@@ -129,6 +129,16 @@ def plain_recipe(world: Path, out: Path) -> dict:
     }
 
 
+@pytest.fixture
+def mesh_of_one() -> Iterator:
+    """A process group of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def caches(world, tmp_path_factory) -> Path:
     """A folder of caches of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""

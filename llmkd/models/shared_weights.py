@@ -6,7 +6,7 @@ tensors are frozen, so no model changes them for the others.
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..model_folder.files import ModelFiles
 from ..model_folder.identity import fingerprint
 from ..model_folder.weights import read_json
 from .parts import is_part, local
+from .sharding import reshard
 
 #: Ways to initialise LoRA that do not change the base's weights, beside PEFT's default (a bool).
 _LEAVE_BASE = ("gaussian", "eva", "orthogonal")
@@ -61,35 +62,56 @@ def _held(module: nn.Module) -> Iterator[object]:
         yield from (held for held in kept if held is not None)
 
 
-def deduplicate_weights(models: Iterable[nn.Module]) -> None:
+def deduplicate_weights(models: Iterable[nn.Module], same: Callable[[Tensor, Tensor], bool] | None = None) -> None:
     """Make frozen parameters that have the same name and are bitwise equal in several models one tensor in memory.
 
     Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
 
     models  transformers models, with PEFT's layers in them or not
+    same    whether two of one name are equal, where it is not to be found out by their values
     """
+    same = same or _same
     first: dict[str, list[nn.Parameter]] = {}
     for model in models:
-        for name, parameter in _frozen(model):
-            for other in first.setdefault(name, []):
-                if _same(parameter, other):
-                    parameter.data = other.data
-                    break
-            else:
+        reshard(model)
+        owners, replaced = _owners(model), False
+        for name, parameter in list(_frozen(model)):
+            other = next((one for one in first.setdefault(name, []) if same(parameter, one)), None)
+            if other is None:
                 first[name].append(parameter)
+            elif is_part(parameter):
+                held, replaced = nn.Parameter(other.detach(), requires_grad=False), True
+                for module, own in owners[id(parameter)]:
+                    module._parameters[own] = held
+            else:
+                parameter.data = other.data
+        if replaced:
+            model.load_state_dict({}, strict=False)  # after which FSDP2 looks for its parameters anew
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that have each parameter, and its name there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append((module, name))
+    return found
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's frozen parameters, by their names without an adapter."""
     adapters = set(getattr(model, "peft_config", ()))
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.dtype != torch.int8 and not is_part(parameter) and not adapters & set(name.split(".")):
+        if not parameter.requires_grad and parameter.dtype != torch.int8 and not adapters & set(name.split(".")):
             yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or a.is_meta:
+    if (a.shape, a.dtype, a.device, is_part(a)) != (b.shape, b.dtype, b.device, is_part(b)) or a.is_meta:
         return False
+    if is_part(a) and (a.device_mesh, a.placements) != (b.device_mesh, b.placements):
+        return False
+    a, b = local(a), local(b)  # each process may find its own: what a layer is gathered from has the same values either way
     if a.dtype.itemsize == 1:  # 8-bit floats, which torch does not compare everywhere
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     return a.data_ptr() == b.data_ptr() or (torch.equal(a.flatten()[:64], b.flatten()[:64]) and torch.equal(a, b))

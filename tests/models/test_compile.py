@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import UserError
@@ -43,14 +42,6 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
     found = results(model, True, view())
     assert graphs() - before == 2, "another shape"
     assert max((found[name] - expected[name]).abs().max() for name in expected) == 0
-
-
-@pytest.fixture
-def mesh_of_one():
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 def test_a_layer_is_compiled_and_sharded(traced, mesh_of_one):

@@ -1,9 +1,16 @@
 """Models to be sharded are read as they lie in their files; what the processes then do with them is in training/test_parallel.py."""
 
+import pytest
 import torch
 
+from llmkd.config.recipe import Lora, Student, Teacher
+from llmkd.models.load import LoadContext, load_models
 from llmkd.models.pretrained import load_as_stored, load_pretrained
+from llmkd.models.probe import hidden_and_gradients
+from llmkd.models.sharding import reshard
+from llmkd.models.shared_weights import storage_bytes
 from tests.kit.families import tiny
+from tests.models.test_last_layer import view
 
 
 def test_a_model_that_is_cast_later_is_the_one_that_is_cast_as_it_is_read(tmp_path):
@@ -19,6 +26,26 @@ def test_a_model_that_is_cast_later_is_the_one_that_is_cast_as_it_is_read(tmp_pa
         assert expected.keys() == found.keys()
         assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
     assert model.config.dtype == right.config.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_teacher_and_student_on_one_base_hold_it_once_in_parts(tmp_path, mesh_of_one, tied):
+    """And each says what it says alone, before and after a step's passes: each has its own adapter."""
+    tiny("llama", torch.float32, vocab_size=96, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    settings = [Student(model=str(tmp_path), lora=Lora(rank=2))], [("teacher", Teacher(model=str(tmp_path)))]
+    (own,), (theirs,) = load_models(*settings, LoadContext(96, "cpu"))
+    (student,), (teacher,) = load_models(*settings, LoadContext(96, "cpu", sharded={"student": mesh_of_one, "teacher": mesh_of_one}))
+    every = sum(p.nbytes for p in teacher.parameters())
+    shared = storage_bytes(student).keys() & storage_bytes(teacher).keys()
+    assert sum(storage_bytes(teacher)[place] for place in shared) == every == sum(p.nbytes for p in theirs.parameters())
+    for _ in range(2):
+        for found, expected in ((student, own), (teacher, theirs)):
+            assert all(map(torch.equal, hidden_and_gradients(found, view()), hidden_and_gradients(expected, view())))
+        with torch.no_grad():
+            for one in (reshard(student.model), own.model):
+                next(p for p in one.parameters() if p.requires_grad).add_(1.0)
+    reshard(teacher.model)
+    assert len(storage_bytes(student).keys() & storage_bytes(teacher).keys()) == len(shared)
 
 
 def test_a_model_of_its_files_type_is_only_read(tmp_path):
