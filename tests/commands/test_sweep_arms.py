@@ -28,6 +28,7 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio-0_" in n for n in g.arms) == 1 for g in four)
     one = group_arms(recipes.recipes(), students_per_teacher=1)
     assert len(one) == 12 and {g.why for g in one} == {"students_per_teacher: 1"}
+    assert [g.arms[0][-1] for g in one] == ["1"] * 6 + ["2"] * 6  # what is stopped early has compared all arms of a seed
 
 
 @pytest.mark.parametrize(
@@ -82,11 +83,16 @@ def test_names_of_a_grids_arms_tell_them_apart(sweep, grid, names):
 
 
 def test_an_arm_may_start_from_what_a_stage_made_with_its_seed(sweep):
-    of_seed = {"two": {"student.model": "{output_dir}/stages/first_seed-{seed}/adapter", "student.lora": None}, "plain": {}}
+    of_seed = {
+        "two": {"student.model": "{output_dir}/stages/first_seed-{seed}/adapter", "student.lora": None},
+        "plain": {"data.train.seed": "{seed}"},
+    }
     file = loader.load_sweep(sweep(grid={}, arms=of_seed, seeds=[3, 4], baseline="plain"))
     models = {spec.name: spec.changes.get("student.model") for spec in expand(file)}
     assert models["two_seed-3"] == "{output_dir}/stages/first_seed-3/adapter" and models["two_seed-4"].endswith("first_seed-4/adapter")
     assert models["plain_seed-3"] is None
+    drawn = [spec.changes["data.train.seed"] for spec in expand(file) if spec.arm == "plain"]
+    assert drawn == [3, 4] and {type(one) for one in drawn} == {int}  # a setting that is a number, and no text
     alone = loader.load_sweep(sweep(grid={}, arms=of_seed, seeds=[], baseline="plain"))
     assert [spec.changes.get("student.model") for spec in expand(alone)] == [of_seed["two"]["student.model"], None]  # refused as a path
 

@@ -80,7 +80,7 @@ FAULTS = [
             "a cache lacks training rows of an arm that does not learn from it",
             '{"data.train": (data.train, data.places)} if distils(recipe) else {}',
             '{"data.train": (data.train, data.places)}',
-            SWEEP,
+            "commands/test_sweep_caches.py",
         ),
     ),
     *in_file(
