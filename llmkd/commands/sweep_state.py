@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..config.dotted import flatten
+from ..config.fields import as_tuple
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
 from ..console import count, first_process, info
@@ -25,6 +26,11 @@ STATES = ("waiting", "done", "failed")
 
 def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _asks(recipe: Recipe) -> bool:
+    """Whether the student learns from a teacher that answers while it trains, and is not in a cache."""
+    return distils(recipe) and not all(teacher.cache for teacher in as_tuple(recipe.teacher))
 
 
 @dataclasses.dataclass
@@ -147,8 +153,8 @@ class SweepState:
             self.data["groups"].append(entry)
         if all(costs):
             total = Cost(sum(c.seconds for c in costs), max(c.bytes for c in costs))
-            passes = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
-            apart = sum(distils(recipes[name]) for group in groups for name in group.arms)
+            passes = sum(any(_asks(recipes[name]) for name in group.arms) for group in groups)
+            apart = sum(_asks(recipes[name]) for group in groups for name in group.arms)
             saved = f"; {count(passes, 'pass', 'passes')} of the teacher over the data" if passes else ""
             saved += f" ({apart} if every arm trained alone)" if passes < apart else ""
             info(f"in all {total} (estimates) for {count(sum(len(g.arms) for g in groups), 'arm')}{saved}")

@@ -10,7 +10,7 @@ from tests.conftest import distance, weights
 from tests.kit.sweeps import state
 
 
-def test_a_stage_writes_the_cache_that_the_arms_read(world, sweep, tmp_path):
+def test_a_stage_writes_the_cache_that_the_arms_read(world, sweep, tmp_path, capsys):
     """Exact states: an arm that reads them ends where one with the live teacher does. A second time nothing is written."""
     (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "Say it again.", "input": "", "output": "It again."}))
     held, other = {"path": str(world / "held.jsonl")}, {"path": str(tmp_path / "other.jsonl")}
@@ -23,6 +23,7 @@ def test_a_stage_writes_the_cache_that_the_arms_read(world, sweep, tmp_path):
         "text": {"loss.kd_ratio": 0, "data.train": other},
     }  # the cache has no training rows of an arm that learns from no teacher
     folder = run_sweep(sweep(stages=stages, arms=arms, grid={}, set=at), steps, False)
+    assert "(estimates) for 2 arms\n" in capsys.readouterr().err  # and no pass of the teacher
     alone = run_sweep(sweep(arms={"kd": {}}, grid={}, set=live, output_dir=str(tmp_path / "live")), steps, False)
     assert distance(weights(folder / "arms/kd"), weights(alone / "arms/kd")) < 1e-5
     assert state(folder)["stages"]["cached"]["seconds"] > 0 and "forward_kl" in (folder / "arms/text/summary.json").read_text()
