@@ -16,8 +16,8 @@ from .item_results import HELD_OUT, Measured, groups_of, read, seed_of, tasks_of
 
 #: What must be the same for two evaluations to have measured the same thing.
 CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
-#: Metrics of held-out rows, and whether higher is better; the first three are compared unless others are asked for.
-HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "top1_agreement": True, "reverse_kl": False}
+#: Metrics of held-out rows, and whether higher is better; all but the last are compared unless others are asked for.
+HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "top1_agreement": True, "accuracy": True, "reverse_kl": False}
 _OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
 _ROUNDING = 1e-12
 

@@ -19,6 +19,7 @@ NAMES = {
     "ce": "Held-out CE",
     "forward_kl": "Held-out KL(teacher || student)",
     "top1_agreement": "Held-out agreement with the teacher",
+    "accuracy": "Held-out accuracy",
     "reverse_kl": "Held-out KL(student || teacher)",
 }
 
@@ -56,7 +57,7 @@ def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bo
         names = read_group(run, task)["means"] if task in groups_of(run) else read(run, task).values
     except UserError:
         return True
-    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "top1_agreement"))
+    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "top1_agreement", "accuracy"))
 
 
 def _alone(arm: str, runs: list[Path], task: str, info: Callable[[str], None]) -> list[Row]:

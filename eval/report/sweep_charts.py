@@ -75,7 +75,7 @@ def _kd_loss(arm: Arm) -> str:
 
 
 def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | None:
-    """CE, KL and agreement on the held-out rows over steps."""
+    """CE, KL and agreement on the held-out rows over steps; of classifiers accuracy and macro F1 too."""
     arms = list(sweep.arms.values())
     charts = [
         curves(f"held-{name}", title, unit, arms, colours, lambda run, name=name: run.held_out(name), "dots")
@@ -83,6 +83,8 @@ def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
             ("ce", "Held-out cross-entropy", "nats per target"),
             ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
             ("top1_agreement", "Held-out agreement with the teacher", "share of targets"),
+            ("accuracy", "Held-out accuracy", "share of rows"),
+            ("f1", "Held-out macro F1", "mean over classes"),
         )
     ]
     charts = [chart for chart in charts if chart]

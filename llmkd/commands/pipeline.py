@@ -118,9 +118,10 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
 
 def measure(model, teacher, prepared: Prepared, evaluator) -> dict[str, float]:
-    """ce, kl_to_teacher (forward KL, in nats), top1_agreement; with questions also accuracy and its standard error."""
+    """ce, kl_to_teacher (forward KL, in nats), top1_agreement, and what the task is measured by; with questions also accuracy and its standard error."""
     metrics = evaluator.validate([model], teacher, prepared.validation, progress_bar("validation"))[0].metrics()
     out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
+    out |= {name: metrics[name] for name in evaluator.measures.shown}
     if prepared.questions:
         scored = evaluator.accuracy(model, prepared.questions, progress_bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}

@@ -37,6 +37,7 @@ from ..training.shutdown import ShutdownRequest
 from .cache import cache
 from .cache_selection import refuse_without_cache
 from .make import make_of_stage, run_make
+from .other_tasks import refuse_other_task
 from .sweep_state import Group, SweepState
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     recipes = load.recipes()  # every problem before anything runs
     load.makes(), load.caches()
     check_recipes_unchanged(recipes)
+    for recipe in recipes.values() if sweep.eval.tasks else ():
+        refuse_other_task(recipe, "eval")
     if sweep.eval.tasks and sweep.eval.chat_template:
         refuse_without_template(recipes)
     state = SweepState(folder, sweep, specs, resume)

@@ -144,6 +144,28 @@ def test_an_adapter_with_a_new_head_resumes_bit_for_bit_and_is_used_by_the_pipel
     assert other["before"]["ce"] != whole["before"]["ce"]  # the head is the seed's
 
 
+def test_students_side_by_side_end_as_alone(recipe, teacher, base, folder):
+    """Two adapters, each with its own copy of the new head, on one base."""
+    from llmkd.output.run_folder import RunFolder
+    from llmkd.training.run import train_together
+    from llmkd.training.shutdown import ShutdownRequest
+
+    common = {"student__architecture": None, "student__model": str(base), "student__method": "lora", "student__lora__dropout": 0.2}
+    common |= {"teacher__model": str(teacher / "model"), "teacher__dtype": "float32"}
+    own = {"one": {"student__lora__rank": 2}, "two": {"student__lora__rank": 3, "loss__kd_ratio": 1.0, "loss__temperature": 3.0}}
+    for name, changes in own.items():
+        run(recipe(f"alone_{name}", **common, **changes))
+    both = [recipe(f"beside_{name}", **common, **changes) for name, changes in own.items()]
+    folders = [RunFolder(one, False) for one in both]
+    for one in folders:
+        one.check()
+    with ShutdownRequest() as stop:
+        assert train_together(both, folders, stop) == [None, None]
+    for name in own:
+        alone, beside = (load_file(folder / f"{how}_{name}/adapter/adapter_model.safetensors") for how in ("alone", "beside"))
+        assert alone.keys() == beside.keys() and all(torch.equal(alone[key], beside[key]) for key in alone), name
+
+
 def test_the_best_checkpoint_and_a_merged_adapter_are_exported(teacher, folder):
     """After the run of the adapter; what is written answers as the student."""
     from llmkd.commands.export import export

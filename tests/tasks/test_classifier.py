@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from llmkd.data.collate import select_examples
 from llmkd.data.dataset import Dataset
 from llmkd.data.examples import Draw, concat
 from llmkd.data.labelled import LabelledExamples, TextInputs
@@ -248,3 +249,12 @@ def test_a_class_that_only_held_out_rows_have_is_refused():
     with pytest.raises(UserError, match=r"rows:4: the class 'good' is in held-out rows and in no training row \(1 such"):
         refuse_unknown_classes(*sets)
     refuse_unknown_classes(sets[0], sets[0])
+
+
+def test_a_teacher_of_some_examples_is_asked_for_those_alone():
+    data, model = examples("AutoModelForSequenceClassification"), Classifier(model_of("AutoModelForSequenceClassification", 0).eval(), 4)
+    part, alone = select_examples(data.batch([3, 0, 4]), [True, False, True]), data.batch([3, 4])
+    assert torch.equal(part.labels_N, alone.labels_N)
+    with torch.no_grad():
+        found, expected = (LiveTeacher(model)(batch).log_probs(slice(None)) for batch in (part, alone))
+    assert (found - expected).abs().max() < 1e-12
