@@ -120,9 +120,12 @@ class ClassifierKind:
         text = {"vocab_size": self.tokens, "pad_token_id": self.pad} if self.tokens else {}
         return text | labelled(self.names)
 
-    def copies(self, model: nn.Module) -> tuple[str, ...]:
-        """The modules of the head, which train in full beside an adapter."""
-        return head_modules(model)
+    def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
+        """The modules of the head, and what else has new weights, such as a pooler that its base lacks."""
+        from .new_head import new_modules
+
+        head = head_modules(model)
+        return (*head, *(where for where in new_modules(base) if where.split(".")[0] not in head))
 
     def started(self, model: nn.Module, base: Path, seed: int) -> None:
         from .new_head import new_modules

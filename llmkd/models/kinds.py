@@ -25,8 +25,8 @@ class ModelKind(Protocol):
     def architecture(self, vocab: int) -> dict:
         """What the configuration of a model with new weights says, unless the recipe does."""
 
-    def copies(self, model: nn.Module) -> tuple[str, ...]:
-        """The modules that train in full beside an adapter, whatever the recipe says."""
+    def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
+        """The modules that train in full beside an adapter, whatever the recipe says, of a model from its base's folder."""
 
     def started(self, model: nn.Module, base: Path, seed: int) -> None:
         """A student was loaded from its base's folder, and is to be trained: give what is new in it random weights by seed."""
@@ -52,7 +52,7 @@ class Causal:
     def architecture(self, vocab: int) -> dict:
         return {"vocab_size": vocab}
 
-    def copies(self, model: nn.Module) -> tuple[str, ...]:
+    def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
         return ()
 
     def started(self, model: nn.Module, base: Path, seed: int) -> None:

@@ -172,7 +172,9 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
             if found[k].adapter:
                 model = adapters.load_to_train(model, found[k], many[k], names[k])
             else:
-                model = add_new_adapter(model, found[k], many[k], names[k], context.kind.peft, context.kind.copies(base_of(model)))
+                model = add_new_adapter(
+                    model, found[k], many[k], names[k], context.kind.peft, context.kind.copies(base_of(model), found[k].base)
+                )
     if len(many) > 1:
         model.set_adapter(names[0])
     follow_examples(model)

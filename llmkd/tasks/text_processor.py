@@ -72,7 +72,7 @@ def text_processor(student: Student, models: FoundModels, data: Data, labels: tu
     named, setting = (
         (student.tokenizer, "student.tokenizer") if student.tokenizer else (str(models.student.with_tokenizer), "student.model")
     )
-    reader = load_tokenizer(named, setting)
+    reader = load_tokenizer(named, setting, ends=False)
     pad = padding_of(reader, models.configs["student.model"], "student.model")
     return TextProcessor(reader, labels, pad, **_of_teachers(models, reader))
 
@@ -83,7 +83,7 @@ def _of_teachers(models: FoundModels, reader) -> dict:
     for teacher in models.teachers:
         if teacher.files:
             setting = f"{teacher.setting}.model"
-            theirs = load_tokenizer(str(teacher.files.with_tokenizer), setting)
+            theirs = load_tokenizer(str(teacher.files.with_tokenizer), setting, ends=False)
             found.setdefault(
                 token_cache.tokenizer_hash(theirs, template=False), (theirs, padding_of(theirs, teacher.files.config, setting), setting)
             )

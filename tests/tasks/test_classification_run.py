@@ -297,6 +297,38 @@ def test_long_texts_and_pairs(recipe, tmp_path):
         prepare(recipe("long", **given, data__max_length=12, data__too_long="refuse"))
 
 
+@pytest.fixture(scope="module")
+def bert(folder) -> Path:
+    """A body of BERT without pooler, and a tokenizer of its kind: no end token, and marks of a pair's second text."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (folder / "bert").mkdir()
+    (folder / "bert/vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / "bert")
+    torch.manual_seed(6)
+    config = transformers.AutoConfig.for_model(**SMALL, vocab_size=len(words), pad_token_id=0)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
+    return folder / "bert"
+
+
+def test_a_model_and_a_teacher_with_tokenizers_of_their_own(recipe, bert, folder, tmp_path):
+    """A BERT that lacks a pooler too, trained by an adapter: what is new in it is in the adapter; its teacher reads other tokens."""
+    rows = [{"text": "a b", "text_pair": "c", "label": "x"}, {"text": "d", "text_pair": "e f", "label": "y"}] * 4
+    file = {"path": str(rows_of(tmp_path / "pairs.jsonl", *rows)), "format": "labelled"}
+    given = {"data__train": file, "data__validation": file, "checkpoint__best_by": None}
+    run(recipe("words", **given))  # of new weights, with the built-in tokenizer
+    own = {"student__architecture": None, "student__tokenizer": None, "student__model": str(bert), "student__method": "lora"}
+    summary = run(recipe("pairs", **given, **own, teacher__model=str(folder / "words/model")))
+    assert summary["labels"] == ["x", "y"] and summary["validation"]["forward_kl"] > 0
+    held = load_file(folder / "pairs/adapter/adapter_model.safetensors")
+    assert {"classifier", "pooler"} <= {part for name in held for part in name.split(".")} and not [
+        n for n in held if "pooler" in n and "lora" in n
+    ]
+    classify = transformers.pipeline("text-classification", model=str(folder / "pairs/adapter"))
+    found = classify([{"text": row["text"], "text_pair": row["text_pair"]} for row in rows[:2]], top_k=None)
+    q = np.array([[one["score"] for one in sorted(of, key=lambda one: one["label"])] for of in found])
+    assert -np.log(np.diag(q)).mean() == pytest.approx(summary["validation"]["ce"], abs=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_end_at_what_one_does(recipe, teacher, folder):
     from tests.kit.processes import train_on_two

@@ -192,7 +192,7 @@ def test_padding_and_cuts_do_not_matter_also_with_dropout_in_the_adapter(family,
         return torch.cat([p.grad.flatten() for p in student.trainable().values()])
 
     whole = gradients([range(6)])
-    close = 1e-8 if left else 1e-12  # rotary embeddings of shifted positions round otherwise
+    close = 1e-5 if left else 1e-12  # rotary embeddings of shifted positions round otherwise
     assert (gradients([[2], [5, 1], [0, 3, 4]]) - whole).abs().max() < close
     assert (gradients([range(6)], step=2) - whole).abs().max() > 1e-3
 
@@ -220,6 +220,8 @@ def test_examples_are_joined_chosen_and_known_by_their_content():
     batch, alone = both.batch([7, 0, 6]), one.batch([1, 0, 4])
     assert torch.equal(batch.labels_N, alone.labels_N) and torch.equal(batch.student.inputs["input_ids"], alone.student.inputs["input_ids"])
     assert [len(row.nonzero()) for row in batch.student.inputs["attention_mask"]] == [9, 5, 4]
+    left = texts(left=True).batch([0, 1], None)
+    assert left["attention_mask"][0].tolist() == [0] * 4 + [1] * 5 and left["input_ids"][0, -1] == batch.student.inputs["input_ids"][1, 4]
     assert both.batch([]).num_targets == 0 and both.described.startswith("4 classes: bad 2, fine 2")
 
 

@@ -23,8 +23,11 @@ def _refuse_other_than_text(path: Path, setting: str) -> None:
         raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from None
 
 
-def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
-    """The tokenizer in the folder of a model, adapter or tokenizer, of a hub id, or builtin:skills. UserError names `setting`."""
+def load_tokenizer(name: str, setting: str, revision: str | None = None, ends: bool = True) -> Any:
+    """The tokenizer in the folder of a model, adapter or tokenizer, of a hub id, or builtin:skills. UserError names `setting`.
+
+    ends   whether it must have an end token, with which texts are continued
+    """
     if name == "builtin:skills":
         return skills.tokenizer()
     from transformers import AutoTokenizer
@@ -45,7 +48,7 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{setting}: {name} has no tokenizer.json, and only fast tokenizers are supported; use another one")
-    if tokenizer.eos_token_id is None:
+    if ends and tokenizer.eos_token_id is None:
         raise UserError(f"{setting}: the tokenizer in {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
 
@@ -72,11 +75,11 @@ def student_base(student: Student) -> Path:
 def save_tokenizer(tokenizer, folder: Path) -> None:
     """Save a tokenizer with transformers and compare what it loads. Of some (Mistral's, Llama 2's) it loses a setting of their class."""
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
+    path, ends = folder / "tokenizer_config.json", tokenizer.eos_token_id is not None
     for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
         if kind:
             path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
-        if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
+        if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder), ends=ends))):
             return
     warn(f"note: {folder}: transformers loads this tokenizer with a difference ({differences[0]}); use the base model's tokenizer")
 

@@ -46,10 +46,10 @@ FAULTS = [
             STEP,
         ),
         (
-            "head-without-seed",
+            "head-not-drawn",
             "a new head does not follow the seed",
-            "        torch.manual_seed(seed)\n        for where",
-            "        for where",
+            "            draw(model, model.get_submodule(where))",
+            "            pass",
             RUN,
         ),
     ),
