@@ -12,7 +12,7 @@ distributions, entropies 0.8 to 7.6):
     64    104   136   3.7e-3     144   7.5e-4     152   1.7e-4     160   4.6e-5     168   1.1e-5
     128   192   256   4.6e-3     272   1.0e-3     288   2.2e-4     304   6.1e-5     320   1.4e-5
 
-All functions work on whole tensors, on a CPU or a GPU.
+All functions work on whole tensors, on a CPU or a GPU, for which none waits.
 """
 
 import math
@@ -60,8 +60,10 @@ def decode_ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:
     low, high = _parts(count, vocab)
     first = count * low
     high_NM = _to_bits(bytes_NB[:, first // 8 :], 8)[:, first % 8 :]
-    high_NK = high_NM.nonzero()[:, 1].view(-1, count) - torch.arange(count, device=bytes_NB.device)
-    return high_NK << low | unpack(bytes_NB, count, low)
+    place_M, number_K = (torch.arange(n, device=bytes_NB.device) for n in (high_NM.shape[1], count))
+    rank_NM = torch.where(high_NM > 0, high_NM.cumsum(1) - 1, count)  # of each bit that is set; of no other
+    place_NK = place_M.new_empty(len(bytes_NB), count + 1).scatter_(1, rank_NM, place_M.expand_as(rank_NM))[:, :count]
+    return place_NK - number_K << low | unpack(bytes_NB, count, low)
 
 
 def encode_values(log_p_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -160,7 +160,7 @@ FAULTS = [
             "code_NK >= levels, -math.inf",
             SPARSE,
         ),
-        ("high-bits", "the high parts of ids lose their place", "high_NK << low |", "high_NK * low |", SPARSE),
+        ("high-bits", "the high parts of ids lose their place", "place_NK - number_K << low |", "(place_NK - number_K) * low |", SPARSE),
     ),
     *in_file(
         "llmkd/teachers/cache/records.py",
