@@ -30,6 +30,19 @@ def to_float8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NK / scale_N1).to(FLOAT8, memory_format=torch.contiguous_format), scale_N1
 
 
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_float8` of a layer's inputs [..., K], once for all layers that read the same tensor (queries, keys and values): it is kept with it."""
+    if (
+        torch.compiler.is_compiling() or x.is_inference()
+    ):  # compiled code finds what is computed twice, and an inference tensor has no version
+        return to_float8(x.reshape(-1, x.shape[-1]))
+    version, rounded = getattr(x, "llmkd_float8", (None, None))
+    if version != x._version:
+        rounded = to_float8(x.reshape(-1, x.shape[-1]))
+        x.llmkd_float8 = x._version, rounded
+    return rounded
+
+
 class Float8Linear(nn.Linear):
     """A frozen linear layer [O, K] in float8. `weight` is the dequantised weight, for code that does not call `forward`, such as DoRA."""
 
@@ -47,7 +60,7 @@ class Float8Linear(nn.Linear):
         return (self.weight_OK.float() * self.scale_O1).to(self.held_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_NK, scale_N1 = to_float8(x.reshape(-1, self.in_features))
+        x_NK, scale_N1 = _rounded(x)
         product = _product if x.is_cuda else reference
         y_NO = product(x_NK, self.weight_OK, scale_N1, self.scale_O1).to(x.dtype)
         y_NO = y_NO if self.bias is None else y_NO + self.bias

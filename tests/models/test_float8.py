@@ -50,6 +50,18 @@ def test_the_product_is_that_of_float64_within_the_bound(dtype):
     assert torch.equal(layer(x_NK[None]), out_NO[None]) and torch.equal(layer(x_NK[4:5])[0], layer(x_NK)[4])
 
 
+def test_inputs_of_several_layers_are_rounded_once_and_again_when_they_change(monkeypatch):
+    x_NK, linear = operands(8, 32, 16)
+    layers, rounded, calls = [Float8Linear(linear) for _ in range(3)], to_float8, []
+    monkeypatch.setattr(float8, "to_float8", lambda x: calls.append(1) or rounded(x))
+    first = [layer(x_NK) for layer in layers]
+    assert len(calls) == 1 and torch.equal(first[0], first[2])
+    right = layers[0](x_NK.mul(3.0))
+    assert torch.equal(layers[1](x_NK.mul_(3.0)), right) and len(calls) == 3
+    with torch.inference_mode():
+        layers[0](x_NK + 1)
+
+
 def test_weight_is_what_is_multiplied_by():
     x_NK, linear = operands(8, 32, 16)
     layer = Float8Linear(linear)
