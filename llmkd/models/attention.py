@@ -119,7 +119,7 @@ def _packed_attention(query, key, value, packed: PackedLayout, dropout: float, s
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have made queries and keys float32, and not values
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; the gradient of x[0] would be a copy
     if packed.kv_index is not None:
         key, value = (x.index_select(0, packed.kv_index) for x in (key, value))
     half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]

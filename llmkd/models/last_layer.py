@@ -103,7 +103,7 @@ def _scatter(number: int, module: nn.Module, args: tuple, out_1NC: Tensor) -> Te
     if active.rows_N is None:
         return None
     out = out_1NC.new_full((active.ids_BT.numel(), out_1NC.shape[-1]), active.fill)
-    return out.index_copy_(0, active.rows_N, out_1NC.squeeze(0)).unflatten(0, active.ids_BT.shape)
+    return out.index_copy_(0, active.rows_N, out_1NC.squeeze(0)).view(*active.ids_BT.shape, -1)  # torch.compile does not know unflatten
 
 
 def at_rows(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
