@@ -190,3 +190,14 @@ def test_the_last_layer_at_the_rows_alone_on_the_gpu(world):
         model = stirred(load_student(Student(model=str(world / "student"), dtype=dtype, lora=Lora(rank=4)), 640, "cuda", 0))
         on = view().each(lambda x: x.cuda())
         assert gap(results(model, True, on), results(model, False, on)) < bound
+
+
+def test_loras_products_and_norms_on_the_gpu():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from llmkd.models import norms
+    from tests.models.test_lora_product import compare_bfloat16
+
+    compare_bfloat16("cuda", N=1000)
+    module = LlamaRMSNorm(2048).to("cuda", torch.bfloat16)
+    assert norms.agrees(module) and not norms.agrees(torch.nn.LayerNorm(2048, device="cuda", dtype=torch.bfloat16))

@@ -49,6 +49,7 @@ def fake_cuda() -> Iterator[None]:
     changes = [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
     # which form of FlashAttention is right, and whether the kernel agrees with PyTorch, is seen by values
     changes += [(attention, "one_call", lambda device, windowed: functools.partial(attention.flash_attention, repeat=False))]
+    changes += [(F, "rms_norm", _rms_norm(F.rms_norm))]
     changes += [(fused, "kernels_run", lambda device: True), (kernels, "rows_kernel", _Launches(kernels.rows_kernel))]
     changes += [(step_result, "torch", _Unpinned(torch))]
     changes += [(torch.cuda, "is_bf16_supported", lambda: True), (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)]
@@ -85,6 +86,33 @@ def _sdpa(own):
     return attend
 
 
+def _rms_norm(own):
+    """One kernel forward and one backward. Compiled code makes its own of it."""
+    import torch
+
+    from llmkd.planning.fakes import RmsNorm
+
+    class Told(RmsNorm):
+        @staticmethod
+        def forward(ctx, x):
+            out = RmsNorm.forward(ctx, x)
+            _tell("_fused_rms_norm", [x], [out])
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, _ = ctx.saved_tensors  # once: activation checkpointing allows no second time
+            found = torch.empty_like(x)
+            _tell("_fused_rms_norm_backward", [grad, x], [found])
+            return found
+
+    def normed(x, shape, weight=None, eps=None):
+        known = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight is None
+        return Told.apply(x) if known and not torch.compiler.is_compiling() else own(x, shape, weight, eps)
+
+    return normed
+
+
 #: What the kernel is compiled for (`tests/losses/test_kernels.py`), by argument; `None`: any.
 _TYPES = {"logits": "float32", "teacher": "float32", "labels": "int64", "ce": "float32", "kd": "float32"}
 
@@ -114,8 +142,12 @@ class _Launches:
             assert given[name].is_cuda and given[name].shape == (rows,) and given[name].is_contiguous(), name
         for name, dtype in _TYPES.items():
             assert str(given[name].dtype) == f"torch.{dtype}", (name, given[name].dtype)
-        for tell in WATCHING:
-            tell("triton rows_kernel", [given["logits"], given["teacher"]], [given["grad"]])
+        _tell("triton rows_kernel", [given["logits"], given["teacher"]], [given["grad"]])
+
+
+def _tell(name: str, read: list, written: list) -> None:
+    for tell in WATCHING:
+        tell(name, read, written)
 
 
 def _gradients() -> tuple:

@@ -20,6 +20,7 @@ from llmkd.models.compile import compile_layers, configure_torch_compile
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
 from llmkd.models.lora import add_lora
+from llmkd.models.lora_product import add_in_place
 
 IGNORE, LONGEST = -100, 131_072
 RANK, ALPHA = 64, 128.0
@@ -107,6 +108,7 @@ class Setup:
             made[who] = model.requires_grad_(False)
         self._bare = shared_weights.copy_sharing_weights(made["student"])
         student = add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
+        add_in_place(student)
         self.student = checked(LanguageModel(student, self.vocab).train(), "student.model", options.tokens)
         self.teacher = checked(LanguageModel(made["teacher"], self.vocab).eval(), "teacher.model", options.tokens)
         lengths = {"median": 23, "spread": 0.2, "supervised": 0.26} if options.shapes == "quickstart" else {}
@@ -128,6 +130,7 @@ class Setup:
         for name in names:
             model = add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
         model = model.to(self.device)
+        add_in_place(model)
         return [checked(LanguageModel(model, self.vocab, name).train(), "student.model", self.options.tokens) for name in names]
 
     @functools.cache  # noqa: B019

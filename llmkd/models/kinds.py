@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import nn
 
 from ..errors import UserError
-from . import attention, startup_checks
+from . import attention, norms, startup_checks
 from .language_model import LanguageModel
 from .model import Model
 
@@ -73,6 +73,7 @@ CAUSAL = Causal()
 
 def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
     """A causal language model with what the startup checks find of it put to use; see `startup_checks.check`."""
+    norms.fuse(model.base_model)
     found = startup_checks.check(model, setting, packing, implementation)
     if found.packed_attention:
         attention.enable(model.base_model)

@@ -165,6 +165,8 @@ def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[
 
 def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], context: LoadContext) -> nn.Module:
     """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
+    from .lora_product import add_in_place  # loads PEFT
+
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
         torch.manual_seed(context.seed)
@@ -178,6 +180,7 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
     if len(many) > 1:
         model.set_adapter(names[0])
     follow_examples(model)
+    add_in_place(model)
     return model
 
 

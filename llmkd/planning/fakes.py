@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from .. import batch, head
 from ..batch import PackedLayout
 from ..losses import fused, ratio
-from ..models import activation_offload, attention, attention_taps, startup_checks
-from ..teachers.cache import records
+from ..models import activation_offload, attention, attention_taps, norms, startup_checks
 from ..training import loop
 from .live_memory import attention_flops, multiplied
 
@@ -31,8 +30,12 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
-    changes += [(records, "decode_ids", _ids)]
+    changes += [(norms, "agrees", lambda module: True)]
     if gpu:
+        from ..models import lora_product  # loads PEFT
+
+        changes += [(norms, "on_gpu", lambda x: True), (lora_product, "_product", _wide_product)]
+        changes += [(F, "rms_norm", _rms_norm(F.rms_norm))]
         changes += [(ratio, "applies", lambda *_: False), (activation_offload, "Kept", InHostMemory)]
         changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
         changes += [(attention, "by_segment", _by_segment(attention.by_segment))]
@@ -110,6 +113,27 @@ def _by_segment(own):
     return attend
 
 
+class RmsNorm(torch.autograd.Function):
+    """What a GPU's kernel keeps and allocates: its input as it is, the output, and a float32 for each row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def _rms_norm(own):
+    def normed(x: Tensor, shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        return RmsNorm.apply(x) if half and weight is None else own(x, shape, weight, eps)
+
+    return normed
+
+
 class InHostMemory(activation_offload.Kept):
     """An offloaded input on a GPU: not in its memory until the backward pass takes it, when the one before it is on its way too."""
 
@@ -129,11 +153,6 @@ class InHostMemory(activation_offload.Kept):
         return back
 
 
-def _ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:
-    """`codec.decode_ids`, which looks for the bits that are set."""
-    return torch.empty(len(bytes_NB), count, dtype=torch.int64, device=bytes_NB.device)
-
-
 def _kernel(objective, logits_nV, labels_n, grad_nV, teacher_nV, shares=None, weights=None) -> dict[str, Tensor]:
     """The Triton kernel's results: it writes over the logits, and allocates a number for each row and term."""
     names = ("ce",) if teacher_nV is None else ("ce", "kd")
@@ -147,6 +166,12 @@ def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) ->
         hidden_NH.to(weight_VH.dtype)
     multiplied(2 * N * V * H)
     return hidden_NH.new_empty(N, V, dtype=head.widen(weight_VH[:0]).dtype) if out is None else out
+
+
+def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`lora_product._product` on a GPU: one kernel."""
+    multiplied(2 * x.shape[0] * x.shape[1] * y.shape[1])
+    return x.new_empty(x.shape[0], y.shape[1], dtype=dtype)
 
 
 def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..config.recipe import Lora, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import loaded_dtype
-from ..models import activation_checkpointing, attention, float8
+from ..models import activation_checkpointing, attention, float8, norms
 from ..models.dropout import follow_examples
 from ..models.families import layers_of, non_text_parameters
 from ..models.language_model import LanguageModel
@@ -99,6 +99,8 @@ def build_students(
     settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int, base: nn.Module | None = None
 ) -> list[LanguageModel]:
     """Several students share one base, each with its adapter; a single one may use any method. As `models.load.load_students`."""
+    from ..models.lora_product import add_in_place
+
     first = settings[0]
     model = base or empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers)
     if first.quantization:
@@ -118,6 +120,7 @@ def build_students(
         for k in order:
             model = add_lora(model, _lora(settings[k], found[k]), None, names[k])
         follow_examples(model)
+        add_in_place(model)
         if len(settings) > 1:
             model.set_adapter(names[0])
     autocast = torch.bfloat16 if first.mixed_precision == "bf16" else None
@@ -147,6 +150,7 @@ def build_teacher(
 
 def _as_checked(model: LanguageModel, packing: int, implementation: str) -> LanguageModel:
     """With what the startup checks find of a family that llmkd knows; whether they do is seen when the run starts."""
+    norms.fuse(model.base_model)
     packed = bool(packing and implementation == "auto" and attention.enable(model.base_model))
     last = put_on(model.base_model)
     return model.replaced(capabilities=dataclasses.replace(model.capabilities, packed_attention=packed, last_layer=last))

@@ -232,7 +232,8 @@ def test_memory_of_writing_is_that_of_a_model_that_writes(make_recipe, tmp_path,
         memory.add(tensor)
     weights = memory.now
     with memory:
-        generate(student, [[5] * prompt] * 8, Sampling(1.0, 100), [], 8)
+        # of two lengths, whose mask a plan counts: of equal ones transformers makes none
+        generate(student, [[5] * (prompt - k % 2) for k in range(8)], Sampling(1.0, 100), [], 8)
     assert memory.phases["load"].peak - weights == pytest.approx(planned, rel=0.05)
 
 

@@ -10,9 +10,46 @@ SHARED, WEIGHTS, STUDENTS = (
 LAST, TRANSFORMS, BEST = "models/test_last_layer.py", "models/test_teacher_transforms.py", "training/test_best.py"
 SAVED = f"{STUDENTS}::test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in"
 
-TAPS, DROPOUT = "models/test_taps.py", "training/test_dropout.py"
+TAPS, NORMS = "models/test_norms.py"
+LORA_PRODUCT = "models/test_lora_product.py"
+DROPOUT = "models/test_taps.py", "training/test_dropout.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/models/lora_product.py",
+        (
+            "eight-bits",
+            "of float32 adapters on bfloat16 weights eight bits are left",
+            "    low.copy_(x - high)\n",
+            "    low.zero_()\n",
+            LORA_PRODUCT,
+        ),
+        (
+            "past-dropout",
+            "the adapter reads what dropout was to change",
+            "x_NK if dropped is None else dropped.reshape(x_NK.shape)",
+            "x_NK",
+            LORA_PRODUCT,
+        ),
+        (
+            "adapter-without-gradient",
+            "the input has the gradient of the base alone",
+            "_add_wide(of_x, grad_low_Nr, A_rK)",
+            "pass",
+            LORA_PRODUCT,
+        ),
+    ),
+    *in_file(
+        "llmkd/models/norms.py",
+        (
+            "rounded-once",
+            "the weight is part of the norm, whose roundings are others then",
+            "None, module.variance_epsilon)",
+            "module.weight, module.variance_epsilon) / module.weight",
+            NORMS,
+        ),
+        ("any-norm", "norms that are rounded otherwise are replaced too", ".mean().item() < 0.02", ".mean().item() <= 1.0", NORMS),
+    ),
     *in_file(
         "llmkd/models/dropout.py",
         (
