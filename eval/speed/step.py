@@ -134,8 +134,8 @@ def report(setup: Setup, measurements: dict[Case, list[Measurement]], unable: li
             f"{1 - sum(last.tokens) / last.slots:.1%}",
         ]
         if case.lower_bound:
-            lower_bounds[case.teacher] = middle
-            rows.append([*shown[:4], "100%", *shown[5:], "", "", case.remark])
+            first = lower_bounds.setdefault(case.teacher, middle)
+            rows.append([*shown[:4], f"{middle / first:.0%}", *shown[5:], "", "", case.remark])
             continue
         off = distances(setup, found)
         right = bool(off) and all(value <= (10 if name == "gradient" else 1) * tolerance for name, value in off.items())

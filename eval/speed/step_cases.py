@@ -99,6 +99,9 @@ def cases(setup: Setup) -> list[Case]:
     for teacher in (True, False):
         found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, lower_bound=True))
         found += [Case(f"llmkd, {name}", partial(ours, kd=0.5 if teacher else 0.0, **how), teacher) for name, how in settings]
+    for words, more in (("hidden states known", {"body": False}), ("four students", {"students": 4})):
+        remark = "the least that any step of this kind takes; of the products of a live one before one student"
+        found.append(Case(f"the matrix products alone, {words}", partial(products, teacher=True, **more), remark=remark, lower_bound=True))
     name, how = settings[-1]
     remark = "its hidden states made before, and kept in memory; the products are of a live one"
     found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, teacher=known, **how), remark=remark))
@@ -214,13 +217,19 @@ def _ours(
 
 
 @torch.no_grad()
-def products(setup: Setup, teacher: bool) -> Measurement:
+def products(setup: Setup, teacher: bool, body: bool = True, students: int = 1) -> Measurement:
     """A step's linear layers: the teacher forward; the student forward and back, with its adapter's gradients and none of frozen weights;
-    both heads at the targets, and the student's back. Micro-batches as full as the budget lets them be, without padding."""
+    both heads at the targets, and the student's back. Micro-batches as full as the budget lets them be, without padding.
+
+    body      whether the teacher's is computed, and not its head alone
+    students  side by side before one teacher; every token counts for each
+    """
     tokens, targets = (round(x) for x in setup.window)
     pieces = math.ceil(tokens / setup.options.tokens)
     each, buffers = math.ceil(tokens / pieces), Buffers(setup)
-    teacher_weights = [m.weight for m in decoder_of(setup.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
+    teacher_weights = (
+        [m.weight for m in decoder_of(setup.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher and body else []
+    )
     layers = [
         (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(setup.dtype) for x in "AB"), _feeds_back(name))
         for name, m in decoder_of(setup.student.base_model).named_modules()
@@ -232,31 +241,37 @@ def products(setup: Setup, teacher: bool) -> Measurement:
         for _ in range(pieces):
             for W in teacher_weights:
                 buffers.mm(each, "x", W.T, "y")
-            for W, A, B, _ in layers:
-                buffers.mm(each, "x", W.T, "y")
-                buffers.mm(each, "x", A.T, "low")
-                buffers.mm(each, "low", B.T, "y")
-            for W, A, B, feeds in reversed(layers):
-                x, low, g = buffers("x", each, W.shape[1]), buffers("low", each, A.shape[0]), buffers("y", each, W.shape[0])
-                torch.mm(g.T, low)
-                buffers.mm(each, "y", B, "low")
-                torch.mm(low.T, x)
-                if feeds:
-                    buffers.mm(each, "y", W, "x")
-                    buffers.mm(each, "low", A, "x")
+            for _ in range(students):
+                body_of_student()
         chunk = default_chunk(setup.vocab, setup.device.type)
         for start in range(0, targets, chunk):
             n = min(chunk, targets - start)
-            for W in heads:
+            for W in heads[1:]:
                 buffers.mm(n, "h", W.T, "logits", wide=True)
-            buffers.mm(n, "g", heads[0], "h")
+            for _ in range(students):
+                buffers.mm(n, "h", heads[0].T, "logits", wide=True)
+                buffers.mm(n, "g", heads[0], "h")
+
+    def body_of_student() -> None:
+        for W, A, B, _ in layers:
+            buffers.mm(each, "x", W.T, "y")
+            buffers.mm(each, "x", A.T, "low")
+            buffers.mm(each, "low", B.T, "y")
+        for W, A, B, feeds in reversed(layers):
+            x, low, g = buffers("x", each, W.shape[1]), buffers("low", each, A.shape[0]), buffers("y", each, W.shape[0])
+            torch.mm(g.T, low)
+            buffers.mm(each, "y", B, "low")
+            torch.mm(low.T, x)
+            if feeds:
+                buffers.mm(each, "y", W, "x")
+                buffers.mm(each, "low", A, "x")
 
     clock = Clock(setup.device)
     for _ in range(setup.options.steps + 1):
         step()
         clock.mark()
     count = len(clock.seconds)
-    return Measurement(clock.seconds, [tokens] * count, [targets] * count, pieces, tokens * count)
+    return Measurement(clock.seconds, [students * tokens] * count, [students * targets] * count, pieces, students * tokens * count)
 
 
 def _feeds_back(name: str) -> bool:

@@ -86,11 +86,13 @@ def test_the_products_of_a_step_are_as_many_as_arithmetic_says(setup):
     sides = 9 * student.hidden + 2 * kv + 3 * student.inner  # inputs and outputs of a layer's seven
     low = 64 * (3 * student.layers * sides - 3 * student.hidden)
     heads = setup.vocab * (2 * student.hidden + teacher.hidden)
-    with FlopCounterMode(display=False) as counter:
-        step_cases.products(setup, teacher=True)
-    steps = setup.options.steps + 1
-    expected = steps * 2 * (tokens * (teacher.layers * layer(teacher) + frozen + low) + targets * heads)
-    assert tokens <= setup.options.tokens and counter.get_total_flops() == expected  # in one piece, or pieces would be rounded up
+    assert tokens <= setup.options.tokens  # in one piece, or pieces would be rounded up
+    body, of_teacher, steps = teacher.layers * layer(teacher), setup.vocab * teacher.hidden, setup.options.steps + 1
+    for options, each in (({}, body + frozen + low), ({"body": False}, frozen + low), ({"students": 3}, body + 3 * (frozen + low))):
+        with FlopCounterMode(display=False) as counter:
+            step_cases.products(setup, teacher=True, **options)
+        of_heads = heads + (options.get("students", 1) - 1) * (heads - of_teacher)
+        assert counter.get_total_flops() == steps * 2 * (tokens * each + targets * of_heads)
 
 
 def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():

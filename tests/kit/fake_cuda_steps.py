@@ -9,13 +9,18 @@ from pathlib import Path
 from eval.speed.fake_cuda import fake_cuda, install
 
 FULL = {"student.method": "full", "student.lora": None}
+COMPILED = {"train.compile": True}
+#: Steps of 4,096 tokens: LoRA's products are then those of many rows. The others have 1,024.
+LARGE = ("lora", "lora, compiled", "two students, hidden states known")
 #: Changes of the recipe, students side by side, whether packed, whether the loss is by the Triton kernel.
 STEPS = {
     "lora": ({}, 1, True, True),
+    "lora, compiled": (COMPILED, 1, True, True),
     "full, checkpointed": (FULL | {"student.gradient_checkpointing": True}, 1, False, True),
     "without the kernel": (FULL, 1, True, False),
     "fp8, float32 student": ({"teacher.quantization": {"type": "fp8"}, "student.dtype": "float32", "student.mixed_precision": "bf16"}, 1, True, True),
     "two students, hidden states known": ({"teacher.cache": {"path": "/nowhere/cache", "kind": "hidden"}}, 2, True, True),
+    "two students, top-k cache": ({"teacher.cache": {"path": "/nowhere/cache", "kind": "topk"}}, 2, True, True),
     "half of the targets, weighted": ({"loss.keep": 0.5, "loss.target_weights": {"by": "teacher_entropy"}}, 1, False, True),
 }  # fmt: skip
 
@@ -30,7 +35,9 @@ def steps() -> dict[str, dict]:
         recipe = roofline.recipe_of(*roofline.FOLDERS["Llama 8B to 1B"], changes | {"data.packing": packing})
         real, fused._choose_backend = fused._choose_backend, fused._choose_backend if kernel else lambda *_: (None, "")
         try:
-            found = roofline.audit(recipe, students, roofline.batch_of(1024, 128, packing), lambda whole, count=count: count)
+            found = roofline.audit(
+                recipe, students, roofline.batch_of(4096 if name in LARGE else 1024, 128, packing), lambda whole, count=count: count
+            )
         finally:
             fused._choose_backend = real
         out[name] = {op: one.launches for op, one in found.costs.items()} | {"all": found.total.launches, "bytes": found.total.bytes}
