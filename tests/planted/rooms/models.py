@@ -10,9 +10,9 @@ SHARED, WEIGHTS, STUDENTS = (
 LAST, TRANSFORMS, BEST = "models/test_last_layer.py", "models/test_teacher_transforms.py", "training/test_best.py"
 SAVED = f"{STUDENTS}::test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in"
 
-TAPS, NORMS = "models/test_norms.py"
+NORMS = "models/test_norms.py"
 LORA_PRODUCT = "models/test_lora_product.py"
-DROPOUT = "models/test_taps.py", "training/test_dropout.py"
+TAPS, DROPOUT = "models/test_taps.py", "training/test_dropout.py"
 
 FAULTS = [
     *in_file(
