@@ -258,6 +258,11 @@ def model_cache() -> Path:
     return Path(os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser()
 
 
+def in_cache(base: Path) -> bool:
+    """Whether a base is a model that llmkd has made of another and keeps for itself: it is nowhere else."""
+    return base.resolve().parent == (model_cache() / "models").resolve()
+
+
 def key_of(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -15,8 +15,8 @@ from ..data.batch_source import WrittenText
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
 from ..model_folder.files import ModelFiles
-from ..model_folder.identity import is_made_here
 from ..models import saved_student
+from ..models.depth import in_cache
 from ..models.model import Model
 from ..output import metrics, plots, worsening
 from ..output.model_card import model_card
@@ -159,7 +159,7 @@ class StudentRun:
     def write_student(self, summary: dict, student: Model) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""
         output, files = self.folder.path / summary["output"], self.prepared.student
-        if files and is_made_here(files.base) and summary["output"] == "adapter":
+        if files and in_cache(files.base) and summary["output"] == "adapter":
             files = self.write_base(student)
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:

@@ -224,7 +224,7 @@ def test_an_adapter_is_on_a_base_beside_it_that_plain_tools_load(world, make_rec
     assert summary["layers"] == [1] and (out / "base").is_dir()
     named = json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str((out / "base").resolve())
-    shutil.rmtree(depth._cache() / "models")  # nothing is left of what the run was made from but the run
+    shutil.rmtree(depth.model_cache() / "models")  # nothing is left of what the run was made from but the run
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype="auto"), out / "adapter").eval()
     assert plain.get_base_model().config.num_hidden_layers == 1
     hand = by_hand(AutoModelForCausalLM.from_pretrained(world / "student", dtype="auto"), (1,)).eval()

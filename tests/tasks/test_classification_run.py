@@ -144,7 +144,7 @@ def test_an_adapter_with_a_new_head_resumes_bit_for_bit_and_is_used_by_the_pipel
     assert other["before"]["ce"] != whole["before"]["ce"]  # the head is the seed's
 
 
-def test_students_side_by_side_end_as_alone(recipe, teacher, base, folder):
+def test_students_on_one_base_end_as_alone(recipe, teacher, base, folder):
     """Two adapters, each with its own copy of the new head, on one base."""
     from llmkd.output.run_folder import RunFolder
     from llmkd.training.run import train_together

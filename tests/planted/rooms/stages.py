@@ -156,7 +156,7 @@ FAULTS = [
         (
             "base-in-the-cache",
             "an adapter names a base that is in the cache alone",
-            'if files and is_made_here(files.base) and summary["output"] == "adapter":',
+            'if files and in_cache(files.base) and summary["output"] == "adapter":',
             "if False:",
             DEPTH,
         ),
