@@ -95,6 +95,7 @@ RUNS = {
         "student.dtype": "float32",
         "train.max_steps": 2,
     },
+    "base": {"student.model": "teacher", "data.streaming": True, "train.micro_batch_size": 1, "train.max_steps": 2},  # the teacher's too
     "average": {
         "teacher": {"ema": 0.7},
         "student.model": "tied",
