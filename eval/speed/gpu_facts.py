@@ -48,11 +48,12 @@ def imports() -> bool:
 def primitives() -> bool:
     """Each thing that only a GPU has, by itself, so that one that fails has a name."""
     import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from llmkd import head
     from llmkd.config.recipe import Optim
     from llmkd.losses import fused
-    from llmkd.models import attention, float8
+    from llmkd.models import attention, float8, lora_product, norms
     from llmkd.training import loop
     from llmkd.training import optim as optimizers
 
@@ -76,6 +77,16 @@ def primitives() -> bool:
             + f"{tuple(rounded(a[:1]).shape)} {tuple(rounded(a[:0]).shape)}"
         )
 
+    def adapted() -> str:
+        A, B = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((16, 1024), (2048, 16)))
+        grad = torch.randn(512, 2048, device=device, dtype=half)
+        y = lora_product._Adapted.apply(a, None, b, None, A, B, 2.0)
+        found = (y, *torch.autograd.grad(y, (A, B), grad))
+        wide = [x.detach().double().requires_grad_() for x in (A, B)]
+        right = a.double() @ b.double().T + 2 * (a.double() @ wide[0].T) @ wide[1].T
+        right = (right, *torch.autograd.grad(right, wide, grad.double()))
+        return "off by " + ", ".join(f"{float((x - r).norm() / r.norm()):.1e}" for x, r in zip(found, right, strict=True))
+
     def skipped(name: str) -> str:
         weight = torch.nn.Parameter(torch.ones(128, 128, device=device))
         optimizer = optimizers.build(Optim(name=name), {"a": weight})
@@ -91,6 +102,8 @@ def primitives() -> bool:
         fact("the Triton kernel is used", lambda: fused.kernels_run(device)),
         *(fact(f"one call of FlashAttention, window {w}", lambda w=w: attention.one_call(device, w)) for w in (False, True)),
         fact("product with a float32 result", product),
+        fact("LoRA's products and gradients, 3e-3 and 1e-5", adapted),
+        fact("a norm in one call is transformers' own", lambda: norms.agrees(LlamaRMSNorm(2048).to(device, half))),
         fact("product of 8-bit floats", eight_bit),
         *(
             fact(f"a step that is not finite, {name}", lambda name=name: skipped(name))
