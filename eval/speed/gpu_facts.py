@@ -85,7 +85,7 @@ def primitives() -> bool:
         wide = [x.detach().double().requires_grad_() for x in (A, B)]
         right = a.double() @ b.double().T + 2 * (a.double() @ wide[0].T) @ wide[1].T
         right = (right, *torch.autograd.grad(right, wide, grad.double()))
-        return "off by " + ", ".join(f"{float((x - r).norm() / r.norm()):.1e}" for x, r in zip(found, right, strict=True))
+        return "off by " + ", ".join(f"{((x - r).norm() / r.norm()).item():.1e}" for x, r in zip(found, right, strict=True))
 
     def skipped(name: str) -> str:
         weight = torch.nn.Parameter(torch.ones(128, 128, device=device))
