@@ -12,6 +12,7 @@ _MODULES = {
     "load_recipe": "config.loader",
     "Recipe": "config.recipe",
     "train": "api",
+    "register": "tasks.builtin",
     "fused_loss": "api",
     "make_divergence": "api",
     "register_target_weights": "losses.target_weights",

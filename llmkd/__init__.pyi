@@ -19,6 +19,7 @@ from .signals import Divergence as Divergence
 from .signals import FullDistribution as FullDistribution
 from .signals import Signal as Signal
 from .signals import Teacher as Teacher
+from .tasks.builtin import register as register
 from .teachers.cache.shards import TeacherCache as TeacherCache
 from .teachers.cached import CachedTeacher as CachedTeacher
 

@@ -21,7 +21,18 @@ OF_THE_HUB = [
     path
     for path in RECIPES
     if path.parent.name
-    not in ("recipes", "quickstart", "ablation_small", "features", "two_stage", "on_policy", "imitation_smollm2", "classifier")
+    not in (
+        "recipes",
+        "quickstart",
+        "ablation_small",
+        "features",
+        "two_stage",
+        "on_policy",
+        "imitation_smollm2",
+        "classifier",
+        "sounds",
+        "digits",
+    )
 ]
 STAGED = [path for path in OF_THE_HUB if path.parent.name not in ("gpt2_1.5b_to_120m", "qwen3_8b_to_1.7b")]  # with a table of their memory
 

@@ -59,6 +59,8 @@ ALLOWED = {
     ("eval/after_sweep.py", "arms?"): "a sweep's arms",
     ("eval/comparison/*", "arms?"): "a sweep's arms, compared",
     ("eval/report/*", "arms?"): "a sweep's arms, reported",
+    ("recipes/digits/*", "spoken|speaks?"): "the name of a data set",
+    ("docs/sound.md", "spoken|speaks?"): "the name of a data set",
     ("eval/speed/epoch.py", "arms?"): "a sweep's arms, measured",
     ("eval/speed/on_policy.py", "arms?"): "a sweep's arms, measured",
     ("eval/speed/step_setup.py", "arms?"): "adapters of a sweep's arms",

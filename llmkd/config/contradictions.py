@@ -9,6 +9,7 @@ from .divergences import option_contradictions
 from .engine import engine_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
+from .media import media_contradictions, reads_files
 from .on_policy import writes
 from .on_policy_contradictions import long_horizon_contradictions, on_policy_contradictions
 from .recipe import OF_THE_STUDENT, Loss, Recipe, Student, schedules, uses_teacher
@@ -27,7 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("output_dir",), "not given; name a folder for the run, such as runs/first"
     elif "\0" in recipe.output_dir:
         yield ("output_dir",), "holds a NUL character; name a folder"
-    yield from _student_contradictions(student)
+    yield from _student_contradictions(student, not reads_files(data))
     if student.layers is not None and student.method == "lora" and recipe.push_to_hub:
         yield (
             ("push_to_hub", "student.layers", "student.method"),
@@ -42,6 +43,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _held_out_contradictions(recipe)
     yield from sharding_contradictions(recipe)
     yield from task_contradictions(recipe)
+    yield from media_contradictions(recipe)
 
 
 def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -157,7 +159,7 @@ def _held_out_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
         )
 
 
-def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...], str]]:
+def _student_contradictions(student: Student, reads_text: bool) -> Iterator[tuple[tuple[str, ...], str]]:
     if student.model is None and student.architecture is None:
         yield (
             ("student.model", "student.architecture"),
@@ -166,7 +168,7 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
     if student.model is not None and student.architecture is not None:
         yield ("student.architecture", "student.model"), "given together with student.model; keep one of them"
     if student.architecture is not None:
-        if student.tokenizer is None:
+        if student.tokenizer is None and reads_text:
             yield ("student.tokenizer",), "not given; new weights need it, a folder or hub id"
         if "model_type" not in student.architecture:
             yield ("student.architecture",), "has no model_type; give one, such as llama"

@@ -8,14 +8,16 @@ from pydantic import Field
 
 from .divergences import DIVERGENCES, option_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed
+from .media import Augment, InputFeatures, pattern_problem
 from .where import where_contradictions
 
+BUILTIN_SOUNDS = "builtin:sounds"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "label"] = "text"
+    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "file", "label"] = "text"
     optional: bool = False  # a file may lack it
 
 
@@ -28,6 +30,7 @@ class RowFormat:
     #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
     supervised: Literal["answer", "all", "marked", "label"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
+    file: str | None = None  # the column that names a sound or an image, or holds it
     notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
 
     @property
@@ -88,6 +91,8 @@ FORMATS = {
         notes=("prompt", "answer", "finished", "key", "row_checksum"),
     ),
     "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
+    "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
+    "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
 }
 #: The formats of rows that each task reads.
 FORMATS_OF = {
@@ -121,11 +126,16 @@ class Source:
         path="data",
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled"] = fixed(
+    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled", "audio", "image"] = fixed(
         "alpaca",
         shapes=("tokens",),
         description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "
-        "input_ids of the student's tokenizer, and loss_mask or labels; labelled (task: classification): text, label, and for pairs text_pair.",
+        "input_ids of the student's tokenizer, and loss_mask or labels; of task: classification labelled: text, label, and for pairs text_pair; audio: audio (the path of a sound file, or its bytes) and label, or a folder of sound files; image: the same of image files.",
+    )
+    pattern: str | None = fixed(
+        None,
+        description="Of a folder of sounds or images: a regular expression that the whole name of each matches, or with a slash in it the whole path in the folder; its named "
+        "groups are columns: (?P<label>\\d)_(?P<speaker>[a-z]+)\\.wav. null: the folder that a file is in is its label.",
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
@@ -232,6 +242,16 @@ class Data:
         False, description="Read and tokenise training rows during training instead of before it; needs train.max_steps."
     )
     shuffle_buffer: Count = fixed(10_000, description="With streaming: number of rows that are shuffled together.")
+    features: InputFeatures | None = fixed(
+        None,
+        description="For a student of new weights whose model has no way of its own to read files (builtin_cnn): what it reads of a clip or an image.",
+    )
+    augment: Augment | None = fixed(
+        None, description="Other versions of the training examples in every epoch, drawn by seed; null: as they are."
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] = changeable(
+        1, description="Of format audio: processes that decode and augment ahead of training. Their number does not change a clip."
+    )
     cache_dir: str | None = changeable(
         None, path="output", description="Folder of the token cache; null: LLMKD_CACHE, or else ~/.cache/llmkd."
     )
@@ -288,11 +308,21 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
 
 def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
     choices, row_format = setting == "data.choices", FORMATS[source.format]
-    if source.path == "builtin:skills" and (source.name == "kinds") != (row_format.supervised == "label"):
+    if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
         yield "name", f"found {source.name or 'questions'} with format: {source.format}; {fix}"
-    if source.path.startswith("builtin:") and source.path != "builtin:skills":
-        yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    builtin = {"audio": BUILTIN_SOUNDS, None: "builtin:skills"}.get(row_format.file)
+    if source.path.startswith("builtin:") and source.path != builtin:
+        known = (
+            f"the only built-in corpus of format {source.format} is {builtin}"
+            if builtin
+            else f"format {source.format} has no built-in corpus"
+        )
+        yield "path", f"found {source.path!r}; {known}"
+    if source.pattern is not None and not row_format.file:
+        yield "pattern", f"found {source.pattern!r} with format: {source.format}, whose rows are in files; leave it out"
+    elif source.pattern is not None and (problem := pattern_problem(source.pattern, row_format.file)):
+        yield "pattern", problem
     if source.noise and source.path != "builtin:skills":
         yield (
             "noise",

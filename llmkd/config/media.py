@@ -6,23 +6,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .fields import config_dataclass, fixed
+from .fields import as_tuple, config_dataclass, fixed, with_setting_names
 
 Transforms = tuple[dict[str, Any], ...]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @config_dataclass
-class SoundFeatures:
-    kind: Literal["log_mel"] = fixed(
-        "log_mel", description="log_mel: logarithms of the power in bands of Slaney's mel scale, every 10 ms, as Whisper's."
+class InputFeatures:
+    kind: Literal["log_mel", "pixels"] = fixed(
+        description="log_mel: of sounds, logarithms of the power in bands of Slaney's mel scale, every 10 ms, as Whisper's; pixels: of images, colours from -1 to 1.",
     )
     rate: Annotated[int, Field(ge=1000, le=192_000)] = fixed(
-        16_000, description="Samples a second, a multiple of 200; clips of another rate are resampled."
+        16_000, description="Of log_mel: samples a second, a multiple of 200; clips of another rate are resampled."
     )
-    mels: Annotated[int, Field(ge=1, le=1000)] = fixed(80, description="Bands.")
-    seconds: Annotated[float, Field(ge=0.05, le=3600)] = fixed(
-        description="Length of every clip's features: shorter clips end in silence. See data.too_long for longer ones."
+    mels: Annotated[int, Field(ge=1, le=1000)] = fixed(80, description="Of log_mel: bands.")
+    seconds: Annotated[float, Field(ge=0.05, le=3600)] | None = fixed(
+        None, description="Of log_mel: length of every clip's features. Shorter clips end in silence; see data.too_long for longer ones."
+    )
+    size: Annotated[int, Field(ge=4, le=4096)] | None = fixed(
+        None, description="Of pixels: height and width to which every image is resized."
     )
 
 
@@ -33,25 +35,66 @@ class Augment:
         description="Of format audio: transforms of audiomentations, one after another, each by its own name and arguments: [{TimeStretch: {p: 0.5, min_rate: 0.9}}]. "
         "They are drawn anew for every clip in every epoch.",
     )
-    prompt: tuple[dict[Literal["swap", "delete", "typo"], Probability], ...] = fixed(
-        (),
-        description="Of format labelled: edits of the text's words, one after another, each with the probability that a word is edited: [{swap: 0.1}, {delete: 0.1}, "
-        "{typo: 0.05}]. swap: with the next word; delete: left out; typo: two of its letters change places.",
-    )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",
         description="What the teacher reads of an example that was augmented for the student: the same, or the clean one, which a teacher's cache needs.",
     )
 
 
-def feature_contradictions(features: SoundFeatures) -> Iterator[tuple[str, str]]:
-    """Settings of `data.features` that are each valid, but not together: yields (setting, problem and fix)."""
-    if features.rate % 200:
-        near = round(features.rate / 200) * 200
+def reads_files(data: Any) -> bool:
+    """Whether rows are sounds or images. `data`: that section of a recipe."""
+    return any(source.format in ("audio", "image") for source in as_tuple(data.train))
+
+
+def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of sounds and images, in the form of `contradictions.contradictions`. `recipe`: whole."""
+    data, features, augment = recipe.data, recipe.data.features, recipe.data.augment
+    formats = {source.format for source in (*as_tuple(data.train), *as_tuple(data.validation))}
+    new = (recipe.student.architecture or {}).get("model_type") == "builtin_cnn"
+    if features:
+        yield from _feature_contradictions(features, formats)
+    elif new and formats & {"audio", "image"}:
+        kind = "log_mel, rate, mels and seconds" if "audio" in formats else "pixels and size"
         yield (
-            "data.features.rate",
-            f"found {features.rate}, expected a multiple of 200, by which 25 ms and 10 ms are whole numbers of samples; use {near}",
+            ("data.features", "student.architecture"),
+            f"not given, and builtin_cnn has no way of its own to read files: give kind: {kind}",
         )
+    if recipe.student.architecture and features and not new:
+        kind = recipe.student.architecture.get("model_type")
+        yield ("data.features", "student.architecture"), f"set for {kind}, which has a way of its own to read files; leave it out"
+    if not augment:
+        return
+    if not augment.audio:
+        yield ("data.augment.audio",), "names no transform; give some, or leave data.augment out"
+    elif "audio" not in formats:
+        yield ("data.augment.audio", "data.train"), "set, but no rows have format: audio; leave it out"
+    for path, teacher in with_setting_names(recipe.teacher, "teacher"):
+        if teacher.cache and augment.teacher_sees == "same":
+            yield (
+                ("data.augment.teacher_sees", f"{path}.cache"),
+                f"found same with {path}.cache, which holds answers to the clean examples; use clean, or leave the cache out",
+            )
+    inside = next((name for name in ("features", "attention") if getattr(recipe.loss, name)), None)
+    if inside and augment.teacher_sees == "clean":
+        yield (
+            (f"loss.{inside}", "data.augment.teacher_sees"),
+            f"compares layers, and with teacher_sees: clean the teacher's positions are others than the student's; use same, or leave loss.{inside} out",
+        )
+
+
+def _feature_contradictions(features: InputFeatures, formats: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    needed, format = ("seconds", "audio") if features.kind == "log_mel" else ("size", "image")
+    if format not in formats:
+        yield ("data.features.kind", "data.train"), f"found {features.kind}, but no rows have format: {format}; leave data.features out"
+    if getattr(features, needed) is None:
+        yield (f"data.features.{needed}",), f"not given; {features.kind} needs it"
+    for name, others in (("log_mel", ("size",)), ("pixels", ("seconds",))):
+        for other in others:
+            if features.kind == name and getattr(features, other) is not None:
+                yield (f"data.features.{other}",), f"set with kind: {name}, which has none; leave it out"
+    if features.rate % 200:
+        near, why = max(1, round(features.rate / 200)) * 200, "by which 25 ms and 10 ms are whole numbers of samples"
+        yield ("data.features.rate",), f"found {features.rate}, expected a multiple of 200, {why}; use {near}"
 
 
 def pattern_problem(pattern: str, column: str) -> str | None:

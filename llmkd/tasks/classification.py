@@ -1,5 +1,6 @@
 """Classification: rows with a label, compared at one target each, the distribution over the classes."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,7 @@ from ..data.labelled import Inputs, LabelledExamples
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from ..model_folder.files import ModelFiles
+from .files import image_processor, sound_processor
 from .metrics.classification import confusion, macro_f1
 from .planned import joined, planned
 from .task import EncodedData, FoundModels, Processor
@@ -43,7 +45,7 @@ class ClassProcessor(Processor, Protocol):
 
 
 #: By the format of rows, from (student, models, data, classes).
-PROCESSORS: dict[str, Callable[..., ClassProcessor]] = {"labelled": text_processor}
+PROCESSORS: dict[str, Callable[..., ClassProcessor]] = {"labelled": text_processor, "audio": sound_processor, "image": image_processor}
 
 
 class ClassMeasures:
@@ -91,6 +93,7 @@ class Classification:
             refuse_unknown_classes(train, held_out)
             report_examples(held_out)
         contents = ["\n".join(read.content for read in rows[setting]) for setting in ("data.train", "data.validation")]
+        contents = [f"{known}\n{_hashes(part)}" if part else known for known, part in zip(contents, (train, held_out), strict=True)]
         identity = dict(zip(("the training data", "the held-out data"), contents, strict=True))
         origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
         validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
@@ -121,11 +124,17 @@ class Classification:
 def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: ClassProcessor) -> Dataset:
     labels = class_numbers(read, processor.labels, setting, "the student")
     own, theirs, kept, counts = processor.inputs(read, data, setting)
-    examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teacher=theirs)
+    clean = data.augment is not None and data.augment.teacher_sees == "clean"
+    examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teacher=theirs, clean=clean)
     examples.teacher_index[:] = teacher_index(source, teachers)
     examples.weigh(vars(source.loss))
     origin = read.origin | {"used": len(kept)}
     return Dataset(f"{setting} ({source.path})", examples, [read.places[i] for i in kept], [origin])
+
+
+def _hashes(data: Dataset) -> str:
+    """Of all that the examples are, as of the files that rows name."""
+    return hashlib.sha256("".join(data.examples.content_hash(i) for i in range(len(data.examples))).encode()).hexdigest()
 
 
 def has_head(files: ModelFiles) -> bool:

@@ -23,7 +23,7 @@ CHANGEABLE = (
     *("train.compile", "train.log_every", "train.micro_batch_size", "train.micro_batch_tokens"),
     *("validation.every", "validation.micro_batch_size", "validation.teacher_check", "validation.samples", "validation.sample_tokens"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.best_by"),
-    *("data.cache_dir", "data.packing", "data.share_prefixes"),
+    *("data.cache_dir", "data.packing", "data.share_prefixes", "data.workers"),
     *(path for path in SETTINGS if path.split(".")[:2] == ["data", "choices"]),
 )
 PATHS = {

@@ -1,12 +1,15 @@
 """Sounds and images as rows: folders of classes, names of files, and what a row says of its file."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from llmkd.config.data import BUILTIN_SOUNDS, Source
 from llmkd.config.media import pattern_problem
 from llmkd.data.reading.files import BadRow
 from llmkd.data.reading.media import media_files, media_of, media_rows
+from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 
 ENDINGS = (".wav", ".mp3")
@@ -88,3 +91,58 @@ def test_a_row_names_its_file_or_holds_it():
     ):
         with pytest.raises(BadRow, match=says):
             media_of(value, "f.jsonl:3")
+
+
+def source(path: Path, **settings) -> Source:
+    return Source(path=str(path), format="audio", **settings)
+
+
+PATTERN = r"(?P<label>\d)_(?P<speaker>[a-z]+)_(?P<index>\d+)\.wav"
+
+
+def test_rows_of_a_folder_are_chosen_by_what_their_names_say(folder):
+    root = folder(*(f"{digit}_{name}_{index}.wav" for digit in (0, 1) for name in ("ann", "bob") for index in (0, 5, 12)), "SHA256SUMS")
+    read = read_source(source(root, pattern=PATTERN, where={"index": {"at_least": 5}, "speaker": "ann"}), "data.train")
+    assert [(row["label"], Path(row["audio"]).name) for row in read.rows] == [
+        ("0", "0_ann_12.wav"),
+        ("0", "0_ann_5.wav"),
+        ("1", "1_ann_12.wav"),
+        ("1", "1_ann_5.wav"),
+    ]
+    assert read.places[0] == f"{root}/0_ann_12.wav" and not read.unread
+    others = read_source(source(root, pattern=PATTERN, where={"index": 0}), "data.validation")
+    assert others.content != read.content and len(others.rows) == 4
+
+
+def test_every_misnamed_file_is_named(folder):
+    with pytest.raises(UserError) as caught:
+        read_source(source(folder("0_ann_1.wav", "zero_ann_1.wav", "00_bob_1.wav"), pattern=PATTERN), "data.train")
+    assert "00_bob_1.wav" in caught.value.problems[0] and "1 more row" in caught.value.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        ('{"audio": "a.wav", "label": "x"}\n{"audio": "b.wav", "label": 3}\n', {}, None),
+        ('{"file": "a.wav", "class": "x"}\n', {"fields": {"audio": "file", "label": "class"}}, None),
+        ('{"file": "a.wav", "label": "x"}\n', {}, "f.jsonl:1: no column 'audio'; found 'file', 'label'; set fields: {audio: NAME}"),
+        ('{"audio": "a.wav", "label": null}\n', {}, "f.jsonl:1: label is null, expected the name of a class"),
+        ('{"audio": "a.wav", "label": true}\n', {}, "label is true or false, expected the name"),
+        ('{"audio": "a.wav", "label": "x"}\n', {"pattern": "(?P<label>.)"}, "f.jsonl is no folder of sounds or images"),
+    ],
+)
+def test_rows_of_a_file_name_a_sound_and_its_label(tmp_path, rows, settings, says):
+    (tmp_path / "f.jsonl").write_text(rows)
+    if says is None:
+        read = read_source(source(tmp_path / "f.jsonl", **settings), "data.train")
+        assert [row["label"] for row in read.rows] == ["x", 3][: len(read.rows)] and read.rows[0]["audio"] == "a.wav"
+        return
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_source(source(tmp_path / "f.jsonl", **settings), "data.train")
+
+
+def test_the_generated_sounds_are_a_source():
+    read = read_source(source(BUILTIN_SOUNDS, split="validation", limit=7), "data.validation")
+    assert len(read.rows) == 7 and isinstance(read.rows[0]["audio"], bytes) and read.places[6] == "builtin:sounds[validation]:7"
+    with pytest.raises(UserError, match="data.train.split: found 'tests', expected train, validation, test"):
+        read_source(source(BUILTIN_SOUNDS, split="tests"), "data.train")

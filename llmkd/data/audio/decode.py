@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ...console import count
-from ...errors import UserError, fix_of
+from ...errors import UserError
+from ..media_files import AGAIN, read_bytes
 
-#: Endings of the files that folders are searched for.
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
-_AGAIN = "fetch or write the file again"
 _UNKNOWN = (0, 0xFFFFFFFF)  # the size of a WAV file that was written to a pipe
 
 
@@ -45,16 +43,16 @@ def decode(sound: str | Path | bytes, rate: int, place: str) -> Clip:
     soundfile = _library("soundfile", place)
     raw = sound if isinstance(sound, bytes) else read_bytes(sound, place)
     if not raw:
-        raise UserError(f"{place}: the file is empty; {_AGAIN}")
+        raise UserError(f"{place}: the file is empty; {AGAIN}")
     if wrong := _cut_short(raw):
-        raise UserError(f"{place}: the file is cut short: {wrong}; {_AGAIN}")
+        raise UserError(f"{place}: the file is cut short: {wrong}; {AGAIN}")
     try:
         samples_SC, own = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         known = raw[:4] in (b"RIFF", b"fLaC", b"OggS", b"FORM")
         reason = str(error).rpartition(": ")[2].rstrip(".") if known else f"it begins with {raw[:8]!r}"
         what = "a damaged sound file" if known else "not a sound file"
-        raise UserError(f"{place}: {what} ({reason}); {_AGAIN if known else 'expected wav, flac, mp3 or ogg'}") from None
+        raise UserError(f"{place}: {what} ({reason}); {AGAIN if known else 'expected wav, flac, mp3 or ogg'}") from None
     S, C = samples_SC.shape
     if not S:
         raise UserError(f"{place}: the sound has no samples; remove it, or record it again")
@@ -67,14 +65,6 @@ def decode(sound: str | Path | bytes, rate: int, place: str) -> Clip:
         if not len(samples):
             raise UserError(f"{place}: the sound has {count(S, 'sample')} at {own:,} Hz, none at {rate:,} Hz; remove it")
     return Clip(np.ascontiguousarray(samples, np.float32), own, C, hashlib.sha256(raw).hexdigest())
-
-
-def read_bytes(path: str | Path, place: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{place}: {path}: {reason}; {fix_of(error, 'name a sound file that is there')}") from error
 
 
 def converted(clips: Counter, rate: int) -> str | None:

@@ -43,6 +43,13 @@ class Sounds:
         files, hashes, places = ([of_each[i] for i in chosen] for of_each in (self.files, self.hashes, self.places))
         return replace(self, files=files, hashes=hashes, num_samples=self.num_samples[chosen], places=places)
 
+    def joined(self, others: "Sequence[Sounds]") -> "Sounds":
+        """These and those of others, one after another."""
+        files, hashes, places = ([x for one in (self, *others) for x in getattr(one, name)] for name in ("files", "hashes", "places"))
+        return replace(
+            self, files=files, hashes=hashes, places=places, num_samples=np.concatenate([one.num_samples for one in (self, *others)])
+        )
+
     def read(self, indices: Sequence[int], draw: Draw | None = None) -> list[np.ndarray]:
         """Samples [S] float32 of some, augmented for a draw; clean without one."""
         key = None if draw is None else (draw.seed, draw.epoch)

@@ -3,12 +3,13 @@
 A clip follows from its job alone, so how many processes there are, and which of them a clip goes to, changes nothing but speed.
 """
 
-import atexit
 import contextlib
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,38 +23,33 @@ _START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.audio.worker 
 
 
 class ClipWorkers:
-    """`count` processes, started at the first question and ended by `close` or with this process. One question at a time."""
+    """`count` processes, started at the first question and ended by `close`, with the object, or with this process."""
 
     def __init__(self, way: Way, count: int):
         self.way, self.count = way, count
+        self._lock = threading.Lock()  # validation asks while the next training batch is made
         self._processes: list[subprocess.Popen] = []
         self._threads: ThreadPoolExecutor | None = None
+        self._end: weakref.finalize | None = None  # ends the processes, at the latest with this object or with the program
 
     def __call__(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """The clips of the jobs, in their order. UserError where one is refused: the first of the jobs' order within a process."""
-        if not self._processes:
-            self._start()
-        parts = [jobs[i :: self.count] for i in range(self.count)]
-        asked = [self._threads.submit(_ask, process, part) for process, part in zip(self._processes, parts, strict=True) if part]
-        try:
-            answers = [one.result() for one in asked]
-        except BaseException:  # what is still to come must not be taken for the answer of the next question
-            self.close()
-            raise
+        with self._lock:
+            if not self._processes:
+                self._start()
+            parts = [jobs[i :: self.count] for i in range(self.count)]
+            asked = [self._threads.submit(_ask, process, part) for process, part in zip(self._processes, parts, strict=True) if part]
+            try:
+                answers = [one.result() for one in asked]
+            except BaseException:  # what is still to come must not be taken for the answer of the next question
+                self.close()
+                raise
         return [answers[i % self.count][i // self.count] for i in range(len(jobs))]
 
     def close(self) -> None:
-        processes, self._processes = self._processes, []
-        for process in processes:
-            process.kill()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
-            process.wait()
-        if self._threads:
-            self._threads.shutdown(wait=False)
-            atexit.unregister(self.close)
-            self._threads = None
+        if self._end:
+            self._end()
+        self._processes, self._threads, self._end = [], None, None
 
     def _start(self) -> None:
         path = filter(None, [str(Path(__file__).parents[3]), *sys.path])
@@ -64,7 +60,17 @@ class ClipWorkers:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             self._processes.append(process)
             _write(process, self.way)
-        atexit.register(self.close)
+        self._end = weakref.finalize(self, _close, self._processes, self._threads)
+
+
+def _close(processes: list[subprocess.Popen], threads: ThreadPoolExecutor) -> None:
+    for process in processes:
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        process.wait()
+    threads.shutdown(wait=False)
 
 
 def _write(process: subprocess.Popen, value) -> None:

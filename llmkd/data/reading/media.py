@@ -3,14 +3,22 @@
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...config.data import FORMATS, Source
 from ...errors import UserError
 from .files import BadRow, Records
-from .values import kind
+from .problems import ErrorCollector
+from .values import check_text, kind, opened
 
+#: Endings of the files that folders are searched for, by the column of the format.
+ENDINGS = {
+    "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+}
 #: Endings of sounds and images that cannot be read here: left out, they would be missing without a word.
 _UNREADABLE = (".m4a", ".aac", ".wma", ".webm", ".mp4", ".amr", ".heic", ".heif", ".avif", ".svg", ".raw")
 
@@ -82,3 +90,36 @@ def media_of(value: Any, place: str) -> Path | bytes:
         raise BadRow(f"found the address {value[:80]}, expected the path of a file; download it first")
     path = Path(value).expanduser()
     return path if path.is_absolute() else Path(place.rpartition(":")[0]).expanduser().parent / path
+
+
+def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter) -> Any:
+    """The row's file and label under the format's own names. Its errors are added to `problems`, the columns that are not read to `unread`.
+
+    A label is a text or a whole number.
+    """
+    row_format = FORMATS[source.format]
+    if not isinstance(row, dict):
+        problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}", alike=kind(row))
+        return row
+    theirs = {column: source.fields.get(column, column) for column in row_format.row}
+    row = opened(row, theirs.values())
+    if lacking := [name for name in theirs.values() if name not in row]:
+        named = f"column{'s' * (len(lacking) > 1)} {' and '.join(map(repr, lacking))}"
+        fields = ", ".join(f"{column}: NAME" for column, name in theirs.items() if name in lacking)
+        problems.add(
+            f"{place}: no {named}; found {', '.join(map(repr, row))}; set fields: {{{fields}}} if it has another name", alike=f"no {named}"
+        )
+        return row
+    if source.pattern is None:  # its groups are for people and for where
+        unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where} if row[name] is not None)
+    found = {column: row[name] for column, name in theirs.items()}
+    for column, value in found.items():
+        if row_format.row[column].kind != "label":
+            continue
+        if isinstance(value, str) and value.strip():
+            check_text(value, f"{place}: {theirs[column]}", problems)
+        elif type(value) is not int:
+            problems.add(
+                f"{place}: {theirs[column]} is {'an empty text' if value == '' else kind(value)}, expected the name of a class; label it, or leave the row out"
+            )
+    return found

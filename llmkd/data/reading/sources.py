@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config.data import BUILTIN_SOUNDS, FORMATS
 from ...config.fields import with_setting_names
 from ...config.recipe import Source
 from ...errors import UserError, fix_of
-from . import skills
+from . import skills, sounds
 from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
+from .media import ENDINGS, check_media_row, media_files, media_rows
 from .problems import ErrorCollector
 from .row_checks import check_row
 from .where import Chosen
@@ -69,7 +71,10 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     problems, opened = ErrorCollector(), open_source(source, setting)
     rows, places, unread = [], [], Counter()
     for place, row in some_rows(opened.records, source, problems):
-        rows.append(check_row(row, place, source, problems, choices, unread))
+        media = FORMATS[source.format].file
+        rows.append(
+            check_media_row(row, place, source, problems, unread) if media else check_row(row, place, source, problems, choices, unread)
+        )
         places.append(place)
     problems.raise_if_any()
     if not rows:
@@ -77,6 +82,7 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
         raise no_rows(source, setting)
     settings = [source.limit, source.seed, source.fields, source.roles, *([list(source.ignore)] if source.ignore else [])]
     settings += [{"where": source.where}] if source.where else []
+    settings += [{"pattern": source.pattern}] if source.pattern is not None else []
     origin = {"path": source.path, "name": source.name, "split": opened.split, "revision": opened.revision, "rows": len(rows)}
     return Rows(rows, places, f"{opened.content()} {json.dumps(settings, sort_keys=True)}", origin, unread, opened.chosen)
 
@@ -121,17 +127,25 @@ class Opened:
     split: str | None = None
     revision: str | None = None
     chosen: Chosen | None = None
+    texts: bool = False  # all values are text, whatever they say
 
 
 def open_source(source: Source, setting: str) -> Opened:
     """Open the source of a setting; UserError where it does not exist. Rows are read one by one as they are used, those that `where` chooses."""
-    opened, chosen = _open(source, setting), Chosen(source, setting)
+    opened = _open(source, setting)
+    chosen = Chosen(source, setting, opened.texts)
     return dataclasses.replace(opened, records=chosen.records(opened.records), chosen=chosen)
 
 
 def _open(source: Source, setting: str) -> Opened:
     if source.path == "builtin:skills":
         return _builtin(source)
+    if source.path == BUILTIN_SOUNDS:
+        return _sounds(source, setting)
+    if (media := FORMATS[source.format].file) and (folder := media_folder(source, setting)):
+        return _media(folder, media, source, setting)
+    if source.pattern is not None:
+        raise UserError(f"{setting}.pattern: {source.path} is no folder of sounds or images; leave it out, or name such a folder")
     files = local(source, setting)
     if files is not None:
         reader = _Files(files, setting)
@@ -144,6 +158,33 @@ def _builtin(source: Source) -> Opened:
     rows = skills.rows(source.split, name, source.noise)
     found = ((f"builtin:skills[{source.split}]:{i + 1}", functools.partial(dict, row)) for i, row in enumerate(rows))
     return Opened(found, lambda: f"skills {skills.VERSION} {source.split} {name}{noise}", source.split)
+
+
+def _sounds(source: Source, setting: str) -> Opened:
+    if source.split not in sounds.SIZES:
+        raise UserError(f"{setting}.split: found {source.split!r}, expected {', '.join(sounds.SIZES)}")
+    found = ((f"{BUILTIN_SOUNDS}[{source.split}]:{i + 1}", functools.partial(dict, row)) for i, row in enumerate(sounds.rows(source.split)))
+    return Opened(found, lambda: f"sounds {sounds.VERSION} {source.split}", source.split)
+
+
+def media_folder(source: Source, setting: str) -> Path | None:
+    """The folder at a path, where it holds sounds or images and no rows of them."""
+    path = _path(source.path, setting)
+    if not path.is_dir() or (source.pattern is None and any(kind_of(one) for one in path.iterdir())):
+        return None
+    return path
+
+
+def _media(folder: Path, media: str, source: Source, setting: str) -> Opened:
+    """The files of a folder. Their bytes are hashed where they are decoded; here their names count."""
+    for name, value, default in (("name", source.name, None), ("revision", source.revision, None), ("split", source.split, "train")):
+        if value != default:
+            raise UserError(
+                f"{setting}.{name}: found {value!r}, and a folder of files has none; name the split's own folder, and leave it out"
+            )
+    files = media_files(folder, source.path, ENDINGS[media], setting)
+    content = hashlib.sha256(json.dumps([file.as_posix() for file in files]).encode()).hexdigest()
+    return Opened(media_rows(folder, source.path, media, files, source.pattern), lambda: content, texts=True)
 
 
 _OTHER_KINDS = {

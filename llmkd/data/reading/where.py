@@ -31,7 +31,9 @@ _HOLDS = {
 class Chosen:
     """The rows of a source that its `where` chooses, one by one, with the number of those that were kept and left out so far."""
 
-    def __init__(self, source: Source, setting: str):
+    def __init__(self, source: Source, setting: str, texts: bool = False):
+        """`texts`: all values are text, as those of CSV files are."""
+        self.texts = texts
         self.where, self.path, self.setting, self.source = source.where, source.path, setting, source
         self.kept = self.left_out = 0
         self.nulls: Counter[str] = Counter()
@@ -59,7 +61,7 @@ class Chosen:
 
     def _holds(self, row: dict, place: str) -> bool:
         """Whether a row fulfils all conditions. BadRow where one of them cannot be compared."""
-        from_csv = place.rpartition(":")[0].lower().endswith(".csv")
+        from_csv = self.texts or place.rpartition(":")[0].lower().endswith(".csv")
         absent = {one: None for one in self.where if isinstance(row.get(one.partition(".")[0]), dict)}  # as columnar files have null inside
         row = absent | opened(row, self.where)
         return all([self._one(row, column, asked, from_csv) for column, asked in self.where.items()])

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,6 +35,15 @@ def test_clips_come_in_the_order_of_their_jobs(plain):
     jobs, here = [job_of(n) for n in range(7)], Clips(Way(8_000))
     for some in (jobs, jobs[:1], jobs[::-1]):
         assert all(np.array_equal(clip, here(job)) for clip, job in zip(plain(some), some, strict=True))
+
+
+def test_two_threads_may_ask_at_the_same_time(plain):
+    """As validation does while the next training batch is made."""
+    jobs, here = [job_of(n) for n in range(8)], Clips(Way(8_000))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(plain, [jobs[i : i + 3] for i in (0, 2, 4, 5)] * 5))
+    for i, clips in zip((0, 2, 4, 5) * 5, found, strict=True):
+        assert all(np.array_equal(clip, here(job)) for clip, job in zip(clips, jobs[i : i + 3], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from tests.planted.fault import in_file
 DECODE, MEL, AUGMENT = "data/audio/test_decode.py", "data/audio/test_log_mel.py", "data/audio/test_augment.py"
 WORKERS, MEDIA, EDITS = "data/audio/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
 CNN, TRANSCRIPTS = "models/test_builtin_cnn.py", "tasks/test_transcripts.py"
+SOUND, IMAGES, RUNS = "tasks/test_sound.py", "data/test_images.py", "tasks/test_sound_runs.py"
 
 
 FAULTS = [
@@ -71,5 +72,29 @@ FAULTS = [
             "found.insertions",
             TRANSCRIPTS,
         ),
+    ),
+    *in_file(
+        "llmkd/tasks/sound.py",
+        ("rate-of-the-clips", "a model reads clips at another rate than its own", "if own != rate:", "if False:", SOUND),
+        ("longest-of-whisper", "what Whisper cuts is not known", 'getattr(extractor, "n_samples", None)', "None", SOUND),
+    ),
+    *in_file(
+        "llmkd/data/images.py",
+        ("first-frame", "the first of several frames is read", "if frames > 1:", "if False:", IMAGES),
+        ("unturned", "an image is read as the camera held it", "ImageOps.exif_transpose(opened)", "opened", IMAGES),
+    ),
+    *in_file(
+        "llmkd/tasks/classification.py",
+        (
+            "clean-for-nobody",
+            "the teacher reads the augmented clip where it is to read the clean one",
+            'data.augment.teacher_sees == "clean"',
+            "False",
+            RUNS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/audio/workers.py",
+        ("asked-by-two", "two threads that ask get each other's clips", "        with self._lock:\n", "        if True:\n", WORKERS),
     ),
 ]

@@ -1,0 +1,106 @@
+"""Images as what models read: image processors, and inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config.media import InputFeatures
+from ..data.examples import Draw
+from ..data.images import decode
+from ..data.reading.files import BadRow
+from ..data.reading.media import media_of
+from ..data.reading.problems import ErrorCollector
+from ..errors import ChangedFiles, UserError, brief
+from .builtin import register
+from .sound import settings_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PictureInputs:
+    """Images as a model reads them, of which none is in memory but those that a row holds as bytes; see `data.labelled.Inputs`.
+
+    files, hashes, places   of each: its path or its bytes, the sha256 of its file, and `FILE:LINE` or its file
+    reader                  the model's image processor
+    """
+
+    files: list[Path | bytes]
+    hashes: list[str]
+    places: list[str]
+    reader: Any
+    positions = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]: 1, since all cost the same."""
+        return np.ones(len(self.files), np.int64)
+
+    def take(self, chosen: np.ndarray) -> "PictureInputs":
+        files, hashes, places = ([of_each[i] for i in chosen] for of_each in (self.files, self.hashes, self.places))
+        return replace(self, files=files, hashes=hashes, places=places)
+
+    @staticmethod
+    def joined(parts: "Sequence[PictureInputs]") -> "PictureInputs":
+        files, hashes, places = ([x for one in parts for x in getattr(one, name)] for name in ("files", "hashes", "places"))
+        return replace(parts[0], files=files, hashes=hashes, places=places)
+
+    def content(self, i: int) -> bytes:
+        return (self.hashes[i] + settings_of(self.reader)).encode()
+
+    def shown(self, i: int, reader) -> str:
+        return "an image"
+
+    def batch(self, indices: Sequence[int], draw: Draw | None) -> "dict[str, Tensor]":
+        """Nothing is random here."""
+        pictures = []
+        for i in indices:
+            picture = decode(self.files[i], self.places[i])
+            if picture.content_hash != self.hashes[i]:
+                raise ChangedFiles(
+                    f"{self.places[i]}: the file was changed while the run reads it; write it back, and continue with --resume"
+                )
+            pictures.append(picture.pixels)
+        return dict(self.reader(pictures, return_tensors="pt"))
+
+
+def read_pictures(rows: Sequence[dict], column: str, places: Sequence[str], reader: Any) -> PictureInputs:
+    """The images that rows name or hold, each decoded once. UserError names every file that is no whole image."""
+    problems, files, hashes = ErrorCollector(), [], []
+    for row, place in zip(rows, places, strict=True):
+        try:
+            file = media_of(row[column], place)
+            hashes.append(decode(file, place).content_hash)
+            files.append(file)
+        except BadRow as error:
+            problems.add(f"{place}: {column}: {error}")
+        except UserError as error:
+            for problem in error.problems:
+                problems.add(problem)
+    problems.raise_if_any()
+    return PictureInputs(files, hashes, list(places), reader)
+
+
+def find_image_processor(folder: Path | None, features: InputFeatures | None, setting: str) -> Any:
+    """The image processor of a model's folder, or of the recipe's features for new weights. UserError where there is none."""
+    from transformers import AutoImageProcessor
+
+    register()
+    if folder is None:
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        return ViTImageProcessorPil(size={"height": features.size, "width": features.size})
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+        raise UserError(
+            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads images; fetch it, or name another model"
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own exceptions and Python's
+        raise UserError(
+            f"{setting}: {folder} has no image processor that transformers can read ({brief(error)}); fetch it again"
+        ) from error

@@ -1,0 +1,120 @@
+"""Sounds as what models read: feature extractors, and inputs."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config.media import InputFeatures
+from ..data.audio.sounds import Sounds
+from ..data.examples import Draw
+from ..errors import UserError, brief
+from .builtin import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SoundInputs:
+    """Sounds as a model reads them; see `data.labelled.Inputs`. `reader`: its feature extractor."""
+
+    sounds: Sounds
+    reader: Any
+    positions = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]: what each costs, in hundredths of a second."""
+        rate = self.sounds.workers.way.rate
+        return np.maximum(1, np.minimum(self.sounds.num_samples, limit_of(self.reader, rate) or 2**62) * 100 // rate)
+
+    def take(self, chosen: np.ndarray) -> "SoundInputs":
+        return replace(self, sounds=self.sounds.take(chosen))
+
+    @staticmethod
+    def joined(parts: "Sequence[SoundInputs]") -> "SoundInputs":
+        first, *others = parts
+        return replace(first, sounds=first.sounds.joined([one.sounds for one in others]))
+
+    def content(self, i: int) -> bytes:
+        return (self.sounds.hashes[i] + settings_of(self.reader)).encode()
+
+    def shown(self, i: int, reader) -> str:
+        return f"{self.sounds.num_samples[i] / self.sounds.workers.way.rate:.2f} s of sound"
+
+    def batch(self, indices: Sequence[int], draw: Draw | None) -> "dict[str, Tensor]":
+        return inputs_of(self.reader, self.sounds.read(indices, draw), self.sounds.workers.way.rate)
+
+
+def inputs_of(extractor, clips: Sequence[np.ndarray], rate: int) -> "dict[str, Tensor]":
+    """A model's inputs of clips at `rate` samples a second, [B, ...]; padded to the longest where the extractor has no length of its own."""
+    own = extractor.sampling_rate
+    if own != rate:
+        import soxr
+
+        clips = [soxr.resample(clip, rate, own, quality="HQ") for clip in clips]
+    limit = limit_of(extractor, own)
+    clips = [clip[:limit] for clip in clips]
+    padding = {} if limit else {"padding": True}
+    return dict(extractor(list(clips), sampling_rate=own, return_tensors="pt", **padding))
+
+
+def limit_of(extractor, rate: int) -> int | None:
+    """The longest clip of an extractor, in samples at `rate`; None where it reads any. What is longer it would cut without a word."""
+    own = extractor.sampling_rate
+    if (seconds := getattr(extractor, "seconds", None)) is not None:
+        samples = round(seconds * own)
+    elif (n_samples := getattr(extractor, "n_samples", None)) is not None:  # Whisper's
+        samples = n_samples
+    elif (frames := getattr(extractor, "max_length", None)) is not None:  # of 10 ms: the Audio Spectrogram Transformer's
+        samples = frames * own // 100
+    else:
+        return None
+    return samples * rate // own
+
+
+def find_extractor(folder: Path | None, features: InputFeatures | None, setting: str) -> Any:
+    """The feature extractor of a model's folder, or of the recipe's features for new weights. UserError where there is none."""
+    register()
+    if folder is None:
+        from ..data.audio.feature_extractor import LogMelFeatureExtractor
+
+        return LogMelFeatureExtractor(features.mels, features.rate, seconds=features.seconds)
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+        raise UserError(
+            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads sound; fetch it, or name another model"
+        )
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own exceptions and Python's
+        raise UserError(
+            f"{setting}: {folder} has no feature extractor that transformers can read ({brief(error)}); fetch it again"
+        ) from error
+
+
+def same_extractor(one, other) -> bool:
+    """Whether two extractors read a clip alike."""
+    return type(one) is type(other) and settings_of(one) == settings_of(other)
+
+
+def settings_of(extractor) -> str:
+    """What an extractor does, as text: what `--resume` and caches compare."""
+    return json.dumps(extractor.to_dict(), sort_keys=True, default=str)
+
+
+def fitting(num_samples: np.ndarray, limit: int | None, rate: int, too_long: str, places: Callable[[int], str], setting: str) -> np.ndarray:
+    """Which clips are used [E], by `data.too_long`; UserError where longer ones are refused. Truncated ones are used: extractors cut them."""
+    longer = np.zeros(len(num_samples), bool) if limit is None else num_samples > limit
+    if too_long == "refuse" and longer.any():
+        i = int(np.argmax(longer))
+        raise UserError(
+            f"{places(i)}: {num_samples[i] / rate:.2f} s long, and {setting} reads {limit / rate:.2f} s ({int(longer.sum()):,} of {len(longer):,} clips are longer); "
+            "set data.too_long: truncate or drop, or cut them"
+        )
+    return ~longer if too_long == "drop" else np.ones(len(longer), bool)
