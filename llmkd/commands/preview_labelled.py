@@ -28,7 +28,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     for i in _chosen(len(data.train), count, example, recipe.seed):
         name, length = data.train.names[data.train.labels[i]], int(data.train.lengths[i])
         read = data.train.inputs.shown(i, processor.reader)
-        print(f"\nexample {i} of {len(data.train)}  {data.places[i]}  {length:,} read, class {name!r}\n{printable(read)}", file=out)
+        print(f"\nexample {i} of {len(data.train)}  {data.places[i]}  length {length:,}, class {name!r}\n{printable(read)}", file=out)
     return numbers
 
 
