@@ -56,7 +56,9 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     context = LoadContext(prepared.vocab, accelerator.device, recipe.seed, kind=prepared.kind())
-    evaluator = Evaluator(accelerator, recipe.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor))
+    evaluator = Evaluator(
+        accelerator, recipe.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor, recipe.validation)
+    )
     out: dict[str, dict] = {}
     for source in sources:
         mine = examples_of(prepared.train, prepared.teachers.index(source))

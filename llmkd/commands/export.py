@@ -12,7 +12,7 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import read_file, remove_leftovers, write_folder
-from ..model_folder.files import ModelFiles, classifier_class, find, rows_of, student_folder
+from ..model_folder.files import ModelFiles, classifier_class, encoder_decoder_class, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import record_of, verify, write_record
 from ..output.run_files import read_summary, run_of
@@ -47,7 +47,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
 
     files = find(str(student), "export")
     verify(files.base, files.adapter, "export")
-    if auto := classifier_class(files.config):
+    if auto := classifier_class(files.config) or encoder_decoder_class(files.config):
         model = merge_classifier(files, auto, saved) if is_adapter else from_checkpoint(student, saved, auto)
         return _written_classifier(model, student, to, auto)
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
@@ -67,7 +67,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
 
 
 def _written_classifier(model, student: Path, to: Path, auto: str) -> Path:
-    """Write a classifier as a plain model, with what reads its inputs as the student has it."""
+    """Write a classifier, or an encoder-decoder model, as a plain model, with what reads its inputs as the student has it."""
     from ..models.merge import verify_saved
     from ..models.saved_student import save_whole
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config.recipe import Recipe
+from ..config.tasks import SEQUENCES
 from ..config.yaml_loader import parse_yaml
 from ..errors import UserError
 from ..files import read_file
@@ -15,6 +16,13 @@ INSTEAD = {
     "eval": "data.validation measures accuracy and macro F1 in training, and llmkd report shows the confusion matrix",
     "sample": "transformers' pipeline, as in the README.md beside the student, uses it",
     "roll": "it writes no text; leave its labels to a teacher in training",
+}
+#: The same for encoder-decoder models, where it differs.
+OF_SEQUENCES = {
+    "eval": "validation.error_rates measures word and character error rates in training",
+    "roll": "its targets are those of the rows",
+    "data": "llmkd train says how many rows it reads, and what it leaves out",
+    "doctor": "llmkd train checks models on a small batch before its first step",
 }
 
 
@@ -35,4 +43,5 @@ def refuse_run_of_other_task(run: Path, command: str) -> None:
 
 
 def _line(where: str, task: str, command: str) -> str:
-    return f"{where}: found task {task}, and llmkd {command} is for language models; {INSTEAD[command]}"
+    instead = INSTEAD if task not in SEQUENCES else INSTEAD | OF_SEQUENCES
+    return f"{where}: found task {task}, and llmkd {command} is for language models; {instead[command]}"

@@ -106,7 +106,9 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
     first = recipes[pipeline.students[0]]
     prepared = prepare(first)
     accelerator = start()
-    evaluator = Evaluator(accelerator, first.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor))
+    evaluator = Evaluator(
+        accelerator, first.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor, first.validation)
+    )
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)

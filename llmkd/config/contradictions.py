@@ -12,7 +12,7 @@ from .fields import as_tuple, with_setting_names
 from .media import media_contradictions, reads_files
 from .on_policy import writes
 from .on_policy_contradictions import long_horizon_contradictions, on_policy_contradictions
-from .recipe import OF_THE_STUDENT, Loss, Recipe, Student, schedules, uses_teacher
+from .recipe import OF_THE_STUDENT, Loss, PartLayers, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .sharding import sharding_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
@@ -186,6 +186,10 @@ def _student_contradictions(student: Student, reads_text: bool) -> Iterator[tupl
         yield ("student.layers",), "found an empty list; name the layers that are kept, or leave it out"
     if isinstance(student.layers, tuple) and any(a >= b for a, b in itertools.pairwise(student.layers)):
         yield ("student.layers",), f"found {list(student.layers)}, expected each number once, in ascending order"
+    for part in ("encoder", "decoder") if isinstance(student.layers, PartLayers) else ():
+        own = getattr(student.layers, part)
+        if own == () or isinstance(own, tuple) and any(a >= b for a, b in itertools.pairwise(own)):
+            yield (f"student.layers.{part}",), f"found {list(own)}, expected one number or more, each once, in ascending order"
     if student.method == "full" and student.quantization is not None:
         yield (
             ("student.quantization", "student.method"),

@@ -28,7 +28,7 @@ class RowFormat:
     row: dict[str, Column]
     answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
     #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
-    supervised: Literal["answer", "all", "marked", "label"] = "answer"
+    supervised: Literal["answer", "all", "marked", "label", "transcript"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
     file: str | None = None  # the column that names a sound or an image, or holds it
     notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
@@ -36,7 +36,7 @@ class RowFormat:
     @property
     def is_text(self) -> bool:
         """Whether its rows are text to be continued, before which a teacher may read a context."""
-        return self.supervised not in ("marked", "label")
+        return self.supervised not in ("marked", "label", "transcript")
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -93,11 +93,14 @@ FORMATS = {
     "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
     "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
     "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
+    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript"),
 }
 #: The formats of rows that each task reads.
 FORMATS_OF = {
-    "causal_lm": tuple(name for name, one in FORMATS.items() if one.supervised != "label"),
+    "causal_lm": tuple(name for name, one in FORMATS.items() if one.supervised not in ("label", "transcript")),
     "classification": tuple(name for name, one in FORMATS.items() if one.supervised == "label"),
+    "text_to_text": ("prompt_completion",),
+    "speech_recognition": ("speech",),
 }
 
 
@@ -126,11 +129,11 @@ class Source:
         path="data",
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled", "audio", "image"] = fixed(
+    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled", "audio", "image", "speech"] = fixed(
         "alpaca",
         shapes=("tokens",),
         description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "
-        "input_ids of the student's tokenizer, and loss_mask or labels; of task: classification labelled: text, label, and for pairs text_pair; audio: audio (the path of a sound file, or its bytes) and label, or a folder of sound files; image: the same of image files.",
+        "input_ids of the student's tokenizer, and loss_mask or labels; of task: classification labelled: text, label, and for pairs text_pair; audio: audio (the path of a sound file, or its bytes) and label, or a folder of sound files; image: the same of image files; speech (task: speech_recognition): audio, and its transcript text.",
     )
     pattern: str | None = fixed(
         None,
@@ -220,6 +223,12 @@ class Data:
         "drop",
         shapes=("tokens", "teacher"),
         description="Longer examples: drop them, truncate them at the end, split them into several (text only), or refuse the run.",
+    )
+    target_prefix: str | None = fixed(
+        None,
+        shapes=("tokens", "teacher"),
+        description="With task: text_to_text or speech_recognition: control tokens that every target begins with, which are given and not trained on, such as "
+        "<|en|><|transcribe|><|notimestamps|>; null: those of the tokenizer.",
     )
     train_on_input: bool = fixed(
         False, shapes=("tokens", "teacher"), description="Train on the prompt's tokens too, not only on the answer's."

@@ -66,8 +66,8 @@ def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         return
     if not augment.audio:
         yield ("data.augment.audio",), "names no transform; give some, or leave data.augment out"
-    elif "audio" not in formats:
-        yield ("data.augment.audio", "data.train"), "set, but no rows have format: audio; leave it out"
+    elif not formats & {"audio", "speech"}:
+        yield ("data.augment.audio", "data.train"), "set, but no rows have format: audio or speech; leave it out"
     for path, teacher in with_setting_names(recipe.teacher, "teacher"):
         if teacher.cache and augment.teacher_sees == "same":
             yield (

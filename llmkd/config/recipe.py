@@ -55,10 +55,33 @@ class LayerChoice:
     )
 
 
+Numbers = tuple[Annotated[int, Field(ge=0)], ...]
+
+
+@config_dataclass
+class PartLayers:
+    """Layers of an encoder-decoder model that are kept: all, a number of them, evenly spaced with the first and the last, or these."""
+
+    encoder: Literal["all"] | Count | Numbers = fixed(
+        "all", description="Of the encoder: all, a number of layers, or a list such as [0, 3]."
+    )
+    decoder: Literal["all"] | Count | Numbers = fixed(
+        "all", description="Of the decoder: all, a number of layers, or a list such as [0, 3]."
+    )
+
+
+def _layer_form(value) -> str:
+    names = value if isinstance(value, dict) else ()
+    return "parts" if isinstance(value, PartLayers) or "encoder" in names or "decoder" in names else form(value)
+
+
 #: Numbers of layers, or how they are chosen. The tags make pydantic report the errors of the given form alone.
 Layers = Annotated[
-    Annotated[LayerChoice, Tag("one")] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tag("several")] | Annotated[None, Tag("none")],
-    Discriminator(form),
+    Annotated[LayerChoice, Tag("one")]
+    | Annotated[PartLayers, Tag("parts")]
+    | Annotated[Numbers, Tag("several")]
+    | Annotated[None, Tag("none")],
+    Discriminator(_layer_form),
 ]
 
 
@@ -77,7 +100,15 @@ class Student:
     layers: Layers = fixed(
         None,
         description="Layers of the base that are kept, by number from 0; the others are left out before training, and the student is an ordinary smaller "
-        "model. A list such as [0, 2, 5], or how they are chosen; null: all.",
+        "model. A list such as [0, 2, 5], or how they are chosen; of an encoder-decoder model {encoder: all, decoder: [0, 3]}; null: all.",
+    )
+    freeze: Literal["encoder"] | None = fixed(
+        None, description="Of an encoder-decoder model: encoder, which is not trained then, and gets no adapter; null: nothing is frozen."
+    )
+    keep_encoded: Count | None = changeable(
+        None,
+        description="With freeze: encoder and task: speech_recognition: number of clips whose encoder states are kept in the host's memory, so that the "
+        "encoder computes them once for all epochs, and for a teacher with the same encoder too; null: none.",
     )
     tokenizer: str | None = fixed(
         None, path="model", description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own."
@@ -216,6 +247,19 @@ class Train:
 
 
 @config_dataclass
+class ErrorRates:
+    """Word and character error rates of texts that the student writes greedily."""
+
+    normaliser: Literal["none", "basic", "english"] = changeable(
+        "basic",
+        description="What is done to both texts before they are compared. none: nothing; basic: small letters, no punctuation; english: also contractions "
+        "and numbers written out. basic and english are Whisper's. Rates of two normalisers do not compare.",
+    )
+    limit: Count | None = changeable(None, description="Held-out examples that are written, the first ones; null: all.")
+    max_tokens: Count = changeable(64, description="Longest of these texts, in tokens.")
+
+
+@config_dataclass
 class Validation:
     every: Count | None = changeable(None, description="Steps between validations; null: only before the first step and after the last.")
     micro_batch_size: Count = changeable(8, description="Examples per forward pass.")
@@ -230,6 +274,9 @@ class Validation:
         "folder; 0: none. The training is the same with and without.",
     )
     sample_tokens: Count = changeable(64, description="Longest of these answers, in tokens.")
+    error_rates: ErrorRates | None = changeable(
+        None, description="With task: text_to_text or speech_recognition: measure wer and cer of what the student writes; null: not."
+    )
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64,
         description="Number of training examples on which the teacher's CE is compared with the student's before the first step; 0: no check.",
@@ -240,14 +287,14 @@ class Validation:
 class Checkpoint:
     every: Count | None = changeable(None, description="Steps between checkpoints; null: only when a signal stops the run.")
     keep: Count = changeable(2, description="Number of checkpoints kept, the newest ones.")
-    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "f1"] | None = changeable(
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "f1", "wer", "cer"] | None = changeable(
         None,
         description="Also keep the best checkpoint by this validation metric; a checkpoint is then written at every validation. Of equal ones the earlier "
-        "is kept. accuracy and f1 (macro F1) are of task: classification.",
+        "is kept. accuracy and f1 (macro F1) are of task: classification; wer and cer need validation.error_rates.",
     )
 
 
-OF_THE_STUDENT = ("ce", "accuracy", "f1")  # values of best_by that need no teacher
+OF_THE_STUDENT = ("ce", "accuracy", "f1", "wer", "cer")  # values of best_by that need no teacher
 HIGHER_IS_BETTER = ("top1_agreement", "accuracy", "f1")  # in the others lower is
 
 
@@ -262,9 +309,10 @@ class Recipe:
     """Every setting of a run, checked and immutable. `llmkd.load_recipe` reads one."""
 
     output_dir: str = changeable("", path="output", description="Folder for everything the run writes.")
-    task: Literal["causal_lm", "classification"] = fixed(
+    task: Literal["causal_lm", "classification", "text_to_text", "speech_recognition"] = fixed(
         "causal_lm",
-        description="What the models do. causal_lm: they predict the next token of a text; classification: the class of a text.",
+        description="What the models do. causal_lm: they predict the next token of a text; classification: the class of a text; text_to_text: the tokens "
+        "of an answer to a text that an encoder reads (T5, BART); speech_recognition: the transcript of a sound (Whisper).",
     )
     seed: Seed = fixed(0, description="Seed of the data's order, of new weights and of dropout.")
     student: Student = Field(default_factory=Student)

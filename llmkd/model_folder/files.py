@@ -218,6 +218,14 @@ def classifier_class(config: dict) -> str | None:
     return next((f"AutoModelFor{kind}" for kind in kinds if kind in named), None)
 
 
+def encoder_decoder_class(config: dict) -> str | None:
+    """The same of an encoder-decoder model."""
+    if not config.get("is_encoder_decoder"):
+        return None
+    sound = any(name in config for name in ("num_mel_bins", "input_feat_per_channel")) or config.get("model_type") == "moonshine"
+    return f"AutoModelFor{'SpeechSeq2Seq' if sound else 'Seq2SeqLM'}"
+
+
 def positions(config: dict) -> int | None:
     """The longest sequence of a model in tokens, under the name of its family; None where it has no bound."""
     config = config.get("text_config", config)

@@ -54,15 +54,20 @@ def write_layers(folder: Path, to: Path, config: dict, kept: tuple[int, ...], co
 
     Every byte of a tensor that is kept is as it was. UserError where the tensors of `count` layers cannot be told by their names.
     """
-    found = headers(folder, setting)
-    prefix, new = _prefix_of_layers(list(found), count, folder, setting), {old: number for number, old in enumerate(kept)}
+    prefix = _prefix_of_layers(list(headers(folder, setting)), count, folder, setting)
+    write_lists(folder, to, config, {prefix: kept}, setting)
+
+
+def write_lists(folder: Path, to: Path, config: dict, kept: dict[str, tuple[int, ...]], setting: str) -> None:
+    """The same of a model with several lists of layers: `kept` by what the names of a list's tensors begin with. Of others all are kept."""
+    new = {prefix: {old: number for number, old in enumerate(own)} for prefix, own in kept.items()}
     names = {}
-    for name in found:
+    for name in headers(folder, setting):
         at = NUMBERED.fullmatch(name)
-        if not at or (at[1] or "") != prefix:
+        if not at or (at[1] or "") not in new:
             names[name] = name
-        elif int(at[2]) in new:
-            names[name] = f"{prefix}{new[int(at[2])]}.{at[3]}"
+        elif int(at[2]) in (numbers := new[at[1] or ""]):
+            names[name] = f"{at[1] or ''}{numbers[int(at[2])]}.{at[3]}"
     _write_tensors(weight_files(folder, setting), to / MODEL, names)
     write_config(to, config)
     for pattern in TOKENIZER:

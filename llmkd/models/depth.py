@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..config.recipe import LayerChoice, Student
+from ..config.recipe import LayerChoice, PartLayers, Student
 from ..console import info, warn
 from ..errors import UserError, brief
 from ..files import lock_file, read_sealed, remove_leftovers, temporary_folder, write_folder, write_sealed
@@ -36,6 +36,10 @@ def find_student(settings: Student) -> ModelFiles | None:
     if not settings.model:
         return None
     files = find(settings.model, "student.model", settings.revision, settings.base)
+    if isinstance(settings.layers, PartLayers):
+        from .depth_parts import cut_parts
+
+        return cut_parts(files, settings.layers)
     kept = kept_of(settings, files)
     return files if kept is None else cut(files, kept)
 
@@ -53,20 +57,32 @@ def kept_of(settings: Student, files: ModelFiles) -> tuple[int, ...] | None:
 
 def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
     """The files of the model that consists of these layers of another, which are made if they are not there. UserError where that is no model."""
+
+    def write(part: Path) -> None:
+        config = smaller_config(files.config, _whole_config(files), kept)
+        write_layers(files.base, part, config, kept, layer_count(files.config)[1], "student.model")
+
+    return made(files, list(kept), layer_words(kept), write)
+
+
+def made(files: ModelFiles, kept: list | dict, words: str, write: Callable[[Path], None]) -> ModelFiles:
+    """The files of a model of some layers of another: those that `write` puts into a folder, unless they are there already.
+
+    kept, words  which layers, as a key and as people say it
+    """
     base, setting = files.base, "student.model"
     verify(base, None, setting)
-    key = [fingerprint(base, setting), config_hash(base, setting), list(kept), str(base.resolve())]
+    key = [fingerprint(base, setting), config_hash(base, setting), kept, str(base.resolve())]
     folder = model_cache() / "models" / key_of(key)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if not _is_whole(folder):
                 remove_leftovers(folder.parent, folder.name)
-                config = smaller_config(files.config, _whole_config(files), kept)
                 with write_folder(folder, replace=True) as part:
-                    write_layers(base, part, config, kept, layer_count(files.config)[1], setting)
-                    (part / "README.md").write_text(_readme(files, kept), encoding="utf-8")
-                    write_record(part, setting, student="base", cut_from=named(base), layers=list(kept))
+                    write(part)
+                    (part / "README.md").write_text(_readme(files, words), encoding="utf-8")
+                    write_record(part, setting, student="base", cut_from=named(base), layers=kept)
     except OSError as error:
         raise UserError(
             f"{SETTING}: the smaller model cannot be written to {folder.parent} ({error.strerror}); set LLMKD_CACHE to another folder"
@@ -95,11 +111,11 @@ def named(base: Path) -> str:
     return f"{origin[0]} ({origin[1]})" if origin else str(base.resolve())
 
 
-def _readme(files: ModelFiles, kept: tuple[int, ...]) -> str:
+def _readme(files: ModelFiles, words: str) -> str:
     front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in licence(files.base).items())
     front = f"---\n{front}---\n" if front else ""
     return (
-        f"{front}# {layer_words(kept).capitalize()} of {named(files.base)}\n\nAn ordinary transformers model: the other layers were left out, "
+        f"{front}# {words.capitalize()} of {named(files.base)}\n\nAn ordinary transformers model: the other layers were left out, "
         "and nothing was trained. Made by llmkd (student.layers).\n"
     )
 
@@ -161,9 +177,9 @@ def smaller_config(config: dict, whole_config, kept: tuple[int, ...]) -> dict:
     layers, new = layers_of(whole), layers_of(few)
     if layers is None or new is None or (len(layers), len(new)) != (count, len(kept)):
         raise _unlike(kind, "it has no list of layers")
-    first, owners = _shape(layers[0]), {}
+    first, owners = shape_of(layers[0]), {}
     for i, layer in enumerate(layers):
-        if (own := _shape(layer)) != first:
+        if (own := shape_of(layer)) != first:
             other = min(name for name in first.keys() | own.keys() if first.get(name) != own.get(name))
             raise _unlike(kind, f"layer {i} is not like layer 0 in {other or 'its kind'}")
         for parameter in layer.parameters():
@@ -189,7 +205,7 @@ def _unlike(kind: str | None, why: str) -> UserError:
     return UserError(f"{SETTING}: the layers of student.model ({kind}) cannot be left out: {why}; leave it out, or use another model")
 
 
-def _shape(layer: nn.Module) -> dict[str, object]:
+def shape_of(layer: nn.Module) -> dict[str, object]:
     """A layer's modules by kind, and its parameters by shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
     return {name: type(module).__name__ for name, module in layer.named_modules()} | shapes

@@ -24,9 +24,12 @@ class _Computed:
     positions: Tensor | None = None  # [B * T] int32: all positions
     rows: Tensor | None = None  # [N]: the view's rows, which the last layer computes alone
     chunk: Rows | None = None  # those of the view's rows that the head computes at the moment
+    examples: Tensor | None = None  # [B] int32: one key for each, where modules have several numbers of positions, as encoder and decoder
 
     def of(self, n: int) -> Tensor | None:
         """Of a module's n rows of inputs; None where they are none of these."""
+        if self.examples is not None and self.chunk is None:
+            return spread(self.examples, n // len(self.examples)) if n % len(self.examples) == 0 else None
         known = (self.positions, self.rows) if self.chunk is None or self.rows is None else (self.rows[self.chunk],)
         for keys in known:
             if keys is not None and len(keys) == n:
@@ -76,6 +79,12 @@ def hashed(keys: Tensor, key: int, features: int) -> Tensor:
     return _mix_(words).view(torch.int16)[:, :features]
 
 
+def spread(keys_B: Tensor, positions: int) -> Tensor:
+    """Keys of the positions of B examples [B * positions], each a function of its example's key and its number alone."""
+    numbers = torch.arange(positions, dtype=torch.int32, device=keys_B.device)
+    return _mix_(keys_B[:, None] ^ _mix_(numbers * _GOLDEN)).flatten()
+
+
 def _mix_(words: Tensor) -> Tensor:
     words.add_(words >> 16)
     words.mul_(_FIRST)
@@ -97,7 +106,16 @@ class DropoutMasks:
             keys_BT = torch.randint(-(1 << 31), 1 << 31, view.shape[:2], dtype=torch.int32, device=view.rows_N.device)
         computed = _COMPUTED[self.number]
         computed.positions = keys_BT.flatten()
-        computed.rows, computed.chunk = computed.positions[view.rows_N], None
+        computed.rows, computed.chunk, computed.examples = computed.positions[view.rows_N], None, None
+
+    def begin_examples(self, view: View) -> None:
+        """The same where the view has one key for each example [B, 1], from which those of any number of positions follow."""
+        keys_B1 = view.keys
+        if keys_B1 is None:
+            keys_B1 = torch.randint(-(1 << 31), 1 << 31, (view.B, 1), dtype=torch.int32, device=view.rows_N.device)
+        computed = _COMPUTED[self.number]
+        computed.examples, computed.positions, computed.chunk = keys_B1[:, 0], None, None
+        computed.rows = spread(computed.examples, view.T)[view.rows_N]
 
     def choose(self, rows: Rows | None) -> None:
         """The head computes those of the view's rows next; None: it is done."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..console import info
 from ..head import Head
 
 #: Options of config.json that multiply the logits, in whichever family they appear.
@@ -55,6 +56,14 @@ def non_text_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in used]
 
 
+def freeze_encoder(model: nn.Module) -> None:
+    """No weight of an encoder-decoder model's encoder requires a gradient any more; one that its decoder or head has too does not either."""
+    encoder, body = model.get_encoder(), model.get_decoder()
+    encoder.requires_grad_(False)
+    if any(not p.requires_grad and any(p is own for own in encoder.parameters()) for p in body.parameters()):
+        info("student.freeze: the encoder's embedding is the decoder's too, so it is not trained either")
+
+
 def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
     """The head, with the scale and the soft cap of the model's configuration; padding columns past `vocab` are cut.
 
@@ -67,6 +76,8 @@ def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
     for name in _DIVISORS:
         value = _number(config, name, 1.0)
         scale *= value if name == "logits_scaling" and config.model_type in _MULTIPLY_BY_LOGITS_SCALING else 1 / value
+    if getattr(config, "scale_decoder_outputs", False):  # T5 with the input's embedding as its head
+        scale *= config.d_model**-0.5
     softcap = next((cap for name in _SOFTCAPS if (cap := _number(config, name, 0.0))), None)
     return Head(_without_others(model.get_output_embeddings(), adapter), vocab, scale, softcap)
 

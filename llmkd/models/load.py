@@ -20,7 +20,8 @@ from ..model_folder.trainable import refuse_untrainable
 from . import activation_checkpointing, adapters, average, pretrained, sharding, shared_weights, startup_checks
 from .depth import find_student
 from .dropout import follow_examples
-from .families import base_of, non_text_parameters
+from .encoder_states import keep_states
+from .families import base_of, freeze_encoder, non_text_parameters
 from .float8 import refuse_without_products
 from .kinds import CAUSAL, ModelKind
 from .kinds import checked as checked
@@ -138,6 +139,8 @@ def load_students(
         _check_full(model, found[0] if found else None)
         for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
+    if settings.freeze:
+        freeze_encoder(model)
     if settings.gradient_checkpointing:
         activation_checkpointing.enable(model, settings.recomputed, settings.gradient_checkpointing == "offload")
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
@@ -265,6 +268,8 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
     ]
     beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
     shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *beside))
+    if learning and students[0].keep_encoded:
+        keep_states(learning, ((name, model) for (name, _), model in zip(teachers, models, strict=True)), students[0].keep_encoded)
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):
         _report_shared_weights(setting, model, learning[:1], models[:n])
     return learning, models

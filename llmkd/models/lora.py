@@ -27,19 +27,27 @@ def add_new_adapter(
 ) -> nn.Module:
     """A student's base with the new adapter of its settings, which is saved with the base's name."""
     made = is_made_here(files.base)
-    adapted = add_lora(model, settings.lora or Lora(), None if made else settings.revision, name, kind, copies)
+    revision = None if made else settings.revision
+    adapted = add_lora(model, settings.lora or Lora(), revision, name, kind, copies, settings.freeze is not None)
     path = files.base if made else Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
 
 
 def add_lora(
-    model: nn.Module, lora: Lora, revision: str | None, name: str = "default", kind: str | None = "CAUSAL_LM", copies: tuple[str, ...] = ()
+    model: nn.Module,
+    lora: Lora,
+    revision: str | None,
+    name: str = "default",
+    kind: str | None = "CAUSAL_LM",
+    copies: tuple[str, ...] = (),
+    without_encoder: bool = False,
 ) -> nn.Module:
     """The base with a new LoRA adapter, which alone requires a gradient. A model that already has adapters keeps them.
 
-    kind     PEFT's name of what the adapter is for
-    copies   modules that train in full besides, such as a classifier's head
+    kind             PEFT's name of what the adapter is for
+    copies           modules that train in full besides, such as a classifier's head
+    without_encoder  whether the encoder of an encoder-decoder model gets no adapter
     """
     from peft import LoraConfig, PeftModel
 
@@ -47,6 +55,9 @@ def add_lora(
     refuse_dora_in_8bit(base, lora.dora, "student")
     _refuse_missing_copies(base, lora)
     excluded = _without_adapter(base, lora) + list(copies)
+    if without_encoder:
+        inside = {id(module) for module in base.get_encoder().modules()}
+        excluded += [where for where, module in base.named_modules() if id(module) in inside]
     config = LoraConfig(
         task_type=kind,
         r=lora.rank,

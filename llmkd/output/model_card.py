@@ -35,6 +35,8 @@ METRICS = {
     "top1_agreement": ("top1_agreement", "same most likely token as the teacher"),
     "accuracy": ("accuracy", "accuracy"),
     "f1": ("f1", "macro F1"),
+    "wer": ("wer", "word error rate"),
+    "cer": ("cer", "character error rate"),
 }
 
 #: Metrics that need a teacher.
@@ -42,6 +44,7 @@ TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "
 
 #: The pipeline of transformers that writes text, and what others read, as an example.
 GENERATION = "text-generation"
+TEXT_TO_TEXT = "text2text-generation"  # the hub's name of what transformers has no pipeline for
 EXAMPLES = {
     "text-classification": "A text in the form of the training data.",
     "audio-classification": "clip.wav",
@@ -323,6 +326,14 @@ def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GE
     lora, push = recipe.student.method == "lora", recipe.push_to_hub
     here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
     top = f"{here!r}  # this folder, or its id on the hub"
+    if pipeline == TEXT_TO_TEXT:
+        return (
+            "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+            f"here = {top}\n"
+            "model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(here), AutoTokenizer.from_pretrained(here)\n"
+            'inputs = tokenizer("A text in the form of the training data.", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"
+        )
     if pipeline != GENERATION:
         return f"from transformers import pipeline\n\nhere = {top}\nmodel = pipeline({pipeline!r}, model=here)\nprint(model({EXAMPLES[pipeline]!r}))"
     if not lora:

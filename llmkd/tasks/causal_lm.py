@@ -7,12 +7,12 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Data, Source, Student, Teacher
+from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..console import info
 from ..data.batching import Batching
 from ..data.dataset import (
@@ -76,13 +76,16 @@ class TokenMeasures:
     def metrics(self, means: dict[str, float], sums: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
         return {"perplexity": math.exp(min(means["ce"], 700))}
 
+    def of_texts(self, model: Any, data: Examples, accelerator: Any) -> dict[str, float]:
+        return {}
+
 
 class CausalLM:
     """See `Task`."""
 
     name = "causal_lm"
 
-    def measures(self, processor: Tokenizer) -> TokenMeasures:
+    def measures(self, processor: Tokenizer, validation: Validation) -> TokenMeasures:
         return TokenMeasures()
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> Tokenizer:

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Data, Source, Student, Teacher
+from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
 from ..data.dataset import Dataset, report_examples, teacher_index
 from ..data.encoding.labelled_text import class_numbers, is_default, label_names, listed
@@ -64,13 +64,16 @@ class ClassMeasures:
         label, answer = (sums[name].astype(np.int64) for name in ("label", "answer"))
         return {"accuracy": means["accuracy"], "f1": macro_f1(confusion(label, answer, self.classes, weights))}
 
+    def of_texts(self, model: Any, data: Examples, accelerator: Any) -> dict[str, float]:
+        return {}
+
 
 class Classification:
     """See `Task`."""
 
     name = "classification"
 
-    def measures(self, processor: ClassProcessor) -> ClassMeasures:
+    def measures(self, processor: ClassProcessor, validation: Validation) -> ClassMeasures:
         return ClassMeasures(processor.labels)
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> ClassProcessor:

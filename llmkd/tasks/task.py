@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..config.recipe import Data, Student, Teacher
+from ..config.recipe import Data, Student, Teacher, Validation
 from ..data.batch_source import TrainingSource
 from ..data.batching import Batching
 from ..data.dataset import Questions
@@ -87,13 +87,16 @@ class Measures(Protocol):
     def metrics(self, means: dict[str, float], sums: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
         """Further metrics, of the means, and of each example's sums [examples], which count with these weights [examples]."""
 
+    def of_texts(self, model: Any, data: Examples, accelerator: Any) -> dict[str, float]:
+        """Metrics of what a model writes for held-out examples; every process calls it. Empty where nothing is written."""
+
 
 class Task(Protocol):
     """From a recipe's sections to examples, models and metrics. The training loop, the terms of the loss and the teachers do not know it."""
 
     name: str
 
-    def measures(self, processor: Processor) -> Measures: ...
+    def measures(self, processor: Processor, validation: Validation) -> Measures: ...
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> Processor:
         """What reads the data for all models. UserError where a teacher's is another, before weights are read."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
-from ..config.recipe import Recipe, Student, Teacher, Train, distils, used_teachers
+from ..config.recipe import PartLayers, Recipe, Student, Teacher, Train, distils, used_teachers
 from ..config.schedule import refuse_long_schedule
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -161,9 +161,12 @@ def with_layers(
     """The student's files, cut to the layers that are kept, and the numbers of these; None for all. `known`: what a measurement gave before."""
     if settings.layers is None:
         return files, None
-    from ..models import depth
+    from ..models import depth, depth_parts
 
     whole = find(settings.model, "student.model", settings.revision, settings.base)
+    if isinstance(settings.layers, PartLayers):
+        info(f"student: {depth_parts.described(whole, settings.layers)}")
+        return files, None
     kept = depth.kept_of(settings, whole)
     if kept is not None:
         info(f"student: {depth.described(kept, whole)}")

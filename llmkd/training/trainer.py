@@ -47,7 +47,7 @@ class Trainer:
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
         self.own_text, self.together = setup.own_text, setup.together
-        measures = self.prepared.task.measures(self.prepared.processor)
+        measures = self.prepared.task.measures(self.prepared.processor, settings.validation)
         self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop, measures)
         self.timed: TimedTeacher | None = None
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
@@ -208,6 +208,7 @@ class Trainer:
         found = self.measure([one.model for one in waiting], self.prepared.validation, "validation", step)
         for student, held_out in zip(waiting, found, strict=True):
             own = self.measure_own_text(student, step) if self.own_text else {}
+            own |= self.evaluator.measures.of_texts(student.model, self.prepared.validation, self.accelerator)
             values = student.record_validation(step, dataclasses.replace(held_out, own_text=own))
             self.source.validated(values)
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""

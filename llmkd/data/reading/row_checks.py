@@ -75,7 +75,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_tools(value, name, place, problems)
         elif value_kind == "label":
             _check_label(value, f"{place}: {name}", problems)
-        elif value_kind != "numbers":  # those are read together, below
+        elif value_kind not in ("numbers", "file"):  # the former are read together, below, and files where they are decoded
             _check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
     if row_format.supervised == "marked":

@@ -113,7 +113,13 @@ FAULTS = [
     *in_file(
         "llmkd/model_folder/layers.py",
         ("first-kinds", "the kinds of the first layers are kept", "[values[i] for i in kept]", "values[: len(kept)]", BY_HAND),
-        ("first-layers", "the first layers are kept", "int(at[2]) in new:", "int(at[2]) < len(kept):", DEPTH),
+        (
+            "first-layers",
+            "the first layers are kept",
+            'int(at[2]) in (numbers := new[at[1] or ""])',
+            'int(at[2]) < len(numbers := new[at[1] or ""])',
+            DEPTH,
+        ),
     ),
     *in_file(
         "llmkd/models/depth.py",
@@ -122,8 +128,8 @@ FAULTS = [
         (
             "unlike-layers",
             "layers of other kinds are left out too",
-            "(own := _shape(layer)) != first",
-            "not (own := _shape(layer))",
+            "(own := shape_of(layer)) != first",
+            "not (own := shape_of(layer))",
             UNLIKE,
         ),
         ("by-place", "layers that compute by their place are left out too", "        if config.get(name):\n", "        if False:\n", DEPTH),

@@ -1,0 +1,74 @@
+"""Texts to the sequences of a decoder: the token that it starts from, those that every target begins with, the text, and the end."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import UserError
+
+_BATCH = 1024  # texts that are tokenised at a time
+
+
+class Frame(NamedTuple):
+    """What a decoder's sequences have in common.
+
+    start    the token that the decoder starts from
+    prefix   tokens after it that are given, and not predicted
+    end      the token that ends a target
+    """
+
+    start: int
+    prefix: tuple[int, ...]
+    end: int
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        return self.start, *self.prefix
+
+
+def sequences(texts: Sequence[str], tokenizer, frame: Frame) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The sequence of each text, int32, and its loss mask: the text's tokens, with those that the tokenizer puts around a target, and the end.
+
+    The tokenizer's own prefix is `frame.prefix` or a part of it, see `frame_of`.
+    """
+    out = []
+    for at in range(0, len(texts), _BATCH):
+        for ids in tokenizer(text_target=list(texts[at : at + _BATCH]), add_special_tokens=True, verbose=False)["input_ids"]:
+            ids = _without(ids, frame)
+            sequence = np.array([*frame.given, *ids, *([] if ids and ids[-1] == frame.end else [frame.end])], np.int32)
+            out.append((sequence, np.arange(len(sequence)) >= len(frame.given)))
+    return out
+
+
+def _without(ids: list[int], frame: Frame) -> list[int]:
+    """The ids without the start and the prefix, where the tokenizer writes these itself."""
+    for given in (list(frame.given), list(frame.prefix)):
+        if given and ids[: len(given)] == given:
+            return ids[len(given) :]
+    return ids
+
+
+def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, setting: str) -> Frame:
+    """What the sequences of a model have in common, by its tokenizer, its config.json and its generation config.
+
+    prefix  `data.target_prefix`: control tokens as text; None: those of the tokenizer (Whisper's, with language and task)
+    """
+    start = generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))
+    start = start if start is not None else config.get("bos_token_id")
+    if type(start) is not int:
+        raise UserError(
+            f"{setting}: neither config.json nor generation_config.json says from which token the decoder starts; write decoder_start_token_id into config.json"
+        )
+    if prefix is not None:
+        ids = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        if unknown := [token for token in tokenizer.convert_ids_to_tokens(ids) if token not in tokenizer.get_added_vocab()]:
+            raise UserError(
+                f"data.target_prefix: found {prefix!r}, of which {unknown[0]!r} is no control token of the tokenizer; expected these alone, such as "
+                "<|en|><|transcribe|><|notimestamps|>"
+            )
+        ids = ids[1:] if ids[:1] == [start] else ids
+    else:  # what the tokenizer writes before a text after the start, as Whisper's do; without the start it is a target like others (BART's)
+        ids = tokenizer(text_target="", add_special_tokens=True)["input_ids"]
+        ids = [token for token in ids[1:] if token != tokenizer.eos_token_id] if ids[:1] == [start] else []
+    return Frame(start, tuple(ids), tokenizer.eos_token_id)

@@ -1,0 +1,250 @@
+"""Encoder-decoder models of text or speech (T5, BART, Whisper and their kind): a source is encoded, and a decoder predicts the target's tokens."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import View
+from ..console import warn
+from ..errors import UserError, brief
+from ..head import Head
+from ..signals import NO_TAPS, Taps
+from .families import base_of, head_of
+from .kinds import refuse_few_rows
+from .model import Capabilities, Model, ModelOutputs
+from .probe import largest_difference
+from .startup_checks import tolerance
+
+DECODER_IDS = "decoder_input_ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of B sources: states [B, S, H], and the mask [B, S'] that it was given, if any."""
+
+    states_BSH: Tensor
+    mask: Tensor | None
+
+
+class EncoderDecoder(Model):
+    """An encoder-decoder model; see `Model`. Its rows are positions of the decoder, whose states its head, the output embedding, reads.
+
+    probe   a view of some examples, to be tried on; None where there is none
+    states  from inputs and what encodes them to states that are kept (`encoder_states.py`); None where none are
+
+    An encoder without a weight that trains is in eval mode, and nothing is kept for its backward pass.
+    """
+
+    probe: View | None = None
+    states: Callable[[dict[str, Tensor], Callable], Tensor] | None = None
+
+    def own_head(self, vocab: int, adapter: str | None = None) -> Head:
+        return head_of(self.base_model, vocab, adapter)
+
+    def replaced(self, **changes) -> "EncoderDecoder":
+        other = super().replaced(**changes)
+        other.probe, other.states = self.probe, self.states
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_device or self.base_model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base_model.get_input_embeddings().weight.dtype
+
+    @property
+    def encoder_trains(self) -> bool:
+        return any(p.requires_grad for p in self.base_model.get_encoder().parameters())
+
+    def train(self, mode: bool = True) -> "EncoderDecoder":
+        super().train(mode)
+        if mode and not self.encoder_trains:
+            self.base_model.get_encoder().eval()
+        return self
+
+    def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
+        """Nothing inside the model is read: `taps` are to be none."""
+        self.set_active_adapter()
+        if self.dropout_masks:
+            self.dropout_masks.begin_examples(view)
+        with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
+            hidden_BTH = self.decoded(self.encoded(view.inputs), view.inputs[DECODER_IDS])[0]
+        return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), {}, {})
+
+    def encoded(self, inputs: dict[str, Tensor]) -> Encoded:
+        """The encoder's states of a batch's sources; `inputs` as of a view."""
+        read = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items() if name != DECODER_IDS}
+        encoder = self.base_model.get_encoder()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains):
+            states = self.states if "attention_mask" not in read else None
+            encode = lambda inputs: _called(encoder, inputs)[0]  # noqa: E731
+            return Encoded(states(read, encode) if states else encode(read), read.get("attention_mask"))
+
+    def decoded(self, source: Encoded, ids_BT: Tensor, cache: Any = None, use_cache: bool = False) -> tuple[Tensor, Any]:
+        """The decoder's last hidden states [B, T, H], with `own_forward` logits [B, T, V], and the cache after these tokens.
+
+        cache   of the tokens before; None for none
+        """
+        before = {"use_cache": use_cache} | ({} if cache is None else {"past_key_values": cache})
+        if self.capabilities.own_forward:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            given = {"encoder_outputs": BaseModelOutput(last_hidden_state=source.states_BSH), "attention_mask": source.mask}
+            out = self.base_model(**{DECODER_IDS: ids_BT}, **given, **before)
+            return out.logits, out.get("past_key_values")
+        given = {"encoder_hidden_states": source.states_BSH, "encoder_attention_mask": source.mask}
+        out = _called(self.base_model.get_decoder(), {"input_ids": ids_BT} | given | before)
+        return out[0], out.get("past_key_values")
+
+    def depth(self, setting: str) -> int:
+        raise UserError(f"{setting}: hidden states inside encoder-decoder models are not compared; leave loss.features out")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderKind:
+    """See `ModelKind`.
+
+    auto      the name of transformers' class that loads the models
+    tokens    entries of the tokenizer
+    examples  to be tried on; None where nothing is tried
+    """
+
+    auto: str
+    tokens: int
+    examples: Any | None = None  # `data.examples.Examples`: models import nothing of data
+    wrapper = EncoderDecoder
+    peft = "SEQ_2_SEQ_LM"
+
+    def architecture(self, vocab: int) -> dict:
+        return {"vocab_size": self.tokens}
+
+    def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
+        return ()
+
+    def started(self, model: nn.Module, base: Path, seed: int) -> None:
+        pass
+
+    def refuse_misfit(self, model: nn.Module, vocab: int, setting: str) -> None:
+        refuse_few_rows(base_of(model), vocab, setting)
+
+    def checked(self, model: EncoderDecoder, setting: str, packing: int = 0, implementation: str = "auto") -> EncoderDecoder:
+        """The model with its head known, or with its own forward pass. UserError where it fails, or a token sees those after it.
+
+        Whether padding of the source counts is said. The batch is of one example where its source has one length in any case.
+        """
+        if self.examples is None:
+            return model
+        order = self.examples.max_lengths.argsort(kind="stable")
+        model.probe = alone = self._view([order[0]], setting, model.device)
+        if "attention_mask" in alone.inputs:
+            model.probe = self._view([order[0], order[-1]], setting, model.device)
+        family, vocab, given = model.base_model.config.model_type, model.head.vocab, model
+        with _trying(given):
+            model = model.replaced(autocast=None)
+            try:
+                out = model.base_model(**_known(model, model.probe.inputs), use_cache=False)
+                own_NV = out.logits.flatten(0, 1).index_select(0, model.probe.rows_N)[:, :vocab]
+                source = model.encoded(model.probe.inputs)
+            except Exception as error:
+                raise UserError(
+                    f"{setting}: {family} fails on a first small batch ({brief(error)}); check its files, or use another model"
+                ) from error
+            if not math.isfinite(size := own_NV.abs().max().item()):
+                raise UserError(f"{setting}: its logits are not finite; load it in another dtype, or use other weights")
+            limit = max(tolerance(model, own_NV.dtype) * max(size, 1e-3), 1e-5 * size)
+            model = _with_known_head(model, source, own_NV, limit, setting)
+            _refuse_looking_ahead(model, source, limit, setting)
+            if len(model.probe.inputs[DECODER_IDS]) > 1:
+                known_NV = _logits(model, source, model.probe)[: len(alone.rows_N)]
+                if not (gap := largest_difference(_logits(model, model.encoded(alone.inputs), alone), known_NV)) <= limit:
+                    warn(
+                        f"note: {setting}: {family} answers a source otherwise when a longer one is in its batch, by {gap:.2g} of {size:.2g}: its "
+                        "padding counts, so results depend on the micro-batches; train.group_by_length lessens it, and train.micro_batch_size: 1 ends it"
+                    )
+        return given.replaced(capabilities=model.capabilities)
+
+    def _view(self, chosen: Sequence[int], setting: str, device) -> View:
+        batch = self.examples.batch(chosen)
+        return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
+
+    def without_gradient(self, model: EncoderDecoder, setting: str) -> list[str]:
+        try:
+            with torch.enable_grad():
+                model.head.logits(model.hidden(model.probe)).logsumexp(-1).sum().backward()
+        except Exception as error:
+            raise UserError(
+                f"{setting}: fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
+            ) from error
+        found = [name for name, p in model.trainable().items() if p.grad is None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+
+def _with_known_head(model: EncoderDecoder, source: Encoded, own_NV: Tensor, limit: float, setting: str) -> EncoderDecoder:
+    """The model as it is where its head is known, or with its own forward pass."""
+    if _gap(model, source, own_NV) <= limit:
+        return model
+    family = model.base_model.config.model_type
+    model = model.replaced(capabilities=Capabilities(own_forward=True))
+    if not (gap := _gap(model, source, own_NV)) <= limit:
+        raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g}; use another model")
+    warn(
+        f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, which is exact, but holds the logits of a "
+        "whole micro-batch in memory"
+    )
+    return model
+
+
+def _gap(model: EncoderDecoder, source: Encoded, own_NV: Tensor) -> float:
+    try:
+        return largest_difference(_logits(model, source, model.probe), own_NV)
+    except Exception:
+        return math.inf
+
+
+def _refuse_looking_ahead(model: EncoderDecoder, source: Encoded, limit: float, setting: str) -> None:
+    """UserError where the decoder's states change with a token after them."""
+    ids_BT, vocab = model.probe.inputs[DECODER_IDS], model.head.vocab
+    other_BT = ids_BT.clone()
+    other_BT[:, -1] = (other_BT[:, -1] + 1) % vocab
+    one, other = (model.decoded(source, ids)[0][:, :-1] for ids in (ids_BT, other_BT))
+    if one.numel() and not largest_difference(one, other) <= max(limit, 1e-5 * one.abs().max().item()):
+        raise UserError(
+            f"{setting}: the decoder of {model.base_model.config.model_type} lets a position see the tokens after it; use another model"
+        )
+
+
+def _logits(model: EncoderDecoder, source: Encoded, view: View) -> Tensor:
+    """Logits [N, V] at the view's rows."""
+    hidden_BTH = model.decoded(source, view.inputs[DECODER_IDS])[0]
+    return model.head.logits(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N))
+
+
+def _known(model: EncoderDecoder, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def _called(module: nn.Module, arguments: dict[str, Any]):
+    """A module's outputs; arguments without a value are left out where it has none of that name, as a speech encoder has no mask."""
+    known = inspect.signature(module.forward).parameters
+    return module(**{name: value for name, value in arguments.items() if name in known or value is not None})
+
+
+@contextmanager
+def _trying(model: Model):
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

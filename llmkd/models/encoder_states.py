@@ -1,0 +1,62 @@
+"""States of a frozen encoder that are kept, by what was read: computed once for all epochs, and for a teacher with the same encoder too."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..console import info
+from .encoder_decoder import EncoderDecoder
+from .shared_weights import storage_bytes
+
+
+class EncoderStates:
+    """The states [S, H] of at most `most` examples, in the host's memory; of more, those that were used last.
+
+    An example is computed alone, so that its states do not depend, even by rounding, on what is in its batch.
+    """
+
+    def __init__(self, most: int):
+        self.most, self._kept = most, OrderedDict()
+
+    def __call__(self, inputs: dict[str, Tensor], encode: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """States [B, S, H] of inputs that have no padding, [B, ...] each."""
+        names, out = sorted(inputs), []
+        for b in range(len(inputs[names[0]])):
+            one = {name: inputs[name][b : b + 1] for name in names}
+            key = hashlib.blake2b(b"".join(x.cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in one.values())).digest()
+            if key not in self._kept:
+                self._kept[key] = encode(one)[0].cpu()
+            self._kept.move_to_end(key)
+            out.append(self._kept[key].to(inputs[names[0]].device))
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        return torch.stack(out)
+
+
+def keep_states(students: Iterable[EncoderDecoder], teachers: Iterable[tuple[str, EncoderDecoder]], most: int) -> None:
+    """Let students with a frozen encoder keep its states, and teachers whose encoder consists of the same weights in memory use them too.
+
+    teachers  with the names of their settings
+    """
+    students = list(students)
+    first, states = students[0], EncoderStates(most)
+    for student in students:
+        student.states = states
+    for setting, teacher in teachers:
+        if _same_encoder(first, teacher):
+            teacher.states = states
+            info(f"{setting}: its encoder is the student's, and what it computes is computed once for both")
+
+
+def _same_encoder(one: EncoderDecoder, other: EncoderDecoder) -> bool:
+    """Whether two frozen encoders compute the same: the same weights in memory, in the same modules."""
+    a, b = (model.base_model.get_encoder() for model in (one, other))
+    same = storage_bytes(a) == storage_bytes(b) and _modules(a) == _modules(b)
+    return same and one.autocast == other.autocast and not one.encoder_trains and not other.encoder_trains
+
+
+def _modules(module: nn.Module) -> list[str]:
+    return [f"{name} {type(one).__name__}" for name, one in module.named_modules()]

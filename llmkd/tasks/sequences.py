@@ -1,0 +1,243 @@
+"""Tasks of encoder-decoder models: a source is read, and the tokens of a target are predicted. Text to text here; speech in `speech.py`."""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..config.fields import with_setting_names
+from ..config.recipe import Data, Source, Student, Teacher, Validation
+from ..data.batching import Batching
+from ..data.dataset import Dataset, refuse_too_few_positions, report_examples, teacher_index
+from ..data.encoding import token_cache
+from ..data.encoding.labelled_text import text_inputs
+from ..data.encoding.same_tokenizer import refuse_other_tokens
+from ..data.encoding.targets import Frame, frame_of, sequences
+from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
+from ..data.examples import Examples
+from ..data.labelled import Inputs
+from ..data.reading.problems import ErrorCollector
+from ..data.reading.sources import Rows
+from ..data.sequences import SequenceExamples
+from ..errors import UserError
+from ..model_folder.files import ModelFiles, rows_of
+from ..model_folder.generation import generation_settings
+from .error_rates import ErrorRates
+from .planned import joined, planned
+from .task import EncodedData, FoundModels
+from .text_processor import padding_of
+
+if TYPE_CHECKING:
+    from ..models.encoder_decoder import EncoderDecoderKind
+
+
+_ANY = 1 << 31  # more positions than any target has
+
+
+@dataclass(frozen=True)
+class SequenceProcessor:
+    """What reads the rows of encoder-decoder models, as a `Processor`: the tokenizer of the targets, which all models have, and of the sources.
+
+    frame    what all sequences of the decoder have in common
+    longest  positions of the models' decoders
+    clean    whether teachers read what is not augmented
+    """
+
+    reader: Any
+    vocab: int
+    frame: Frame
+    pad: int
+    longest: int = _ANY
+    clean: bool = False
+    labels: tuple[str, ...] = ()
+    auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    pipeline: ClassVar[str] = "text2text-generation"
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, str]:
+        return {"tokenizer": token_cache.tokenizer_hash(self.reader, template=False), "frame": json.dumps([*self.frame])}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"the tokenizer": self.provenance["tokenizer"], "what a target begins with": self.provenance["frame"]}
+
+    def source_and_target(self, row: dict) -> tuple[Any, str]:
+        return row["prompt"], row["completion"]
+
+    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
+        """What the encoders of student and teachers read of a source's rows, None where it is the same, the rows' numbers, and counts."""
+        rows = [row | {"text": self.source_and_target(row)[0]} for row in read.rows]
+        own, kept, counts = text_inputs(dataclasses.replace(read, rows=rows), data, self.reader, self.pad, setting)
+        return own, None, kept, counts
+
+    def save(self, folder: Path) -> None:
+        save_tokenizer(self.reader, folder)
+
+
+class TextToText:
+    """See `Task`: rows of format prompt_completion; the encoder reads the prompt, and the decoder predicts the completion."""
+
+    name = "text_to_text"
+
+    def measures(self, processor: SequenceProcessor, validation: Validation) -> ErrorRates:
+        return ErrorRates(processor, validation.error_rates, validation.micro_batch_size)
+
+    def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> SequenceProcessor:
+        refuse_too_few_positions(data, models.configs)
+        refuse_decoders_alone(self.name, models.configs)
+        refuse_messages(rows)
+        return SequenceProcessor(*tokens_of_targets(student, models, data))
+
+    def encode(
+        self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: SequenceProcessor
+    ) -> EncodedData:
+        def sets(setting: str, sources: Source | tuple[Source, ...] | None) -> list[Dataset]:
+            pairs = zip(with_setting_names(sources, setting), rows[setting], strict=True)
+            return [encoded(read, source, name, data, teachers, processor) for (name, source), read in pairs]
+
+        held_out = joined("validation", sets("data.validation", data.validation))
+        source, train, drawn = planned(joined("train", sets("data.train", data.train)), data, batching)
+        held_out = drawn or held_out
+        if held_out:
+            report_examples(held_out)
+        contents = ["\n".join(read.content for read in rows[setting]) for setting in ("data.train", "data.validation")]
+        identity = dict(zip(("the training data", "the held-out data"), contents, strict=True))
+        origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
+        validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
+        return EncodedData(source, train.examples, train.places, validation, places, None, identity, {processor.frame.end}, origins)
+
+    def report(self, data: EncodedData, student: Student, files: ModelFiles | None, processor: SequenceProcessor) -> None:
+        pass
+
+    def student_files(self, files: ModelFiles | None, processor: SequenceProcessor) -> ModelFiles | None:
+        return files
+
+    def kind(self, processor: SequenceProcessor, examples: Examples | None = None) -> "EncoderDecoderKind":
+        from ..models.encoder_decoder import EncoderDecoderKind
+
+        return EncoderDecoderKind(processor.auto, len(processor.reader), examples)
+
+    def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> dict:
+        return generation_of(files.config if files else student.architecture, files)
+
+    def pipeline(self, processor: SequenceProcessor) -> str:
+        return processor.pipeline
+
+
+def generation_of(config: dict, files: ModelFiles | None) -> dict:
+    """The generation config of what a model is trained from, with the token that its decoder starts from."""
+    found = generation_settings(config, (files.adapter, files.base) if files else (), "student.model")
+    start = config.get("decoder_start_token_id")
+    return found if start is None else {"decoder_start_token_id": start} | found
+
+
+def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tuple[Any, int, Frame, int, int]:
+    """The tokenizer, the entries that it and all models have, the frame of targets, the token of padding, and the decoders' positions. UserError where models differ in these."""
+    config = models.configs["student.model"]
+    named, setting = (
+        (student.tokenizer, "student.tokenizer") if student.tokenizer else (str(models.student.with_tokenizer), "student.model")
+    )
+    reader = load_tokenizer(named, setting)
+    frame = frame_of(reader, config, generation_of(config, models.student), data.target_prefix, "student.model")
+    rows_known = {name: rows_of(one) for name, one in models.configs.items()}
+    for teacher in models.teachers:
+        if teacher.cache:
+            rows_known[f"{teacher.setting}.cache.path"] = teacher.cache.header["vocab"]
+        if not teacher.files:
+            continue
+        setting = f"{teacher.setting}.model"
+        theirs = load_tokenizer(str(teacher.files.with_tokenizer), setting)
+        refuse_other_tokens(reader, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
+        other = frame_of(theirs, teacher.files.config, generation_of(teacher.files.config, teacher.files), data.target_prefix, setting)
+        if other != frame:
+            ours, its = (reader.convert_ids_to_tokens([*one.given, one.end]) for one in (frame, other))
+            raise UserError(
+                f"{setting}: its targets begin and end with {its}, and the student's with {ours}; both are to predict the same tokens: "
+                "set data.target_prefix, or use a model of the same kind"
+            )
+    longest = min(one.get("max_target_positions") or _ANY for one in models.configs.values())
+    return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest
+
+
+def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: SequenceProcessor) -> Dataset:
+    """The examples of a source: those whose source and target are not too long."""
+    own, theirs, kept, counts = processor.inputs(read, data, setting)
+    texts = [processor.source_and_target(read.rows[i])[1] for i in kept]
+    most = min(data.max_length, processor.longest)
+    found, problems, fits = sequences(texts, processor.reader, processor.frame), ErrorCollector(), []
+    for n, (ids, _) in enumerate(found):
+        place, empty = read.places[kept[n]], not texts[n].strip()
+        if unknown := [int(i) for i in ids if i >= processor.vocab]:
+            token = processor.reader.convert_ids_to_tokens(max(unknown))
+            problems.add(f"{place}: contains the token {token!r}, for which a model has no row; remove it from the text")
+        if len(ids) > most:
+            counts["too_long"] += 1
+            if data.too_long == "refuse":
+                problems.add(
+                    f"{place}: its target has {len(ids)} tokens, and at most {most} are used (data.max_length, or the models' positions); shorten it"
+                )
+            if data.too_long == "truncate":
+                ids, mask = found[n]
+                found[n] = ids[:most], mask[:most]
+        counts["unsupervised"] += empty
+        if not empty and (len(ids) <= most or data.too_long == "truncate"):
+            fits.append(n)
+    problems.raise_if_any()
+    if not fits:
+        raise UserError(
+            f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are too long, {counts['unsupervised']} have no target); "
+            "raise data.max_length, or check the rows"
+        )
+    chosen = np.array(fits, np.int64)
+    sequence, masks = zip(*(found[n] for n in fits), strict=True)
+    offsets = np.cumsum([0, *map(len, sequence)], dtype=np.int64)
+    counts |= {"examples": len(fits), "targets": int(sum(mask.sum() for mask in masks))}
+    examples = SequenceExamples(
+        own.take(chosen),
+        np.concatenate(sequence),
+        np.concatenate(masks),
+        offsets,
+        kept[chosen],
+        [texts[n] for n in fits],
+        processor.pad,
+        counts,
+        of_teacher=theirs and theirs.take(chosen),
+        clean=processor.clean,
+    )
+    examples.teacher_index[:] = teacher_index(source, teachers)
+    examples.weigh(vars(source.loss))
+    origin = read.origin | {"used": len(fits)}
+    return Dataset(f"{setting} ({source.path})", examples, [read.places[i] for i in examples.row], [origin])
+
+
+def refuse_messages(rows: dict[str, list[Rows]]) -> None:
+    """UserError for rows that are conversations, which an encoder has no template for."""
+    problems = ErrorCollector()
+    for read in (one for of_setting in rows.values() for one in of_setting):
+        for row, place in zip(read.rows, read.places, strict=True):
+            if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str)):
+                problems.add(f"{place}: prompt or completion is a list of messages, expected texts; write them as texts")
+    problems.raise_if_any()
+
+
+def refuse_decoders_alone(task: str, configs: dict[str, dict]) -> None:
+    """UserError for models that are not an encoder and a decoder, before their weights are read."""
+    for setting, config in configs.items():
+        if not config.get("is_encoder_decoder") and config.get("model_type") not in _BY_DEFAULT:
+            raise UserError(
+                f"{setting}: found {config.get('model_type')}, which has no encoder and decoder, as task: {task} needs; use such a model, or "
+                "task: causal_lm"
+            )
+
+
+#: Families whose configurations need not say that they are encoder-decoder models.
+_BY_DEFAULT = ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "speech_to_text", "moonshine")
+
+
+def perplexity(means: dict[str, float]) -> float:
+    return math.exp(min(means["ce"], 700))

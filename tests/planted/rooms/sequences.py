@@ -1,0 +1,97 @@
+"""Faults in what encoder-decoder models read, predict and keep."""
+
+from tests.planted.fault import in_file
+
+STEP, RUN = "models/test_encoder_decoder.py", "tasks/test_sequences_run.py"
+
+FAULTS = [
+    *in_file(
+        "llmkd/data/sequences.py",
+        (
+            "labels-not-shifted",
+            "a decoder reads the token that it is to predict",
+            "labels = [ids[1:][mask[1:]] for ids, mask in map(self.example, indices)]",
+            "labels = [ids[:-1][mask[1:]] for ids, mask in map(self.example, indices)]",
+            STEP,
+        ),
+        (
+            "rows-one-too-late",
+            "a target is predicted by the position that reads it",
+            "rows.append(np.flatnonzero(mask[1:]))",
+            "rows.append(np.flatnonzero(mask[:-1]))",
+            STEP,
+        ),
+        (
+            "targets-not-in-the-hash",
+            "two transcripts of one clip are taken for one example",
+            'return self.inputs.content(i) + b"|" + ids.tobytes() + mask.tobytes()',
+            "return self.inputs.content(i)",
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/models/families.py",
+        (
+            "t5-without-its-scale",
+            "T5's logits are not divided",
+            "scale *= config.d_model**-0.5",
+            "scale *= 1.0",
+            f"{STEP}::test_a_step_is_the_models_own_loss_and_a_divergence_by_hand",
+        ),
+        ("encoder-not-frozen", "an encoder that is to be frozen is trained", "    encoder.requires_grad_(False)\n", "", RUN),
+    ),
+    *in_file(
+        "llmkd/models/encoder_decoder.py",
+        ("looking-ahead-unseen", "a decoder that sees later tokens is used", "other_BT[:, -1] + 1", "other_BT[:, -1] + 0", STEP),
+        ("frozen-encoder-drops", "a frozen encoder is in training mode", "self.base_model.get_encoder().eval()", "pass", STEP),
+        (
+            "encoder-mask-lost",
+            "the decoder attends to the padding of a source",
+            '"encoder_attention_mask": source.mask}',
+            '"encoder_attention_mask": None}',
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/models/encoder_states.py",
+        (
+            "states-of-the-first-clip",
+            "all clips of a batch have the first one's states",
+            "inputs[name][b : b + 1]",
+            "inputs[name][:1]",
+            STEP,
+        ),
+        (
+            "states-of-any-encoder",
+            "a teacher with another encoder has the student's states",
+            "storage_bytes(a) == storage_bytes(b) and",
+            "",
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/models/greedy.py",
+        (
+            "goes-on-after-the-end",
+            "text goes on after the end token",
+            "going[b] = going[b] and token != end",
+            "going[b] = token != end",
+            STEP,
+        ),
+        ("suppressed-tokens-chosen", "suppressed tokens are chosen", "logits_BV[:, known] = -torch.inf", "pass", STEP),
+    ),
+    *in_file(
+        "llmkd/models/depth_parts.py",
+        ("layers-unlike", "a layer without T5's position biases becomes the first", "if a != b:", "if False:", STEP),
+    ),
+    *in_file(
+        "llmkd/models/dropout.py",
+        (
+            "dropout-of-the-first-example",
+            "all examples of an encoder-decoder batch have the first one's masks",
+            "return _mix_(keys_B[:, None] ^ _mix_(numbers * _GOLDEN)).flatten()",
+            "return _mix_(keys_B[:1, None].expand(len(keys_B), -1) ^ _mix_(numbers * _GOLDEN)).flatten()",
+            STEP,
+        ),
+    ),
+]

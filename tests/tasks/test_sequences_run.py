@@ -1,0 +1,128 @@
+"""Runs of encoder-decoder models, from a recipe to the folder that they leave; and what is refused before one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from llmkd.commands.export import export
+from llmkd.config import loader
+from llmkd.errors import UserError
+from llmkd.training.run import run
+from tests.kit.sequences import saved, speech_model, speech_rows, text_rows, tiny
+
+FORMS = {"text_to_text": ("t5", "prompt_completion", text_rows), "speech_recognition": ("whisper", "speech", speech_rows)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sequences")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    made = {}
+
+    def recipe(task: str, name: str, /, **changes):
+        family, form, rows = FORMS[task]
+        if task not in made:
+            (folder / task).mkdir()
+            model = saved(tiny(family, 3).float() if family == "t5" else speech_model(), folder / task / "whole")
+            train, held = rows(folder / task)
+            made[task] = {
+                "task": task,
+                "student": {"model": str(model), "layers": {"decoder": [0, 2]}, "freeze": "encoder", "method": "full"},
+                "teacher": {"model": str(model)},
+                "data": {
+                    "train": {"path": str(train), "format": form},
+                    "validation": {"path": str(held), "format": form},
+                    "max_length": 40,
+                },
+                "loss": {"kd_ratio": 0.5, "temperature": 2},
+                "train": {"batch_size": 4, "max_steps": 4, "micro_batch_size": 2},
+                "optim": {"lr": 1e-2},
+                "validation": {"every": 2, "teacher_check": 0, "error_rates": {"max_tokens": 5}},
+                "checkpoint": {"every": 2, "best_by": "wer"},
+            }
+        (folder / "base.yaml").write_text(json.dumps(made[task] | {"output_dir": str(folder / name)}))
+        return loader.load_recipe(folder / "base.yaml", {key.replace("__", "."): value for key, value in changes.items()})
+
+    return recipe
+
+
+def test_a_speech_student_is_used_by_the_pipeline_and_its_encoder_is_the_teachers(recipe, folder, capsys):
+    speech = run(recipe("speech_recognition", "speech", student__keep_encoded=20))
+    said = capsys.readouterr().err
+    assert "encoder layers 0, 1, 2 and decoder layers 0, 2" in said and "its encoder is the student's" in said
+    assert "5 from 8,000 Hz" in said and {"wer", "cer"} <= speech["validation"].keys() and speech["best"]["by"] == "wer"
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("speech_recognition/whole", "speech/model"))
+    frozen = [name for name in after if ".encoder." in name]
+    assert len(frozen) > 20 and all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["model.decoder.layers.0.fc1.weight"], after["model.decoder.layers.0.fc1.weight"])
+    assert "pipeline('automatic-speech-recognition'" in (folder / "speech/model/README.md").read_text()
+    best = load_file(export(folder / "speech", checkpoint="2") / "model.safetensors")
+    assert best.keys() == after.keys() and not torch.equal(
+        best["model.decoder.layers.0.fc1.weight"], after["model.decoder.layers.0.fc1.weight"]
+    )
+    recognise = transformers.pipeline("automatic-speech-recognition", model=str(folder / "speech/model"))
+    assert isinstance(
+        recognise({"raw": np.zeros(8000, np.float32), "sampling_rate": 16000}, generate_kwargs={"max_new_tokens": 3})["text"], str
+    )
+
+
+def test_an_adapter_resumes_bit_for_bit_and_learns_from_a_cache_as_from_the_teacher(recipe, folder):
+    """Also with dropout in the adapter."""
+    from llmkd.commands.cache import cache
+
+    given = {"student__method": "lora", "student__lora__dropout": 0.2, "student__lora__rank": 2}
+    whole = run(recipe("text_to_text", "whole_run", **given))
+    run(recipe("text_to_text", "resumed", **given))
+    newest = folder / "resumed/checkpoints/step-4"
+    for path in sorted(newest.iterdir()):
+        path.unlink()
+    newest.rmdir()
+    (folder / "resumed/summary.json").unlink()
+    resumed = run(recipe("text_to_text", "resumed", **given), resume=True)
+    assert resumed["validation"] == whole["validation"]
+    ours, theirs = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("whole_run", "resumed"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("decoder" in name for name in ours) and not any(".encoder." in name for name in ours)
+    cached = given | {"teacher__cache__path": str(folder / "cache"), "teacher__cache__kind": "hidden"}
+    cache(recipe("text_to_text", "unused", **cached))
+    kept = run(recipe("text_to_text", "kept", **cached))
+    assert all(kept["validation"][name] == pytest.approx(value, abs=2e-5) for name, value in whole["validation"].items())
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "said"),
+    [
+        ("text_to_text", {"data__packing": True}, "data.packing: set with task: text_to_text"),
+        ("text_to_text", {"student__layers": [0]}, "name the layers of each part"),
+        ("text_to_text", {"student__layers": {"decoder": [2, 0]}}, "student.layers.decoder: found"),
+        ("text_to_text", {"validation__error_rates": None}, "checkpoint.best_by: found wer, which is not measured"),
+        ("text_to_text", {"student__keep_encoded": 3}, "student.keep_encoded: set for an encoder that trains, or reads text"),
+        ("speech_recognition", {"data__train__format": "prompt_completion"}, "which task: speech_recognition does not read"),
+        (
+            "causal_lm",
+            {"data__train__format": "prompt_completion", "data__validation__format": "prompt_completion"},
+            "student.freeze: set with",
+        ),
+    ],
+)
+def test_what_does_not_go_is_refused_by_name(recipe, task, changes, said):
+    with pytest.raises(UserError, match=said):
+        recipe("text_to_text" if task == "causal_lm" else task, "refused", **changes, task=task)
+
+
+def test_what_is_refused_of_models_and_rows(recipe, folder):
+    with pytest.raises(UserError, match="data.target_prefix: found 'it is', of which 'it' is no control token"):
+        run(recipe("text_to_text", "refused", data__target_prefix="it is"))
+    (folder / "bad.jsonl").write_text(json.dumps({"audio": "absent.wav", "text": "one"}) + "\n")
+    with pytest.raises(UserError, match="bad.jsonl:1.*absent.wav: No such file"):
+        run(recipe("speech_recognition", "refused", data__train__path=str(folder / "bad.jsonl")))
+    with pytest.raises(UserError, match="has no preprocessor_config.json"):
+        run(recipe("speech_recognition", "refused", teacher__model=str(folder / "text_to_text/whole")))
