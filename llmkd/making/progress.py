@@ -10,6 +10,7 @@ from ..console import count, duration, first_process, info
 T = TypeVar("T")
 
 _SECONDS = 15.0  # between two lines
+_FIRST = 1.0  # seconds that tell a speed
 
 
 def shown(
@@ -25,23 +26,27 @@ def shown(
     size    of an item, in what `total` counts, such as the rows of a batch
     tokens  that an item has cost, for a speed
 
-    The time that is left is that of the others at the mean speed so far.
+    The time that is left is that of the others at the mean speed so far. Items may come in batches: a line tells of those before the item that
+    has just come, and of the time until these were there.
     """
     from tqdm import tqdm
 
-    began = last = time.monotonic()
+    began = said = before = time.monotonic()
     done = written = 0
     in_lines = not sys.stderr.isatty()
     if in_lines and total:
         info(f"{label}: {count(total, noun)}")
     with tqdm(desc=label, total=total, unit=f" {noun}s", leave=False, disable=in_lines or not first_process()) as bar:
         for item in items:
+            now, spent = time.monotonic(), before - began
+            of_a_batch = done and now - before < spent / done / 2  # it has come with the item before it
+            if in_lines and now - said >= _SECONDS and spent >= _FIRST and not of_a_batch:
+                said = now
+                speed = f", {written / spent:,.3g} tokens a second" if tokens else ""
+                left = max(spent / done * (total - done) - (now - before), 0.0)
+                info(f"{label}: {done:,} of {count(total, noun)}{speed}, about {duration(left)} left")
             done += size(item)
             written += tokens(item) if tokens else 0
             bar.update(size(item))
-            now = time.monotonic()
-            if in_lines and now - last >= _SECONDS and done < total:
-                last, spent = now, now - began
-                speed = f", {written / spent:,.0f} tokens a second" if tokens else ""
-                info(f"{label}: {done:,} of {count(total, noun)}{speed}, about {duration(spent / done * (total - done))} left")
+            before = now
             yield item
