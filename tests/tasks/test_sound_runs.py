@@ -137,9 +137,8 @@ def test_validation_reads_clean_clips_and_counts_classes(whole):
     assert values["f1"] == pytest.approx(f1_score(batch.labels_N, answers, labels=range(3), average="macro", zero_division=0))
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(whole, step, tmp_path):
-    out = tmp_path / "out"
+def test_a_resumed_run_is_the_run_that_was_not_stopped(whole, tmp_path):
+    out, step = tmp_path / "out", 4  # in the second epoch
     shutil.copytree(whole.output_dir, out)
     (out / "summary.json").unlink()
     shutil.rmtree(out / "model")
@@ -151,11 +150,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(whole, step, tmp_path):
 
 
 def test_ranks_micro_batches_and_workers_give_the_same_clips(whole):
-    def seen(ranks: int, micro: int, workers: int, after: int = 0) -> dict:
+    def seen(ranks: int, micro: int, workers: int) -> dict:
         train = dataclasses.replace(whole.train, micro_batch_size=micro)
         source, found = prepare(dataclasses.replace(whole, train=train, data=dataclasses.replace(whole.data, workers=workers))).source, {}
         for rank in range(ranks):
-            for step, batches in source.for_rank(rank, ranks).steps(after):
+            for step, batches in source.for_rank(rank, ranks).steps():
                 for batch in batches:
                     for n, i in enumerate(batch.example_N.tolist()):
                         found[step.number, i] = [
@@ -165,7 +164,7 @@ def test_ranks_micro_batches_and_workers_give_the_same_clips(whole):
 
     once = seen(1, 4, 1)
     assert len(once) == 24 and len({student for student, _ in once.values()}) == 24 and len({teacher for _, teacher in once.values()}) == 12
-    assert seen(3, 1, 2) == once and seen(1, 3, 1, after=4) == {key: clip for key, clip in once.items() if key[0] > 4}
+    assert seen(3, 1, 2) == once
 
 
 @pytest.mark.parametrize(
