@@ -226,7 +226,6 @@ class Data:
     )
     target_prefix: str | None = fixed(
         None,
-        shapes=("tokens", "teacher"),
         description="With task: text_to_text or speech_recognition: control tokens that every target begins with, which are given and not trained on, such as "
         "<|en|><|transcribe|><|notimestamps|>; null: those of the tokenizer.",
     )

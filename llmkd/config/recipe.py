@@ -250,13 +250,13 @@ class Train:
 class ErrorRates:
     """Word and character error rates of texts that the student writes greedily."""
 
-    normaliser: Literal["none", "basic", "english"] = changeable(
+    normaliser: Literal["none", "basic", "english"] = fixed(
         "basic",
         description="What is done to both texts before they are compared. none: nothing; basic: small letters, no punctuation; english: also contractions "
         "and numbers written out. basic and english are Whisper's. Rates of two normalisers do not compare.",
     )
-    limit: Count | None = changeable(None, description="Held-out examples that are written, the first ones; null: all.")
-    max_tokens: Count = changeable(64, description="Longest of these texts, in tokens.")
+    limit: Count | None = fixed(None, description="Held-out examples that are written, the first ones; null: all.")
+    max_tokens: Count = fixed(64, description="Longest of these texts, in tokens.")
 
 
 @config_dataclass
@@ -274,7 +274,7 @@ class Validation:
         "folder; 0: none. The training is the same with and without.",
     )
     sample_tokens: Count = changeable(64, description="Longest of these answers, in tokens.")
-    error_rates: ErrorRates | None = changeable(
+    error_rates: ErrorRates | None = fixed(
         None, description="With task: text_to_text or speech_recognition: measure wer and cer of what the student writes; null: not."
     )
     teacher_check: Annotated[int, Field(ge=0)] = changeable(

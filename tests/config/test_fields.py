@@ -15,7 +15,7 @@ SETTINGS = [path for path, *_ in describe()]
 #: What a resumed run may change. Everything else is what it learns from, and stays.
 CHANGEABLE = (
     *("output_dir", "report_to", "push_to_hub", "push_to_hub.repo", "push_to_hub.private"),
-    *("student.gradient_checkpointing", "teacher.device", "teacher.share_base", "loss.chunk_size"),
+    *("student.gradient_checkpointing", "student.keep_encoded", "teacher.device", "teacher.share_base", "loss.chunk_size"),
     *("teacher.server", "teacher.requests", "teacher.timeout", "teacher.patience", "teacher.api_key_env"),
     *("teacher.shard", "train.shard"),
     *("on_policy.batch_size", "on_policy.validation_prompts", "on_policy.record"),

@@ -1,5 +1,8 @@
 """Encoder-decoder models: one step against the model's own loss, the checks at the start, greedy text, kept states, and fewer layers."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +111,8 @@ def test_batches_have_the_logits_of_examples_alone(family):
     assert none.num_targets == 0 and model.hidden(none.student).shape == (0, 16)
     again = type(data).joined([data.take(np.array([0, 1])), data.take(np.array([2, 3]))], [0, 2], {}) if family == "t5" else data
     assert [again.content_hash(i) for i in range(4)] == [data.content_hash(i) for i in range(4)]
-    assert len({data.content_hash(i) for i in range(4)}) == 4 and data.num_targets.tolist() == [2, 3, 4, 5]
+    one_source = dataclasses.replace(data, inputs=data.inputs.take(np.zeros(4, np.int64)))
+    assert len({one_source.content_hash(i) for i in range(4)}) == 4 and data.num_targets.tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
@@ -127,6 +131,26 @@ def test_greedy_text_is_what_transformers_generates(family):
     written = [ids[1:] if ids[0] == start else ids for ids in theirs.tolist()]
     cut = [ids[: ids.index(END)] if END in ids else ids for ids in written]
     assert [ids[: len(other)] for ids, other in zip(ours, cut, strict=True)] == cut and max(map(len, cut)) >= 7
+
+
+def test_a_text_ends_at_its_end_token_and_suppressed_tokens_are_not_chosen():
+    """Of a model whose most likely tokens are written down, and the next likely one after them is always 3."""
+    script = torch.tensor([[5, 6, END, 7], [8, 5, 9, 9]])
+
+    def decoded(source, ids_BT, cache, use_cache):
+        step = cache or 0
+        logits = torch.zeros(2, 1, 12).index_fill(2, torch.tensor([3]), 0.5)
+        return logits.scatter(2, script[:, step, None, None], 1.0), step + 1
+
+    def model(**settings):
+        base = SimpleNamespace(generation_config=SimpleNamespace(**settings))
+        head, source = SimpleNamespace(logits=lambda x: x), SimpleNamespace(states_BSH=torch.zeros(2, 1, 1))
+        own = {"set_active_adapter": lambda: None, "encoded": lambda inputs: source, "decoded": decoded}
+        return SimpleNamespace(base_model=base, head=head, **own)
+
+    assert greedy(model(), {}, [2], END, 4) == [[5, 6], [8, 5, 9, 9]]
+    assert greedy(model(suppress_tokens=[5]), {}, [2], END, 4) == [[3, 6], [8, 3, 9, 9]]
+    assert greedy(model(begin_suppress_tokens=[5]), {}, [2], END, 2) == [[3, 6], [8, 5]]
 
 
 def test_kept_states_are_computed_once_for_student_and_teacher():
