@@ -13,7 +13,11 @@ SOURCES = BASE.replace("  train: {path: t.jsonl}\n", "  train:\n    - {path: a.j
 @pytest.mark.parametrize(
     ("line", "start", "words"),
     [
-        ("format: alpca", "r.yaml:7: data.train.1.format: ", ["alpaca, chat, prompt_completion, text or tokens", "did you mean alpaca?"]),
+        (
+            "format: alpca",
+            "r.yaml:7: data.train.1.format: ",
+            ["alpaca, chat, prompt_completion, text, tokens, labelled, audio, image or speech", "did you mean alpaca?"],
+        ),
         ("fromat: chat", "r.yaml:7: data.train.1.fromat: ", ["did you mean data.train.1.format?"]),
         ("limit: 0", "r.yaml:7: data.train.1.limit: ", ["found 0", "a whole number >= 1"]),
         ("weight: 0", "r.yaml:7: data.train.1.weight: ", ["found 0", "a number > 0"]),
