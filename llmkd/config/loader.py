@@ -172,10 +172,11 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
         for setting, name in named
         if name not in pipeline.stages
     ]
+    untrained = {name: "make" if one.make else "cache" for name, one in pipeline.stages.items() if one.make or one.cache}
     problems += [
-        f"{where((setting,))}: found {name}, which is a stage of llmkd {'make' if pipeline.stages[name].make else 'cache'}, and trains no model"
+        f"{where((setting,))}: found {name}, which is a stage of llmkd {untrained[name]}, and trains no model"
         for setting, name in named
-        if name in pipeline.stages and not pipeline.stages[name].trains
+        if name in untrained
     ]
     if problems := problems + _bad_stages(pipeline, path, lines):
         raise UserError(*problems)

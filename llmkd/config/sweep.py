@@ -29,10 +29,6 @@ class Stage:
     )
     set: dict[str, Any] = Field(default_factory=dict, description="Changes to the settings of the recipe, or of make, by dotted path.")
 
-    @property
-    def trains(self) -> bool:
-        return self.recipe is not None
-
 
 @config_dataclass
 class Pipeline:

@@ -25,7 +25,12 @@ def test_a_pipeline_loads(load, tmp_path):
         ("  a: ", "  ../c: {recipe: a.yaml}\n  a: ", "r.yaml:3: stages.../c: ", ["letters, digits"]),
         ("output_dir: r", "output_dir: ''", "r.yaml:1: output_dir: ", []),
         ("set: {teacher.model: x}", "set: 3", "r.yaml:4: stages.b.set: ", ["found 3", "a mapping"]),
-        ("{recipe: a.yaml}", "{}", "r.yaml:3: stages.a: ", ["has a recipe, or a file of llmkd make"]),
+        (
+            "{recipe: a.yaml}",
+            "{}",
+            "r.yaml:3: stages.a: ",
+            ["has a recipe, or in its place a file of llmkd make (make:) or a recipe whose caches are written"],
+        ),
         ("{recipe: a.yaml}", "{recipe: a.yaml, st: {}}", "r.yaml:3: stages.a.st", ["did you mean stages.a.set"]),
         ("[b]", "[]", "r.yaml:6: students: ", []),
     ],

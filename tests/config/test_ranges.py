@@ -38,6 +38,7 @@ AROUND = {
         "validation": {"every": 1},
         "data": {"train": {"path": "t.jsonl"}, "validation_fraction": 0.1},
     },
+    "data.features": {"task": "classification", "data": {"train": {"path": "t.jsonl", "format": "audio"}, "features": {"kind": "log_mel"}}},
     "on_policy.engine": {"on_policy": {"engine": {"server": SERVER["server"]}}},
 }
 PLAIN = {"output_dir": "o", "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": {"path": "t.jsonl"}}}
