@@ -59,6 +59,12 @@ def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             ("data.features", "student.architecture"),
             f"not given, and builtin_cnn has no way of its own to read files: give kind: {kind}",
         )
+    if recipe.student.architecture and formats & {"audio", "image"} and not (features or new):
+        yield (
+            ("student.architecture", "data.train"),
+            f"found {recipe.student.architecture.get('model_type')} with rows of sounds or images, and nothing says how new weights of it read files; "
+            "use builtin_cnn with data.features, or name student.model, a folder with preprocessor_config.json",
+        )
     if recipe.student.architecture and features and not new:
         kind = recipe.student.architecture.get("model_type")
         yield ("data.features", "student.architecture"), f"set for {kind}, which has a way of its own to read files; leave it out"

@@ -34,6 +34,17 @@ def task_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]
 def _classification(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is of texts that are continued, or has not been made for classifiers."""
     student, data, loss, train = recipe.student, recipe.data, recipe.loss, recipe.train
+    (first, of_first), *others = [
+        (path, source.format)
+        for setting, value in (("data.train", data.train), ("data.validation", data.validation))
+        for path, source in with_setting_names(value, setting)
+    ] or [("data.train", "")]
+    for path, found in others:
+        if found != of_first:
+            yield (
+                (f"{path}.format", f"{first}.format"),
+                f"found {found} with {first}.format: {of_first}; one classifier reads rows of one format",
+            )
     why = {
         "data.packing": (data.packing, "a classifier reads one text a row; set it to false"),
         "data.streaming": (data.streaming, "the classes are known when all rows are read; set it to false"),

@@ -52,6 +52,10 @@ class Examples(Protocol):
     def described(self) -> str:
         """What they are, in a few words."""
 
+    @property
+    def one_input(self) -> bool:
+        """Whether teachers read what the student reads."""
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
@@ -202,6 +206,10 @@ class TokenExamples(Weighed):
             if (own != 1).any():
                 found[name] = float(np.abs(own.astype(np.float64)).sum()), int((own != 0).sum())
         return found
+
+    @property
+    def one_input(self) -> bool:
+        return self.teacher_view is None
 
     @property
     def described(self) -> str:

@@ -81,6 +81,10 @@ class LabelledExamples(Weighed):
         return self.lengths if self.of_teacher is None else np.maximum(self.lengths, self.of_teacher.lengths)
 
     @property
+    def one_input(self) -> bool:
+        return self.of_teacher is None and not self.clean
+
+    @property
     def described(self) -> str:
         found = np.bincount(self.labels, minlength=len(self.names))
         some = [f"{name} {count:,}" for name, count in zip(self.names, found.tolist(), strict=True)]
@@ -150,9 +154,10 @@ class LabelledExamples(Weighed):
         from .collate import position_keys
 
         read, keys = inputs.batch(indices or [0], draw), None
-        if dropout and draw and inputs.positions:
-            of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), inputs.lengths[i]) for i in indices or [0]]
-            keys = torch.from_numpy(inputs.padded(of_each, [own[0] for own in of_each]))
+        if dropout and draw:
+            lengths = inputs.lengths if inputs.positions else np.ones(len(self), np.int64)
+            of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), lengths[i]) for i in indices or [0]]
+            keys = torch.from_numpy(inputs.padded(of_each, [own[0] for own in of_each]) if inputs.positions else np.stack(of_each))
         return View(read, torch.arange(len(indices)), None, keys, given=1)
 
 

@@ -42,7 +42,6 @@ class SequenceExamples(Weighed):
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     of_teacher: Inputs | None = None
     clean: bool = False
-    teacher_view = None  # a context, which no encoder reads
 
     def __post_init__(self):
         if self.source is None:
@@ -66,6 +65,10 @@ class SequenceExamples(Weighed):
     @property
     def max_lengths(self) -> np.ndarray:
         return self.lengths if self.of_teacher is None else np.maximum(self.lengths, self.of_teacher.lengths + np.diff(self.offsets))
+
+    @property
+    def one_input(self) -> bool:
+        return self.of_teacher is None and not self.clean
 
     @property
     def described(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..batch import View
 from ..console import warn
 from ..errors import UserError, brief
-from ..head import Head, Passed
+from ..head import Head, Passed, widen
 from ..signals import NO_TAPS, Taps
 from .kinds import refuse_few_rows
 from .model import Model, ModelOutputs
@@ -51,9 +51,12 @@ class Classifier(Model):
     def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
         """Hidden states of a layer are the mean over the positions of an example, without padding."""
         self.set_active_adapter()
-        if self.dropout_masks:  # of what has a row for each example the key of its first position
-            first_B = torch.arange(view.B, device=view.rows_N.device) * view.shape[1] if len(view.shape) > 1 else view.rows_N
+        if self.dropout_masks and view.keys is not None and tuple(view.keys.shape) == view.shape:
+            # Of text: a key for each position. What has a row for each example has the key of its first position.
+            first_B = torch.arange(view.B, device=view.rows_N.device) * view.shape[1]
             self.dropout_masks.begin(dataclasses.replace(view, rows_N=first_B))
+        elif self.dropout_masks:
+            self.dropout_masks.begin_examples(view)
         with (
             torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None),
             _tapped(self.base_model, taps.layers) as states,
@@ -68,7 +71,8 @@ class Classifier(Model):
         return {name: x for name, x in wide.items() if name in known or name not in _MAY_BE_LEFT_OUT}
 
     def _mean(self, x_BTH: Tensor, view: View) -> Tensor:
-        """The mean over an example's positions [B, H]."""
+        """The mean over an example's positions [B, H], in at least float32."""
+        x_BTH = widen(x_BTH)
         mask, T = view.inputs.get("attention_mask"), x_BTH.shape[1]
         if mask is not None and mask.shape[1] != T:
             shorter = getattr(self.base_model, "_get_feature_vector_attention_mask", None)  # of families that shorten sound
@@ -100,14 +104,14 @@ class ClassifierKind:
 
     auto     the name of transformers' class that loads the models
     names    of the classes
-    tokens   entries of the tokenizer; None where none reads the data
+    tokens   entries of the student's tokenizer, and of the teachers'; None where none reads the data
     pad      the token of padding, of which some families must know
     examples to be tried on, as `data.examples.Examples`; None where nothing is tried
     """
 
     auto: str
     names: tuple[str, ...]
-    tokens: int | None = None
+    tokens: tuple[int, int] | None = None
     pad: int | None = None
     examples: Any = None
     wrapper = Classifier
@@ -117,7 +121,7 @@ class ClassifierKind:
         return "SEQ_CLS" if self.auto == "AutoModelForSequenceClassification" else None
 
     def architecture(self, vocab: int) -> dict:
-        text = {"vocab_size": self.tokens, "pad_token_id": self.pad} if self.tokens else {}
+        text = {"vocab_size": self.tokens[0], "pad_token_id": self.pad} if self.tokens else {}
         return text | labelled(self.names)
 
     def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
@@ -140,7 +144,7 @@ class ClassifierKind:
         if (found := base_of(model).config.num_labels) != vocab:
             raise UserError(f"{setting}: has {found} classes, and the data {vocab}; they do not belong together")
         if self.tokens:
-            refuse_few_rows(base_of(model), self.tokens, setting)
+            refuse_few_rows(base_of(model), self.tokens[not setting.startswith("student")], setting)
 
     def checked(self, model: Classifier, setting: str, packing: int = 0, implementation: str = "auto") -> Classifier:
         """The logits of a small batch are finite, one for each class, and those of an example alone."""

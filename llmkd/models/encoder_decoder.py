@@ -76,15 +76,18 @@ class EncoderDecoder(Model):
         self.set_active_adapter()
         if self.dropout_masks:
             self.dropout_masks.begin_examples(view)
-        with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden_BTH = self.decoded(self.encoded(view.inputs), view.inputs[DECODER_IDS])[0]
+        hidden_BTH = self.decoded(self.encoded(view.inputs), view.inputs[DECODER_IDS])[0]
         return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), {}, {})
+
+    def _casting(self) -> torch.autocast:
+        """In all passes, so that states that are kept are the same whichever pass has computed them."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def encoded(self, inputs: dict[str, Tensor]) -> Encoded:
         """The encoder's states of a batch's sources; `inputs` as of a view."""
         read = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items() if name != DECODER_IDS}
         encoder = self.base_model.get_encoder()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains):
+        with self._casting(), torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains):
             states = self.states if "attention_mask" not in read else None
             encode = lambda inputs: _called(encoder, inputs)[0]  # noqa: E731
             return Encoded(states(read, encode) if states else encode(read), read.get("attention_mask"))
@@ -99,10 +102,12 @@ class EncoderDecoder(Model):
             from transformers.modeling_outputs import BaseModelOutput
 
             given = {"encoder_outputs": BaseModelOutput(last_hidden_state=source.states_BSH), "attention_mask": source.mask}
-            out = self.base_model(**{DECODER_IDS: ids_BT}, **given, **before)
+            with self._casting():
+                out = self.base_model(**{DECODER_IDS: ids_BT}, **given, **before)
             return out.logits, out.get("past_key_values")
         given = {"encoder_hidden_states": source.states_BSH, "encoder_attention_mask": source.mask}
-        out = _called(self.base_model.get_decoder(), {"input_ids": ids_BT} | given | before)
+        with self._casting():
+            out = _called(self.base_model.get_decoder(), {"input_ids": ids_BT} | given | before)
         return out[0], out.get("past_key_values")
 
     def depth(self, setting: str) -> int:

@@ -32,12 +32,13 @@ class ClassProcessor(Processor, Protocol):
     """A `Processor` of rows with a label.
 
     auto, pipeline   the names of transformers' class that loads the models, and of the pipeline that uses them
-    tokens, pad      entries of the tokenizer, and its token of padding; None where none reads the rows
+    tokens           entries of the student's tokenizer, and of the teachers'; None where none reads the rows
+    pad              the token of padding of the student's
     """
 
     auto: str
     pipeline: str
-    tokens: int | None
+    tokens: tuple[int, int] | None
     pad: int | None
 
     def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
@@ -77,6 +78,7 @@ class Classification:
         return ClassMeasures(processor.labels)
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> ClassProcessor:
+        refuse_several_answers(models.configs)
         names = class_names(models.student, rows["data.train"])
         refuse_other_labels(names, models)
         (form,) = {source.format for source in as_tuple(data.train)}
@@ -159,6 +161,16 @@ def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str,
             f"data.train: its rows have {len(names)} class, {listed(names)}, and there is nothing to tell apart; give rows of two or more"
         )
     return names
+
+
+def refuse_several_answers(configs: dict[str, dict]) -> None:
+    """UserError for a model whose outputs are no distribution over its classes. `configs`: by setting."""
+    for setting, config in configs.items():
+        if (found := config.get("problem_type")) not in (None, "single_label_classification"):
+            raise UserError(
+                f"{setting}: its config.json says problem_type: {found}, and here one class of several is right; use a model with "
+                "single_label_classification"
+            )
 
 
 def refuse_other_labels(names: tuple[str, ...], models: FoundModels) -> None:

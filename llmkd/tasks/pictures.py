@@ -65,7 +65,7 @@ class PictureInputs:
                     f"{self.places[i]}: the file was changed while the run reads it; write it back, and continue with --resume"
                 )
             pictures.append(picture.pixels)
-        return dict(self.reader(pictures, return_tensors="pt"))
+        return dict(self.reader(pictures, return_tensors="pt", input_data_format="channels_last"))  # else an image 3 pixels high is turned
 
 
 def read_pictures(rows: Sequence[dict], column: str, places: Sequence[str], reader: Any) -> PictureInputs:

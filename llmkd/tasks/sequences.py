@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,7 +84,13 @@ class TextToText:
     name = "text_to_text"
 
     def measures(self, processor: SequenceProcessor, validation: Validation) -> ErrorRates:
-        return ErrorRates(processor, validation.error_rates, validation.micro_batch_size)
+        rates, given = validation.error_rates, len(processor.frame.given)
+        if rates and given + rates.max_tokens > processor.longest:
+            raise UserError(
+                f"validation.error_rates.max_tokens: found {rates.max_tokens}, which with the {given} tokens that every target begins with is more than "
+                f"the models' {processor.longest} positions; use at most {processor.longest - given}"
+            )
+        return ErrorRates(processor, rates, validation.micro_batch_size)
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> SequenceProcessor:
         refuse_too_few_positions(data, models.configs)
@@ -160,7 +165,7 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
                 f"{setting}: its targets begin and end with {its}, and the student's with {ours}; both are to predict the same tokens: "
                 "set data.target_prefix, or use a model of the same kind"
             )
-    longest = min(one.get("max_target_positions") or _ANY for one in models.configs.values())
+    longest = min(one.get("max_target_positions") or one.get("max_position_embeddings") or _ANY for one in models.configs.values())
     return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest
 
 
@@ -168,7 +173,11 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
     """The examples of a source: those whose source and target are not too long."""
     own, theirs, kept, counts = processor.inputs(read, data, setting)
     texts = [processor.source_and_target(read.rows[i])[1] for i in kept]
-    most = min(data.max_length, processor.longest)
+    most, given = min(data.max_length, processor.longest), len(processor.frame.given)
+    if most <= given:
+        raise UserError(
+            f"data.max_length: found {data.max_length}, and the {given} tokens that every target begins with leave no place in {most}; raise it"
+        )
     found, problems, fits = sequences(texts, processor.reader, processor.frame), ErrorCollector(), []
     for n, (ids, _) in enumerate(found):
         place, empty = read.places[kept[n]], not texts[n].strip()
@@ -237,7 +246,3 @@ def refuse_decoders_alone(task: str, configs: dict[str, dict]) -> None:
 
 #: Families whose configurations need not say that they are encoder-decoder models.
 _BY_DEFAULT = ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "speech_to_text", "moonshine")
-
-
-def perplexity(means: dict[str, float]) -> float:
-    return math.exp(min(means["ce"], 700))

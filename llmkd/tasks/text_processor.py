@@ -39,8 +39,8 @@ class TextProcessor:
         return len(self.labels)
 
     @property
-    def tokens(self) -> int:
-        return len(self.reader)
+    def tokens(self) -> tuple[int, int]:
+        return len(self.reader), len(self.reader if self.teacher is None else self.teacher)
 
     @functools.cached_property
     def provenance(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -219,7 +220,7 @@ def measured_scales(
         micro = micro.to(accelerator.device)
         signal = teacher(micro) if teacher else None
         for k, distiller in measured.items():
-            torch.manual_seed(derived_seed(seed, step.number, accelerator.process_index, i))
+            reseed(derived_seed(seed, step.number, accelerator.process_index, i))
             for name, w_N in distiller(micro, signal).weights.items():
                 masses[k, name] = masses.get((k, name), 0.0) + w_N.double().abs().sum()
     scales = {k: dict(counts.scale) for k in measured}
@@ -237,6 +238,12 @@ def read_masses(masses: dict[tuple[int, str], Tensor], accelerator) -> dict[tupl
     return dict(zip(masses, sums.tolist(), strict=True))
 
 
+def reseed(seed: int) -> None:
+    """Let what a forward pass draws follow from `seed`: of torch's generator, and of numpy's, from which speech models draw SpecAugment's masks."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def forward_backward(
     micro: Batch, active: dict[int, StudentState], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
 ) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -245,7 +252,7 @@ def forward_backward(
     micro = micro.to(accelerator.device)
     signal, found = for_students(teacher(micro), len(active)) if teacher else None, {}
     for k, student in active.items():
-        torch.manual_seed(seed)
+        reseed(seed)
         with student.strategy.exchanging(student.distiller, accelerator, now=sync):
             loss = student.distiller(micro, signal)
             accelerator.backward(loss.total * factor)

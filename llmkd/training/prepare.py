@@ -104,6 +104,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
         refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])
     task = task_named(recipe.task)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
+    task.measures(processor, recipe.validation)  # refuses what cannot be measured
     models = dataclasses.replace(models, student=task.student_files(models.student, processor))
     vocab = processor.vocab
     teachers = tuple(with_answers(teacher, recipe.data, processor.reader, vocab) for teacher in models.teachers)

@@ -37,7 +37,7 @@ def refuse_nothing_to_learn(teacher: Teacher | tuple[Teacher, ...] | None, kd_ra
     """UserError where the teacher is the student's average, begins as it, reads what it reads, and is all that the student learns from: no step
     would change anything. `train`: all examples, or those of a stream's first step."""
     for setting, one in with_setting_names(teacher, "teacher"):
-        if one.ema is not None and kd_ratio == 1 and train.teacher_view is None and not streaming:
+        if one.ema is not None and kd_ratio == 1 and train.one_input and not streaming:
             raise UserError(
                 f"{setting}.ema: set with loss.kd_ratio 1 and rows without a teacher_context: the teacher begins as the student and says what the student says, so nothing "
                 "is learnt; give rows a teacher_context, or lower loss.kd_ratio"

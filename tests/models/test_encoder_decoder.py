@@ -174,6 +174,17 @@ def test_kept_states_are_computed_once_for_student_and_teacher():
     assert teacher.states is None
 
 
+def test_states_that_generation_keeps_are_those_of_training():
+    """With bfloat16 products too: else a resumed run, which has not written the same texts before, would train on others."""
+    plain = tiny("whisper").float()
+    view = examples("whisper").batch([0]).student.each(lambda x: x.float() if x.is_floating_point() else x)
+    model = EncoderDecoder(plain.requires_grad_(False), V, autocast=torch.bfloat16).eval()
+    want, exact = model.hidden(view), model.replaced(autocast=None).hidden(view)
+    keep_states([model], [], 3)
+    greedy(model, view.inputs, [2], END, 2)
+    assert torch.equal(model.hidden(view), want) and not torch.equal(exact, want)
+
+
 def test_an_encoder_that_does_not_train_is_in_eval_mode_and_keeps_nothing():
     model = EncoderDecoder(tiny("bart"), V).train()
     assert model.base_model.get_encoder().training

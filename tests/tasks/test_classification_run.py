@@ -209,6 +209,14 @@ WRONG = {
     "packing": ({"data__packing": True}, "data.packing: set with task: classification"),
     "attention": ({"loss__attention": {}, "teacher__model": "t"}, "loss.attention: set with task: classification"),
     "shard": ({"train__shard": "full"}, "train.shard: set with task: classification"),
+    "formats": (
+        {"data__validation": {"path": "birds", "format": "audio"}},
+        "data.validation.format: found audio with data.train.format: labelled",
+    ),
+    "new sound": (
+        {"data": {"train": {"path": "builtin:sounds", "format": "audio"}}, "validation": {}, "checkpoint": {}},
+        "student.architecture: found bert with rows of sounds or images, .* builtin_cnn",
+    ),
     "server": ({"teacher__server": "http://x:1"}, "teacher.server: set with task: classification"),
     "best": (
         {"task": "causal_lm", "data__train__format": "text", "data__train__name": "prose", "data__validation": None},
@@ -270,6 +278,7 @@ def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
         ({"id2label": {str(i): name for i, name in enumerate(reversed(names))}}, "its classes are in another order than the student's"),
         ({"id2label": {str(i): f"LABEL_{i}" for i in range(8)}}, "write teacher.model's names as id2label"),
         ({"id2label": {str(i): f"other {i}" for i in range(8)}}, "its classes are others than the student's"),
+        ({"problem_type": "multi_label_classification"}, "teacher.model: its config.json says problem_type: multi_label_classification"),
         ({"architectures": ["BertModel"]}, "has no head of a classifier; train it"),
     ):
         shutil.copytree(teacher / "model", tmp_path / "model", dirs_exist_ok=True)
@@ -278,6 +287,24 @@ def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
         (tmp_path / "model/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
             prepare(recipe("refused", teacher__model=str(tmp_path / "model")))
+
+
+def test_a_number_and_its_digits_are_one_class(recipe, tmp_path):
+    """Of files that write labels otherwise."""
+    from llmkd.training.prepare import prepare
+
+    rows = [{"text": text, "label": label} for text, label in (("a", 1), ("b", "1"), ("c", 0), ("d", 10), ("e", 2))]
+    file = {"path": str(rows_of(tmp_path / "rows.jsonl", *rows)), "format": "labelled"}
+    train = prepare(recipe("digits", data__train=file, data__validation=None, validation__every=None, checkpoint__best_by=None)).train
+    assert train.names == ("0", "1", "10", "2") and train.labels.tolist() == [1, 1, 0, 2, 3]
+
+
+def test_a_teacher_that_is_the_students_average_needs_another_input(recipe, teacher):
+    from llmkd.training.prepare import prepare
+
+    given = {"student__architecture": None, "student__tokenizer": None, "student__model": str(teacher / "model"), "loss__kd_ratio": 1.0}
+    with pytest.raises(UserError, match=r"teacher.ema: set with loss.kd_ratio 1"):
+        prepare(recipe("averaged", **given, teacher={"ema": 0.9}))
 
 
 def test_long_texts_and_pairs(recipe, tmp_path):
@@ -327,6 +354,8 @@ def test_a_model_and_a_teacher_with_tokenizers_of_their_own(recipe, bert, folder
     found = classify([{"text": row["text"], "text_pair": row["text_pair"]} for row in rows[:2]], top_k=None)
     q = np.array([[one["score"] for one in sorted(of, key=lambda one: one["label"])] for of in found])
     assert -np.log(np.diag(q)).mean() == pytest.approx(summary["validation"]["ce"], abs=1e-5)
+    smaller = run(recipe("smaller", **given, teacher__model=str(folder / "pairs/adapter"), train__max_steps=1))
+    assert smaller["validation"]["teacher_ce"] == pytest.approx(summary["validation"]["ce"], abs=1e-5)  # of a teacher with fewer tokens
 
 
 @pytest.mark.slow

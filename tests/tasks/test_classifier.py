@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torch.nn import functional as F
 
+from llmkd.config.recipe import Loss, Optim
 from llmkd.data.collate import select_examples
 from llmkd.data.dataset import Dataset
 from llmkd.data.examples import Draw, concat
@@ -23,7 +25,9 @@ from llmkd.models.lora import Lora, add_lora
 from llmkd.signals import Dense, Taps
 from llmkd.tasks.classification import refuse_unknown_classes
 from llmkd.teachers.live import LiveTeacher
+from llmkd.training.build import build_student
 from llmkd.training.distiller import Distiller
+from llmkd.training.loop import forward_backward
 
 NAMES = ("bad", "fine", "good", "best")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -169,13 +173,13 @@ def test_other_divergences_and_weights(name):
     assert found.total.item() == pytest.approx(expected.item(), abs=1e-9)
 
 
-@pytest.mark.parametrize(("family", "left"), [("bert", False), ("llama", False), ("llama", True)])
+@pytest.mark.parametrize(("family", "left"), [("bert", False), ("llama", False), ("llama", True), ("vit", False)])
 def test_padding_and_cuts_do_not_matter_also_with_dropout_in_the_adapter(family, left):
-    auto = "AutoModelForSequenceClassification"
-    data = dataclasses.replace(examples(auto), inputs=texts(left=left))
+    auto = "AutoModelForImageClassification" if family == "vit" else "AutoModelForSequenceClassification"
+    data = examples(auto) if family == "vit" else dataclasses.replace(examples(auto), inputs=texts(left=left))
     changes = {"model_type": family, "num_key_value_heads": 1} if family == "llama" else {}
     base = model_of(auto, 0, **changes)
-    model = add_lora(base, Lora(rank=2, dropout=0.5), None, kind="SEQ_CLS", copies=head_modules(base))
+    model = add_lora(base, Lora(rank=2, dropout=0.5), None, kind=None if family == "vit" else "SEQ_CLS", copies=head_modules(base))
     follow_examples(model)
     torch.manual_seed(3)
     for name, p in model.named_parameters():
@@ -195,6 +199,22 @@ def test_padding_and_cuts_do_not_matter_also_with_dropout_in_the_adapter(family,
     close = 1e-5 if left else 1e-12  # rotary embeddings of shifted positions round otherwise
     assert (gradients([[2], [5, 1], [0, 3, 4]]) - whole).abs().max() < close
     assert (gradients([range(6)], step=2) - whole).abs().max() > 1e-3
+
+
+def test_spec_augment_follows_the_seed():
+    """Its masks are numpy's, whose generator anything may have moved."""
+    auto = "AutoModelForAudioClassification"
+    model = Classifier(model_of(auto, 0, mask_time_prob=0.6, mask_time_length=2), 4).train()
+    accelerator, batch = Accelerator(cpu=True), examples(auto).batch(range(6), Draw(0, 0, 1))
+    state = build_student(Loss(kd_ratio=0.0), Optim(), model, 1, accelerator)
+
+    def gradients(seed):
+        model.zero_grad(set_to_none=True)
+        forward_backward(batch, {0: state}, None, seed, 1.0, accelerator, True)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    one = gradients(2**62 + 5)
+    assert torch.equal(gradients(2**62 + 5), one) and not torch.equal(gradients(2**62 + 6), one)
 
 
 @pytest.mark.parametrize("auto", KINDS)

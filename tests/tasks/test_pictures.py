@@ -25,6 +25,11 @@ def test_pixels_are_colours_from_minus_one_to_one_and_each_model_has_its_process
     assert np.abs(mine["pixel_values"][0].numpy() - (values / 127.5 - 1).transpose(2, 0, 1)).max() < 1e-6
     assert theirs["pixel_values"].shape == (1, 3, 4, 4) and inputs.joined([inputs, inputs]).lengths.tolist() == [1, 1]
     assert inputs.content(0) != replace(inputs, reader=teacher).content(0)
+    low, out = np.random.default_rng(1).integers(0, 256, (3, 8, 3), np.uint8), io.BytesIO()  # as many pixels high as there are colours
+    Image.fromarray(low).save(out, "PNG")
+    student.size = {"height": 3, "width": 8}
+    (found,) = read_pictures([{"image": out.getvalue()}], "image", ["f.parquet:1"], student).batch([0], None)["pixel_values"]
+    assert np.abs(found.numpy() - (low / 127.5 - 1).transpose(2, 0, 1)).max() < 1e-6
     with pytest.raises(UserError, match="teacher.model: .* has no preprocessor_config.json"):
         find_image_processor(tmp_path / "none", None, "teacher.model")
 

@@ -17,7 +17,7 @@ def label_names(rows: Sequence[Rows]) -> tuple[str, ...]:
     """The names of all classes of some rows, sorted: as numbers where all are whole numbers, else as text."""
     found = {row["label"] for read in rows for row in read.rows}
     numbers = all(isinstance(label, int) for label in found)
-    return tuple(str(label) for label in sorted(found, key=None if numbers else str))
+    return tuple(str(label) for label in sorted(found)) if numbers else tuple(sorted({str(label) for label in found}))
 
 
 def is_default(names: Sequence[str]) -> bool:

@@ -32,6 +32,20 @@ FAULTS = [
     *in_file(
         "llmkd/models/classifier.py",
         (
+            "one-tokenizer-for-all",
+            "a teacher's embedding is compared with the student's tokenizer",
+            'self.tokens[not setting.startswith("student")]',
+            "self.tokens[0]",
+            f"{RUN}::test_a_model_and_a_teacher_with_tokenizers_of_their_own",
+        ),
+        (
+            "masks-of-the-batch",
+            "dropout in an adapter of an image model follows the micro-batch",
+            "            self.dropout_masks.begin_examples(view)\n",
+            "            self.dropout_masks.begin_examples(dataclasses.replace(view, keys=None))\n",
+            STEP,
+        ),
+        (
             "rows-not-chosen",
             "logits are not those of the targets",
             "logits_BC.index_select(0, view.rows_N)",

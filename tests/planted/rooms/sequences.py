@@ -42,6 +42,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/models/encoder_decoder.py",
+        (
+            "encoder-without-a-cast",
+            "states that are kept depend on the pass that has computed them",
+            "with self._casting(), torch.set_grad_enabled",
+            "with torch.set_grad_enabled",
+            STEP,
+        ),
         ("looking-ahead-unseen", "a decoder that sees later tokens is used", "other_BT[:, -1] + 1", "other_BT[:, -1] + 0", STEP),
         ("frozen-encoder-drops", "a frozen encoder is in training mode", "self.base_model.get_encoder().eval()", "pass", STEP),
         (

@@ -146,15 +146,22 @@ FAULTS = [
         (
             "random-state-goes-on",
             "a model's own dropout draws from the process's random state",
-            "        torch.manual_seed(seed)\n        with student",
+            "        reseed(seed)\n        with student",
             "        with student",
             f"{PASSES} {RESUME}::test_resume_at_every_step",
         ),
         (
+            "numpys-state-goes-on",
+            "SpecAugment's masks are drawn from the process's random state",
+            "    np.random.seed(seed % 2**32)\n",
+            "",
+            "tasks/test_classifier.py::test_spec_augment_follows_the_seed",
+        ),
+        (
             "one-seed-for-all-students",
             "a student's masks follow from what the student before it drew",
-            "    for k, student in active.items():\n        torch.manual_seed(seed)\n",
-            "    torch.manual_seed(seed)\n    for k, student in active.items():\n",
+            "    for k, student in active.items():\n        reseed(seed)\n",
+            "    reseed(seed)\n    for k, student in active.items():\n",
             PASSES,
         ),
         (
