@@ -65,19 +65,24 @@ class FileProcessor:
 
     def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
         """What student and teachers read of a source's rows, None where it is the same, the rows' numbers, and counts."""
+        trained = np.array([i for i, row in enumerate(read.rows) if row.get("train") is not False], np.int64)
+        rows, places = [read.rows[i] for i in trained], [read.places[i] for i in trained]
+        if not rows:
+            raise UserError(f"{setting}: all of its {len(read.rows)} rows are marked as not trained on; check the rows")
+        counts = {"rows": len(read.rows), "marked": len(read.rows) - len(rows)}
         if self.media == "image":
-            own, kept = read_pictures(read.rows, "image", read.places, self.reader), np.arange(len(read.rows))
+            own = read_pictures(rows, "image", places, self.reader)
             theirs = None if self.teacher is None else replace(own, reader=self.teacher)
-            return own, theirs, kept, {"rows": len(kept), "examples": len(kept), "targets": len(kept)}
-        sounds, rate = read_sounds(read.rows, "audio", read.places, self._workers(data), setting), self.rate
+            return own, theirs, trained, counts | {"examples": len(rows), "targets": len(rows)}
+        sounds, rate = read_sounds(rows, "audio", places, self._workers(data), setting), self.rate
         limits = [limit for one in (self.reader, self.teacher) if one is not None and (limit := limit_of(one, rate)) is not None]
-        used = fitting(sounds.num_samples, min(limits, default=None), rate, data.too_long, read.places.__getitem__, setting)
-        kept, sounds = np.flatnonzero(used), sounds.take(np.flatnonzero(used))
+        used = fitting(sounds.num_samples, min(limits, default=None), rate, data.too_long, places.__getitem__, setting)
+        kept, sounds = trained[used], sounds.take(np.flatnonzero(used))
         if not len(kept):
             raise UserError(
                 f"{setting}: all of its {len(used)} clips are longer than {min(limits) / rate:g} s; set data.too_long: truncate, or cut them"
             )
-        counts = {"rows": len(used), "too_long": int((~used).sum()), "examples": len(kept), "targets": len(kept)}
+        counts |= {"too_long": int((~used).sum()), "examples": len(kept), "targets": len(kept)}
         return SoundInputs(sounds, self.reader), None if self.teacher is None else SoundInputs(sounds, self.teacher), kept, counts
 
     @property

@@ -84,11 +84,11 @@ class TextToText:
     name = "text_to_text"
 
     def measures(self, processor: SequenceProcessor, validation: Validation) -> ErrorRates:
-        rates, given = validation.error_rates, len(processor.frame.given)
-        if rates and given + rates.max_tokens > processor.longest:
+        rates, most = validation.error_rates, processor.longest - len(processor.frame.given) + 1  # nothing is predicted from the last one
+        if rates and rates.max_tokens > most:
             raise UserError(
-                f"validation.error_rates.max_tokens: found {rates.max_tokens}, which with the {given} tokens that every target begins with is more than "
-                f"the models' {processor.longest} positions; use at most {processor.longest - given}"
+                f"validation.error_rates.max_tokens: found {rates.max_tokens}, and the models' {processor.longest} positions have place for {most} "
+                f"after the tokens that every target begins with; use at most {most}"
             )
         return ErrorRates(processor, rates, validation.micro_batch_size)
 

@@ -202,3 +202,13 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(birds, tmp_path, cha
     with pytest.raises(UserError) as caught:
         prepare(made(root, tmp_path / "out", **changes))
     assert says in str(caught.value)
+
+
+def test_a_row_that_is_marked_as_not_trained_on_is_none(birds, tmp_path, capsys):
+    files = sorted((birds / "train").glob("*/*.wav"))
+    rows = [{"audio": str(file), "label": file.parent.name, "train": i != 4} for i, file in enumerate(files)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(made(birds, tmp_path / "out", data__train__path=str(tmp_path / "rows.jsonl")))
+    assert prepared.train.row.tolist() == [i for i in range(12) if i != 4] and prepared.places[4].endswith(":6")
+    assert prepared.train.labels.tolist() == [CLASSES.index(row["label"]) for i, row in enumerate(rows) if i != 4]
+    assert "1 marked as not trained on, dropped" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from ...config.data import FORMATS, Source
 from ...errors import UserError
 from .files import BadRow, Records
 from .problems import ErrorCollector
+from .turn_marks import row_mark
 from .values import check_text, kind, opened
 
 #: Endings of the files that folders are searched for, by the column of the format.
@@ -93,9 +94,9 @@ def media_of(value: Any, place: str) -> Path | bytes:
 
 
 def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter) -> Any:
-    """The row's file and label under the format's own names. Its errors are added to `problems`, the columns that are not read to `unread`.
+    """The row's file and label under the format's own names, and `train: False` where it is marked as not trained on.
 
-    A label is a text or a whole number.
+    Its errors are added to `problems`, the columns that are not read to `unread`. A label is a text or a whole number.
     """
     row_format = FORMATS[source.format]
     if not isinstance(row, dict):
@@ -110,11 +111,13 @@ def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollect
             f"{place}: no {named}; found {', '.join(map(repr, row))}; set fields: {{{fields}}} if it has another name", alike=f"no {named}"
         )
         return row
-    if source.pattern is None:  # its groups are for people and for where
-        unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where} if row[name] is not None)
     found = {column: row[name] for column, name in theirs.items()}
+    if source.pattern is None:  # its groups are for people and for where
+        trained, marks = row_mark(row, set(theirs.values()), source, place, problems)
+        unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where, *marks} if row[name] is not None)
+        found |= {"train": False} if trained is False else {}
     for column, value in found.items():
-        if row_format.row[column].kind != "label":
+        if column not in row_format.row or row_format.row[column].kind != "label":
             continue
         if isinstance(value, str) and value.strip():
             check_text(value, f"{place}: {theirs[column]}", problems)

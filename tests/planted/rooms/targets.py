@@ -118,7 +118,7 @@ FAULTS = [
         "rule-divided-after-other-dropout",
         "sums of weights are measured with other dropout than the step has",
         "llmkd/training/loop.py",
-        "            torch.manual_seed(derived_seed(seed, step.number, accelerator.process_index, i))\n",
+        "            reseed(derived_seed(seed, step.number, accelerator.process_index, i))\n",
         "",
         f"{RULED}::test_it_goes_on_to_the_last_bit",
     ),
