@@ -36,8 +36,9 @@ def relative_gap(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
 
 def hidden_and_gradients(model, view: View) -> list[Tensor]:
     """Hidden states [N, H] of a `LanguageModel` at the view's rows, and, where it trains, the gradients of the sum of their cosines: of sharded
-    parameters this process's parts, those without a row left out. No gradient is left behind."""
+    parameters this process's parts, those without a row left out. Gradients from before are not counted, and none is left behind."""
     parameters = list(model.trainable().values())
+    model.zero_grad(set_to_none=True)
     with torch.set_grad_enabled(bool(parameters)):
         hidden_NH = model.hidden(view)
         if parameters:  # sharded ones are no leaves of the graph, and get their gradients by a whole backward pass alone

@@ -196,7 +196,7 @@ def test_weights_are_widened_for_a_while_and_rounded_by_half_a_gap_at_most():
 
 
 def test_a_student_that_would_write_on(setup, caught, changed):
-    changed(files, "stopping_at", lambda whole, settings, ends: {"eos_token_id": 5})
+    changed(causal_lm, "stopping_at", lambda whole, settings, ends: {"eos_token_id": 5})
     assert "it would write on after its answer" in caught(setup, ENDS)
 
 

@@ -102,8 +102,8 @@ def test_fsdp2_of_a_config_file_is_the_recipes_setting(make_recipe, monkeypatch)
     monkeypatch.setenv(ASKED, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert as_launched(recipe) == make_recipe(train__shard="full")
-    with pytest.raises(UserError, match=r"^train.compile: found true .*ACCELERATE_USE_FSDP, asks for it"):
-        as_launched(make_recipe(train__compile=True))
+    with pytest.raises(UserError, match=r"^optim.name: found adamw_8bit .*ACCELERATE_USE_FSDP, asks for it"):
+        as_launched(make_recipe(optim__name="adamw_8bit"))
     with unseen():  # or transformers would load the weights on the first process alone
         assert not fsdp2_asked(os.environ)
     assert fsdp2_asked(os.environ)

@@ -25,6 +25,10 @@ CHOICES = {"data.choices.path": "questions.jsonl"}
 SERVER = {"teacher.server": "http://one:8000"}
 ON_POLICY = {"on_policy.share": 0.5}
 AVERAGE = {"teacher": None, "teacher.ema": 0.9, "on_policy.share": 0.5}
+SOUNDS = {f"data.{part}.format": "audio" for part in ("train", "validation")} | {"task": "classification"}
+IMAGES = {f"data.{part}.format": "image" for part in ("train", "validation")} | {"task": "classification"}
+NAMES = r"(?P<label>\d)_(?P<take>\d+)\.wav"
+SPEECH = {f"data.{part}.format": "speech" for part in ("train", "validation")} | {"task": "speech_recognition", "student.freeze": "encoder"}
 ENGINE = ON_POLICY | {"on_policy.engine.server": "http://one:8000"}
 
 #: (settings that both runs have, {setting: (its value before, its value now)}); None stands for null.
@@ -267,6 +271,44 @@ REFUSED = [
     (ON_POLICY | {"on_policy.replay.capacity": 7}, {"on_policy.replay.capacity": (7, 8), "on_policy.replay.ratio": ("decreasing", 0.5)}),
     (ENGINE, {"on_policy.engine.push_every": (1, 2), "on_policy.engine.importance": (None, 2.0)}),
     (AVERAGE, {"teacher.ema": (0.9, 0.99)}),
+    (
+        SOUNDS,
+        {
+            "data.train.pattern": (None, NAMES),
+            "data.validation.pattern": (None, NAMES),
+            "data.features": (None, {"kind": "log_mel", "seconds": 1.0}),
+            "data.augment": (None, {"audio": [{"Shift": {}}]}),
+        },
+    ),
+    (
+        SOUNDS | {"data.features.kind": "log_mel", "data.features.seconds": 1.0},
+        {"data.features.rate": (16_000, 8_000), "data.features.mels": (80, 40), "data.features.seconds": (1.0, 2.0)},
+    ),
+    (
+        SOUNDS | {"data.augment.audio": [{"Shift": {}}]},
+        {"data.augment.audio": ([{"Shift": {}}], [{"Normalize": {}}]), "data.augment.teacher_sees": ("same", "clean")},
+    ),
+    (IMAGES | {"data.features.kind": "pixels", "data.features.size": 32}, {"data.features.size": (32, 64)}),
+    (
+        {"data.train.format": "prompt_completion", "data.validation.format": "prompt_completion"},
+        {"task": ("causal_lm", "text_to_text")},
+    ),
+    (
+        SPEECH,
+        {
+            "student.freeze": ("encoder", None),
+            "data.target_prefix": (None, "<|en|>"),
+            "validation.error_rates": (None, {"limit": 5}),
+        },
+    ),
+    (
+        SPEECH | {"validation.error_rates.limit": 5},
+        {
+            "validation.error_rates.limit": (5, 6),
+            "validation.error_rates.max_tokens": (64, 32),
+            "validation.error_rates.normaliser": ("basic", "none"),
+        },
+    ),
     (ON_POLICY | {"data.train.format": "text"}, {"on_policy.prompt_tokens": (8, 16)}),
     (ON_POLICY | {"loss.divergence": "reverse_kl"}, {"on_policy.long_horizon": (None, {"gamma": 0.9})}),
     (
@@ -337,6 +379,8 @@ ACCEPTED = [
             "on_policy.engine.api_key_env": (None, "KEY"),
         },
     ),
+    (SOUNDS, {"data.workers": (1, 2)}),
+    (SPEECH, {"student.keep_encoded": (None, 5)}),
     ({}, {"train.shard": ("none", "full"), "teacher.shard": (None, "full")}),
     ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
     ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),
@@ -367,6 +411,7 @@ ACCEPTED = [
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
 ONE_VALUE = {"on_policy.engine.api", "data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
+ONE_VALUE |= {"data.features.kind", "data.choices.pattern"}  # another kind is of another format of rows
 ONE_VALUE |= {f"data.choices.loss.{term}" for term in ("ce", "kd", "features", "attention")}
 ONE_VALUE |= {f"data.validation.loss.{term}" for term in ("features", "attention")}
 ONE_VALUE |= {f"data.{part}.{name}" for part in ("validation", "choices") for name in ("divergence", "divergence_options")}
