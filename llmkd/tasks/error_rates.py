@@ -1,11 +1,15 @@
 """What encoder-decoder models are measured by: perplexity, and the error rates of the texts that they write."""
 
+import functools
+import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config.recipe import ErrorRates as Settings
+from ..console import warn
+from ..errors import UserError
 from .metrics.transcripts import Errors, character_errors, word_errors
 
 if TYPE_CHECKING:
@@ -16,13 +20,16 @@ if TYPE_CHECKING:
 
 
 class ErrorRates:
-    """See `Measures`. Rates are over all texts: edits divided by the references' words, or characters."""
+    """See `Measures`. Rates are over all texts: edits divided by the references' words, or characters. UserError where jiwer is missing."""
 
     rows = kept = ()
 
     def __init__(self, processor: Any, settings: Settings | None, micro_batch_size: int):
         self.processor, self.settings, self.micro_batch_size = processor, settings, micro_batch_size
         self.shown = ("wer",) if settings else ()
+        self._said = functools.cache(warn)  # once a run
+        if settings and importlib.util.find_spec("jiwer") is None:
+            raise UserError('validation.error_rates: needs jiwer, which is not installed; pip install "llmkd[audio]"')
 
     def of_rows(self, log_q_nV: "Tensor", labels_n: "Tensor") -> "dict[str, Tensor]":
         return {}
@@ -37,6 +44,12 @@ class ErrorRates:
         import torch
 
         count = min(len(data), self.settings.limit or len(data))
+        longer = int((data.num_targets[:count] - 1 > self.settings.max_tokens).sum())  # without the end token
+        if longer and accelerator.is_main_process:
+            self._said(
+                f"note: validation.error_rates.max_tokens: found {self.settings.max_tokens}, and {longer:,} of {count:,} held-out targets are longer: "
+                "the rest of each counts as errors; raise it"
+            )
         mine = np.arange(accelerator.process_index, count, accelerator.num_processes)
         texts = transcripts(model, data, mine, self.processor, self.settings.max_tokens, self.micro_batch_size, accelerator.device)
         references = [data.texts[i] for i in mine]

@@ -180,6 +180,8 @@ def test_states_that_generation_keeps_are_those_of_training():
     view = examples("whisper").batch([0]).student.each(lambda x: x.float() if x.is_floating_point() else x)
     model = EncoderDecoder(plain.requires_grad_(False), V, autocast=torch.bfloat16).eval()
     want, exact = model.hidden(view), model.replaced(autocast=None).hidden(view)
+    narrow, wide = (one.encoded(view.inputs).states_BSH for one in (model, model.replaced(autocast=None)))
+    assert not torch.equal(narrow, wide)
     keep_states([model], [], 3)
     greedy(model, view.inputs, [2], END, 2)
     assert torch.equal(model.hidden(view), want) and not torch.equal(exact, want)

@@ -1,6 +1,7 @@
 """Runs of encoder-decoder models, from a recipe to the folder that they leave; and what is refused before one."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,9 @@ def recipe(folder):
 
 
 def test_a_speech_student_is_used_by_the_pipeline_and_its_encoder_is_the_teachers(recipe, folder, capsys):
-    speech = run(recipe("speech_recognition", "speech", student__keep_encoded=20))
+    speech = run(recipe("speech_recognition", "speech", student__keep_encoded=20, validation__error_rates__max_tokens=4))
     said = capsys.readouterr().err
+    assert said.count("error_rates.max_tokens: found 4, and 1 of 3 held-out targets are longer") == 1
     assert "encoder layers 0, 1, 2 and decoder layers 0, 2" in said and "its encoder is the student's" in said
     assert "5 from 8,000 Hz" in said and {"wer", "cer"} <= speech["validation"].keys() and speech["best"]["by"] == "wer"
     before, after = (load_file(folder / name / "model.safetensors") for name in ("speech_recognition/whole", "speech/model"))
@@ -118,7 +120,10 @@ def test_what_does_not_go_is_refused_by_name(recipe, task, changes, said):
         recipe("text_to_text" if task == "causal_lm" else task, "refused", **changes, task=task)
 
 
-def test_what_is_refused_of_models_and_rows(recipe, folder):
+def test_what_is_refused_of_models_and_rows(recipe, folder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="validation.error_rates: needs jiwer"):
+        patch.setitem(sys.modules, "jiwer", None)
+        run(recipe("speech_recognition", "refused"))
     with pytest.raises(UserError, match="data.target_prefix: found 'it is', of which 'it' is no control token"):
         run(recipe("text_to_text", "refused", data__target_prefix="it is"))
     (folder / "bad.jsonl").write_text(json.dumps({"audio": "absent.wav", "text": "one"}) + "\n")
