@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,11 @@ class PictureInputs:
         return replace(parts[0], files=files, hashes=hashes, places=places)
 
     def content(self, i: int) -> bytes:
-        return (self.hashes[i] + settings_of(self.reader)).encode()
+        return (self.hashes[i] + self._settings).encode()
+
+    @cached_property
+    def _settings(self) -> str:
+        return settings_of(self.reader)
 
     def shown(self, i: int, reader) -> str:
         return "an image"

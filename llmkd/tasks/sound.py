@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config.media import InputFeatures
+from ..console import warn
+from ..data.audio.log_mel import empty_filters
 from ..data.audio.sounds import Sounds
 from ..data.examples import Draw
 from ..errors import UserError, brief
@@ -41,7 +44,11 @@ class SoundInputs:
         return replace(first, sounds=first.sounds.joined([one.sounds for one in others]))
 
     def content(self, i: int) -> bytes:
-        return (self.sounds.hashes[i] + settings_of(self.reader)).encode()
+        return (self.sounds.hashes[i] + self._settings).encode()
+
+    @cached_property
+    def _settings(self) -> str:
+        return settings_of(self.reader)
 
     def shown(self, i: int, reader) -> str:
         return f"{self.sounds.num_samples[i] / self.sounds.workers.way.rate:.2f} s of sound"
@@ -83,6 +90,11 @@ def find_extractor(folder: Path | None, features: InputFeatures | None, setting:
     if folder is None:
         from ..data.audio.feature_extractor import LogMelFeatureExtractor
 
+        if empty := empty_filters(features.rate, features.mels):
+            warn(
+                f"note: data.features.mels: found {features.mels}, of which {empty} at {features.rate:,} Hz are narrower than what 25 ms tell apart, and "
+                "always silent; lower it"
+            )
         return LogMelFeatureExtractor(features.mels, features.rate, seconds=features.seconds)
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise UserError(

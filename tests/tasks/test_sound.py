@@ -33,6 +33,16 @@ def sounds():
     workers.close()
 
 
+def test_silent_bands_and_clips_that_change_their_length_are_said(capsys):
+    find_extractor(None, InputFeatures("log_mel", rate=8_000, mels=200, seconds=0.2), "student.architecture")
+    way_of(8_000, [{"TimeStretch": {"p": 1.0, "leave_length_unchanged": False}}])
+    said = capsys.readouterr().err
+    assert "data.features.mels: found 200, of which " in said and "data.augment.audio: clips become longer or shorter" in said
+    find_extractor(None, LOG_MEL, "student.architecture")
+    way_of(8_000, [{"PolarityInversion": {"p": 1.0}}])
+    assert not capsys.readouterr().err
+
+
 def test_the_longest_clip_of_each_family():
     assert limit_of(find_extractor(None, LOG_MEL, "student.architecture"), 16_000) == 3_200
     assert (

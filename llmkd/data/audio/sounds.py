@@ -86,5 +86,6 @@ def way_of(rate: int, augment: Sequence[dict], setting: str = "data.augment.audi
     if augment:
         from .augment import Augmentation
 
-        Augmentation(augment, rate, setting)
+        if Augmentation(augment, rate, setting).changes_length:
+            info(f"{setting}: clips become longer or shorter; of one that is then longer than a model reads the end is cut")
     return Way(rate, tuple(augment), setting)
