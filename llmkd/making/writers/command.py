@@ -32,6 +32,7 @@ class ProgramWriter:
         self._lines: queue.SimpleQueue = queue.SimpleQueue()
         self._asks: queue.SimpleQueue = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=1)
+        self._messages: threading.Thread | None = None  # reads its stderr
 
     def check(self) -> None:
         pass
@@ -110,8 +111,12 @@ class ProgramWriter:
                 for line in process.stderr:
                     said.append(printable(line.decode("utf-8", "replace").rstrip())[:300])
 
-        for work in (read_answers, read_messages, write_asks):
-            threading.Thread(target=work, name="llmkd-command", daemon=True).start()
+        started = {
+            work: threading.Thread(target=work, name="llmkd-command", daemon=True) for work in (read_answers, read_messages, write_asks)
+        }
+        for thread in started.values():
+            thread.start()
+        self._messages = started[read_messages]
         return process
 
     def _send(self, ask: Ask) -> None:
@@ -155,6 +160,7 @@ class ProgramWriter:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
             code = None
+        self._messages.join(1)  # its last words may come after the end of its stdout; a process that it has left may keep its stderr open
         said = f"; its last words: {self._said[-1]}" if self._said else ""
         return UserError(
             f"writer.command: {self._name} has ended {f'with exit code {code} ' if code is not None else ''}before it answered all asks{said}; "
