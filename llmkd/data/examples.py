@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from .flat import chosen_from, joined_offsets
+
 if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
     from ..batch import Batch
 
@@ -99,7 +101,13 @@ class Collator(NamedTuple):
 
 
 class Weighed:
-    """What all examples do alike with their weights, and with a choice among themselves."""
+    """What all examples do alike with their weights, and with a choice among themselves. A base of dataclasses, whose fields are those of `Examples`."""
+
+    def __post_init__(self):
+        if self.source is None:
+            self.source = np.zeros(len(self.row), np.int64)
+        if self.teacher_index is None:
+            self.teacher_index = np.full(len(self.row), ALL_TEACHERS, np.int64)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -147,12 +155,6 @@ class TokenExamples(Weighed):
     token_weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [tokens] likewise: further factors of single targets
     collator: Collator = Collator()
 
-    def __post_init__(self):
-        if self.source is None:
-            self.source = np.zeros(len(self.row), np.int64)
-        if self.teacher_index is None:
-            self.teacher_index = np.full(len(self.row), ALL_TEACHERS, np.int64)
-
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part], self.loss_mask[part]
@@ -178,9 +180,7 @@ class TokenExamples(Weighed):
 
     def take(self, chosen: np.ndarray) -> "TokenExamples":
         """The examples with these indices, in this order. `counts` are not kept."""
-        lengths = self.lengths[chosen]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        tokens, offsets = chosen_from(self.offsets, chosen)
         theirs = None if self.teacher_view is None else self.teacher_view.take(chosen)
         of_each = self.row[chosen], {}, self.source[chosen], self.teacher_index[chosen]
         weights = {name: w_E[chosen] for name, w_E in self.weights.items()}
@@ -273,9 +273,5 @@ def concat(parts: "list[Examples]", before: list[int], counts: dict[str, int], s
 
 
 def _one_after_another(parts: list[TokenExamples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
-    return (
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.loss_mask for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]).astype(np.int64),
-    )
+    ids, masks = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "loss_mask"))
+    return ids, masks, joined_offsets([part.offsets for part in parts])

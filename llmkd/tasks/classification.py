@@ -12,7 +12,8 @@ from ..data.batching import Batching
 from ..data.dataset import Dataset, report_examples, teacher_index
 from ..data.encoding.labelled_text import class_numbers, is_default, label_names, listed
 from ..data.examples import Examples
-from ..data.labelled import Inputs, LabelledExamples
+from ..data.inputs import Inputs
+from ..data.labelled import LabelledExamples
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from ..model_folder.files import ModelFiles

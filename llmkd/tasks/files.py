@@ -13,7 +13,7 @@ import numpy as np
 from ..config.recipe import Data, Student
 from ..data.audio.sounds import read_sounds, way_of
 from ..data.audio.workers import ClipWorkers
-from ..data.labelled import Inputs
+from ..data.inputs import Inputs
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from .pictures import find_image_processor, read_pictures

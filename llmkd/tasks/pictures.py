@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PictureInputs:
-    """Images as a model reads them, of which none is in memory but those that a row holds as bytes; see `data.labelled.Inputs`.
+    """Images as a model reads them, of which none is in memory but those that a row holds as bytes; see `data.inputs.Inputs`.
 
     files, hashes, places   of each: its path or its bytes, the sha256 of its file, and `FILE:LINE` or its file
     reader                  the model's image processor

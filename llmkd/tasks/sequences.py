@@ -19,7 +19,7 @@ from ..data.encoding.same_tokenizer import refuse_other_tokens
 from ..data.encoding.targets import Frame, frame_of, sequences
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..data.examples import Examples
-from ..data.labelled import Inputs
+from ..data.inputs import Inputs
 from ..data.reading.problems import ErrorCollector
 from ..data.reading.sources import Rows
 from ..data.sequences import SequenceExamples

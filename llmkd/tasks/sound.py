@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SoundInputs:
-    """Sounds as a model reads them; see `data.labelled.Inputs`. `reader`: its feature extractor."""
+    """Sounds as a model reads them; see `data.inputs.Inputs`. `reader`: its feature extractor."""
 
     sounds: Sounds
     reader: Any

@@ -13,7 +13,7 @@ from ..data.dataset import refuse_too_few_positions
 from ..data.encoding import token_cache
 from ..data.encoding.labelled_text import text_inputs
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer
-from ..data.labelled import Inputs
+from ..data.inputs import Inputs
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from .task import FoundModels

@@ -15,17 +15,20 @@ FAULTS = [
             STEP,
         ),
         (
-            "teacher-sees-the-draw",
-            "a teacher that is to read clean inputs reads augmented ones",
-            "None if self.clean else draw",
-            "draw",
-            STEP,
-        ),
-        (
             "padding-on-the-wrong-side",
             "a tokenizer that pads on the left is not asked",
             "[pad, own] if self.left else [own, pad]",
             "[own, pad]",
+            STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/inputs.py",
+        (
+            "teacher-sees-the-draw",
+            "a teacher that is to read clean inputs reads augmented ones",
+            "None if self.clean else draw",
+            "draw",
             STEP,
         ),
     ),

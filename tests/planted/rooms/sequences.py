@@ -10,8 +10,8 @@ FAULTS = [
         (
             "labels-not-shifted",
             "a decoder reads the token that it is to predict",
-            "labels = [ids[1:][mask[1:]] for ids, mask in map(self.example, indices)]",
-            "labels = [ids[:-1][mask[1:]] for ids, mask in map(self.example, indices)]",
+            "return ids[1:][mask[1:]]",
+            "return ids[:-1][mask[1:]]",
             STEP,
         ),
         (
