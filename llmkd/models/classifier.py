@@ -18,8 +18,8 @@ from ..head import Head, Passed, widen
 from ..signals import NO_TAPS, Taps
 from .kinds import refuse_few_rows
 from .model import Model, ModelOutputs
-from .probe import largest_difference
-from .startup_checks import tolerance
+from .probe import evaluating, example_view, largest_difference
+from .startup_checks import parameters_without_gradient, tolerance
 
 _MAY_BE_LEFT_OUT = ("token_type_ids", "attention_mask")  # inputs that some families have no argument for
 
@@ -93,7 +93,7 @@ class Classifier(Model):
             raise UserError(f"{setting} has {count} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {count}")
         if not layers:
             return {}
-        with _trying(self):
+        with evaluating(self):
             taken = self.outputs(self.probe, Taps(frozenset(layers))).layers
         return {number: x_NH.shape[-1] for number, x_NH in taken.items()}
 
@@ -151,10 +151,10 @@ class ClassifierKind:
         if self.examples is None:
             return model
         order = self.examples.max_lengths.argsort(kind="stable")
-        both, alone = (self._view(some, setting, model.device) for some in ([order[0], order[-1]], [order[0]]))
+        both, alone = (example_view(self.examples, some, setting, model.device) for some in ([order[0], order[-1]], [order[0]]))
         model.probe = both
         family = model.base_model.config.model_type
-        with _trying(model):
+        with evaluating(model):
             try:
                 logits_NC = model.head.logits(model.hidden(model.probe))
             except Exception as error:
@@ -170,26 +170,13 @@ class ClassifierKind:
             gap = largest_difference(model.head.logits(model.hidden(alone)), logits_NC[:1])
         if not gap <= tolerance(model) * max(size, 1e-3):
             warn(
-                f"note: {setting}: {family} answers an example otherwise beside a longer one, by {gap:.2g} of {size:.2g}: padding counts for it, so "
+                f"note: {setting}: {family} answers an example otherwise when a longer one is in its batch, by {gap:.2g} of {size:.2g}: its padding counts, so "
                 "results depend on the micro-batches; train.group_by_length lessens it, and train.micro_batch_size: 1 ends it"
             )
         return model
 
-    def _view(self, chosen: Sequence[int], setting: str, device) -> View:
-        batch = self.examples.batch(chosen)
-        return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
-
     def without_gradient(self, model: Classifier, setting: str) -> list[str]:
-        try:
-            with torch.enable_grad():
-                model.head.logits(model.hidden(model.probe)).logsumexp(-1).sum().backward()
-        except Exception as error:
-            raise UserError(
-                f"{setting}: fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
-            ) from error
-        found = [name for name, p in model.trainable().items() if p.grad is None]
-        model.zero_grad(set_to_none=True)
-        return found
+        return parameters_without_gradient(model, setting, [model.probe])
 
 
 def draw(model: nn.Module, module: nn.Module) -> None:
@@ -250,14 +237,3 @@ def _tapped(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Tenso
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _trying(model: Model) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -3,8 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from ..signals import NO_TAPS, Taps
 from .families import base_of, head_of
 from .kinds import refuse_few_rows
 from .model import Capabilities, Model, ModelOutputs
-from .probe import largest_difference
-from .startup_checks import tolerance
+from .probe import evaluating, example_view, largest_difference
+from .startup_checks import parameters_without_gradient, tolerance
 
 DECODER_IDS = "decoder_input_ids"
 
@@ -149,11 +148,11 @@ class EncoderDecoderKind:
         if self.examples is None:
             return model
         order = self.examples.max_lengths.argsort(kind="stable")
-        model.probe = alone = self._view([order[0]], setting, model.device)
+        model.probe = alone = example_view(self.examples, [order[0]], setting, model.device)
         if "attention_mask" in alone.inputs:
-            model.probe = self._view([order[0], order[-1]], setting, model.device)
+            model.probe = example_view(self.examples, [order[0], order[-1]], setting, model.device)
         family, vocab, given = model.base_model.config.model_type, model.head.vocab, model
-        with _trying(given):
+        with evaluating(given):
             model = model.replaced(autocast=None)
             try:
                 out = model.base_model(**_known(model, model.probe.inputs), use_cache=False)
@@ -177,21 +176,8 @@ class EncoderDecoderKind:
                     )
         return given.replaced(capabilities=model.capabilities)
 
-    def _view(self, chosen: Sequence[int], setting: str, device) -> View:
-        batch = self.examples.batch(chosen)
-        return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
-
     def without_gradient(self, model: EncoderDecoder, setting: str) -> list[str]:
-        try:
-            with torch.enable_grad():
-                model.head.logits(model.hidden(model.probe)).logsumexp(-1).sum().backward()
-        except Exception as error:
-            raise UserError(
-                f"{setting}: fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
-            ) from error
-        found = [name for name, p in model.trainable().items() if p.grad is None]
-        model.zero_grad(set_to_none=True)
-        return found
+        return parameters_without_gradient(model, setting, [model.probe])
 
 
 def _with_known_head(model: EncoderDecoder, source: Encoded, own_NV: Tensor, limit: float, setting: str) -> EncoderDecoder:
@@ -242,14 +228,3 @@ def _called(module: nn.Module, arguments: dict[str, Any]):
     """A module's outputs; arguments without a value are left out where it has none of that name, as a speech encoder has no mask."""
     known = inspect.signature(module.forward).parameters
     return module(**{name: value for name, value in arguments.items() if name in known or value is not None})
-
-
-@contextmanager
-def _trying(model: Model):
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

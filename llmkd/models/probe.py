@@ -1,7 +1,9 @@
 """The small batch on which a model is tried before it is used, and how far two results lie apart."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,24 @@ from .parts import local
 def probe_ids(vocab: int, device: torch.device | str = "cpu", length: int = 12) -> Tensor:
     """Token ids [2, length], spread over the vocabulary: (7 i + 3) mod V at the i-th position of both rows together."""
     return (torch.arange(2 * length, device=device).reshape(2, length) * 7 + 3) % vocab
+
+
+def example_view(examples: Any, chosen: Sequence[int], setting: str, device: torch.device | str) -> View:
+    """What the model of that setting (student.model, teacher.model, ...) reads of some of `data.examples.Examples`."""
+    batch = examples.batch(chosen)
+    return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, and there are no gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

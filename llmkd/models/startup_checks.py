@@ -5,10 +5,9 @@ is used); no position attends to a later one (padding stands on the right, witho
 another. The last depends on the family, its attention implementation and the version of transformers.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ from ..signals import Taps
 from . import attention
 from .language_model import Capabilities, LanguageModel
 from .last_layer import enable_if_exact
+from .model import Model
 from .outline import listed_layers, not_one_tensor
-from .probe import largest_difference, probe_ids, relative_gap
+from .probe import evaluating, largest_difference, probe_ids, relative_gap
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -35,7 +35,7 @@ def check(model: LanguageModel, setting: str, packing: int = 0, implementation: 
     """
     family = model.base_model.config.model_type
     model.set_active_adapter()
-    with _eval_no_grad(model):
+    with evaluating(model):
         model = model.replaced(autocast=None)
         try:
             ids_BT = probe_ids(model.head.vocab, model.device)
@@ -189,14 +189,17 @@ def _logits(model: LanguageModel, ids_BT: Tensor, packed: bool = False) -> Tenso
     return model.head.logits(model.hidden(View(inputs, rows_N, layout)))
 
 
-def parameters_without_gradient(model: LanguageModel, setting: str) -> list[str]:
-    """Trainable parameters that get no gradient from a small batch, or from a single token. UserError where there is no backward pass."""
-    ids_BT = probe_ids(model.head.vocab, model.device)
+def parameters_without_gradient(model: Model, setting: str, views: Sequence[View] = ()) -> list[str]:
+    """Trainable parameters that get no gradient from one of those views, by default a small batch and a single token. UserError where there is
+    no backward pass."""
+    if not views:
+        ids_BT = probe_ids(model.head.vocab, model.device)
+        views = [View({"input_ids": ids}, torch.arange(ids.numel(), device=ids.device)) for ids in (ids_BT, ids_BT[:1, :1])]
     out = {}
-    for batch_BT in (ids_BT, ids_BT[:1, :1]):
+    for view in views:
         try:
             with torch.enable_grad():
-                _logits(model, batch_BT).logsumexp(-1).sum().backward()
+                model.head.logits(model.hidden(view)).logsumexp(-1).sum().backward()
         except Exception as error:
             raise UserError(
                 f"{setting}: {model.base_model.config.model_type} fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
@@ -223,7 +226,7 @@ def layer_widths(model: LanguageModel, layers: Sequence[int], setting: str) -> d
         return {}
     ids_BT = probe_ids(model.head.vocab, model.device)
     view = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device))
-    with _eval_no_grad(model), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         try:
             taken = model.replaced(autocast=None).outputs(view, Taps(frozenset(layers))).layers
             own = model.base_model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
@@ -237,14 +240,3 @@ def layer_widths(model: LanguageModel, layers: Sequence[int], setting: str) -> d
         if hidden_NH is None or hidden_NH.ndim != 2 or not checked:
             raise not_one_tensor(model.base_model, setting)
     return {number: hidden_NH.shape[-1] for number, hidden_NH in taken.items()}
-
-
-@contextlib.contextmanager
-def _eval_no_grad(model: LanguageModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -1,15 +1,14 @@
 """Classification: rows with a label, compared at one target each, the distribution over the classes."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..config.fields import as_tuple, with_setting_names
+from ..config.fields import as_tuple
 from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
-from ..data.dataset import Dataset, report_examples, teacher_index
+from ..data.dataset import Dataset, teacher_index
 from ..data.encoding.labelled_text import class_numbers, is_default, label_names, listed
 from ..data.examples import Examples
 from ..data.inputs import Inputs
@@ -19,7 +18,7 @@ from ..errors import UserError
 from ..model_folder.files import ModelFiles
 from .files import image_processor, sound_processor
 from .metrics.classification import confusion, macro_f1
-from .planned import joined, planned
+from .planned import encoded_data
 from .task import EncodedData, FoundModels, Processor
 from .text_processor import text_processor
 
@@ -88,22 +87,8 @@ class Classification:
     def encode(
         self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: ClassProcessor
     ) -> EncodedData:
-        def sets(setting: str, sources: Source | tuple[Source, ...] | None) -> list[Dataset]:
-            pairs = zip(with_setting_names(sources, setting), rows[setting], strict=True)
-            return [_encoded(read, source, name, data, teachers, processor) for (name, source), read in pairs]
-
-        held_out = joined("validation", sets("data.validation", data.validation))
-        source, train, drawn = planned(joined("train", sets("data.train", data.train)), data, batching)
-        held_out = drawn or held_out
-        if held_out:
-            refuse_unknown_classes(train, held_out)
-            report_examples(held_out)
-        contents = ["\n".join(read.content for read in rows[setting]) for setting in ("data.train", "data.validation")]
-        contents = [f"{known}\n{_hashes(part)}" if part else known for known, part in zip(contents, (train, held_out), strict=True)]
-        identity = dict(zip(("the training data", "the held-out data"), contents, strict=True))
-        origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
-        validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
-        return EncodedData(source, train.examples, train.places, validation, places, None, identity, set(), origins)
+        encode = lambda read, source, name: _encoded(read, source, name, data, teachers, processor)  # noqa: E731
+        return encoded_data(rows, data, batching, encode, refuse_unknown_classes)
 
     def report(self, data: EncodedData, student: Student, files: ModelFiles | None, processor: ClassProcessor) -> None:
         pass
@@ -136,11 +121,6 @@ def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tup
     examples.weigh(vars(source.loss))
     origin = read.origin | {"used": len(kept)}
     return Dataset(f"{setting} ({source.path})", examples, [read.places[i] for i in kept], [origin])
-
-
-def _hashes(data: Dataset) -> str:
-    """Of all that the examples are, as of the files that rows name."""
-    return hashlib.sha256("".join(data.examples.content_hash(i) for i in range(len(data.examples))).encode()).hexdigest()
 
 
 def has_head(files: ModelFiles) -> bool:

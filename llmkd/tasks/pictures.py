@@ -14,9 +14,9 @@ from ..data.images import decode
 from ..data.reading.files import BadRow
 from ..data.reading.media import media_of
 from ..data.reading.problems import ErrorCollector
-from ..errors import ChangedFiles, UserError, brief
+from ..errors import ChangedFiles, UserError
 from .builtin import register
-from .sound import settings_of
+from .sound import read_from, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,13 +99,4 @@ def find_image_processor(folder: Path | None, features: InputFeatures | None, se
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         return ViTImageProcessorPil(size={"height": features.size, "width": features.size})
-    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
-        raise UserError(
-            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads images; fetch it, or name another model"
-        )
-    try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises its own exceptions and Python's
-        raise UserError(
-            f"{setting}: {folder} has no image processor that transformers can read ({brief(error)}); fetch it again"
-        ) from error
+    return read_from(folder, AutoImageProcessor, "images", "image processor", setting)

@@ -1,13 +1,17 @@
 """Batch sources of planned examples, and the parts of a recipe's data that every task makes alike."""
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 
-from ..config.fields import as_tuple
-from ..config.recipe import Data
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Data, Source
 from ..data.batch_source import PlannedSource
 from ..data.batching import Batching, BatchPlan
 from ..data.dataset import Dataset, hold_out, join, refuse_empty_sources, report_examples
 from ..data.examples import Examples
+from ..data.reading.sources import Rows
+from .task import EncodedData
 
 
 def batch_plan(batching: Batching, examples: Examples, weights: tuple[float, ...]) -> BatchPlan:
@@ -41,3 +45,40 @@ def planned(train: Dataset, data: Data, batching: Batching) -> tuple[PlannedSour
     report_examples(train)
     plan = batch_plan(batching, train.examples, tuple(source.weight for source in as_tuple(data.train)))
     return PlannedSource(train.examples, train.places, plan, batching.micro_batch_size), train, held_out
+
+
+def encoded_data(
+    rows: dict[str, list[Rows]],
+    data: Data,
+    batching: Batching,
+    encode: Callable[[Rows, Source, str], Dataset],
+    check: Callable[[Dataset, Dataset], None] = lambda train, held_out: None,
+    end_tokens: frozenset[int] = frozenset(),
+) -> EncodedData:
+    """Training and held-out examples of a task that streams nothing, identified by their rows and by all that they are, as the files that rows name.
+
+    encode   the examples of a source, by its rows, its settings and their name
+    check    of training and held-out examples: UserError where they do not belong together
+    """
+
+    def of(setting: str) -> list[Dataset]:
+        named = with_setting_names(getattr(data, setting.removeprefix("data.")), setting)
+        return [encode(read, source, name) for (name, source), read in zip(named, rows[setting], strict=True)]
+
+    held_out = joined("validation", of("data.validation"))
+    source, train, drawn = planned(joined("train", of("data.train")), data, batching)
+    held_out = drawn or held_out
+    if held_out:
+        check(train, held_out)
+        report_examples(held_out)
+    identity = {
+        name: "\n".join([*(read.content for read in rows[setting]), *([_hashes(part)] if part else [])])
+        for name, setting, part in (("the training data", "data.train", train), ("the held-out data", "data.validation", held_out))
+    }
+    origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
+    validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
+    return EncodedData(source, train.examples, train.places, validation, places, None, identity, set(end_tokens), origins)
+
+
+def _hashes(data: Dataset) -> str:
+    return hashlib.sha256("".join(data.examples.content_hash(i) for i in range(len(data.examples))).encode()).hexdigest()

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..config.fields import with_setting_names
 from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
-from ..data.dataset import Dataset, refuse_too_few_positions, report_examples, teacher_index
+from ..data.dataset import Dataset, refuse_too_few_positions, teacher_index
 from ..data.encoding import token_cache
 from ..data.encoding.labelled_text import text_inputs
 from ..data.encoding.same_tokenizer import refuse_other_tokens
@@ -27,7 +26,7 @@ from ..errors import UserError
 from ..model_folder.files import ModelFiles, rows_of
 from ..model_folder.generation import generation_settings
 from .error_rates import ErrorRates
-from .planned import joined, planned
+from .planned import encoded_data
 from .task import EncodedData, FoundModels
 from .text_processor import padding_of
 
@@ -101,20 +100,8 @@ class TextToText:
     def encode(
         self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: SequenceProcessor
     ) -> EncodedData:
-        def sets(setting: str, sources: Source | tuple[Source, ...] | None) -> list[Dataset]:
-            pairs = zip(with_setting_names(sources, setting), rows[setting], strict=True)
-            return [encoded(read, source, name, data, teachers, processor) for (name, source), read in pairs]
-
-        held_out = joined("validation", sets("data.validation", data.validation))
-        source, train, drawn = planned(joined("train", sets("data.train", data.train)), data, batching)
-        held_out = drawn or held_out
-        if held_out:
-            report_examples(held_out)
-        contents = ["\n".join(read.content for read in rows[setting]) for setting in ("data.train", "data.validation")]
-        identity = dict(zip(("the training data", "the held-out data"), contents, strict=True))
-        origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
-        validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
-        return EncodedData(source, train.examples, train.places, validation, places, None, identity, {processor.frame.end}, origins)
+        encode = lambda read, source, name: encoded(read, source, name, data, teachers, processor)  # noqa: E731
+        return encoded_data(rows, data, batching, encode, end_tokens=frozenset([processor.frame.end]))
 
     def report(self, data: EncodedData, student: Student, files: ModelFiles | None, processor: SequenceProcessor) -> None:
         pass

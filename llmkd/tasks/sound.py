@@ -96,18 +96,21 @@ def find_extractor(folder: Path | None, features: InputFeatures | None, setting:
                 "always silent; lower it"
             )
         return LogMelFeatureExtractor(features.mels, features.rate, seconds=features.seconds)
-    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
-        raise UserError(
-            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads sound; fetch it, or name another model"
-        )
     from transformers import AutoFeatureExtractor
 
-    try:
-        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises its own exceptions and Python's
+    return read_from(folder, AutoFeatureExtractor, "sound", "feature extractor", setting)
+
+
+def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> Any:
+    """What reads a model's files, by transformers' class `auto`, from the model's folder. UserError where there is none."""
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise UserError(
-            f"{setting}: {folder} has no feature extractor that transformers can read ({brief(error)}); fetch it again"
-        ) from error
+            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads {what}; fetch it, or name another model"
+        )
+    try:
+        return auto.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own exceptions and Python's
+        raise UserError(f"{setting}: {folder} has no {called} that transformers can read ({brief(error)}); fetch it again") from error
 
 
 def same_extractor(one, other) -> bool:

@@ -2,22 +2,20 @@
 
 import functools
 import hashlib
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..config.recipe import Data, Student, Teacher
+from ..config.recipe import Data, Student
 from ..data.audio.sounds import read_sounds, way_of
 from ..data.audio.workers import ClipWorkers
-from ..data.batching import Batching
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from .sequences import SequenceProcessor, TextToText, refuse_decoders_alone, tokens_of_targets
 from .sound import SoundInputs, find_extractor, fitting, limit_of, same_extractor, settings_of
-from .task import EncodedData, FoundModels
+from .task import FoundModels
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,3 @@ class SpeechRecognition(TextToText):
         clean = data.augment is not None and data.augment.teacher_sees == "clean"
         found = tokens_of_targets(student, models, data)
         return SpeechProcessor(*found, clean=clean, extractor=extractor, teacher=teacher, workers=workers)
-
-    def encode(
-        self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: SpeechProcessor
-    ) -> EncodedData:
-        """Also identified by the clips' bytes, of which the rows hold names."""
-        found = super().encode(rows, data, batching, teachers, processor)
-        parts = [part.inputs.sounds.hashes for part in (found.train, found.validation) if part is not None]
-        return replace(found, identity=found.identity | {"the clips": hashlib.sha256(json.dumps(parts).encode()).hexdigest()})

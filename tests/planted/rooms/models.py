@@ -522,10 +522,13 @@ FAULTS = [
             "    if True:\n        return model\n    family",
             "models/test_families.py::test_an_unknown_head_falls_back_to_the_models_own_forward",
         ),
+    ),
+    *in_file(
+        "llmkd/models/probe.py",
         (
             "mode-not-restored",
             "the checks leave the student in evaluation mode",
-            "        model.train(was_training)\n",
+            "        model.train(training)\n",
             "        pass\n",
             "models/test_attention.py::test_the_checks_leave_the_model_as_it_was training/test_run.py::test_only_the_students_own_parameters_train",
         ),
