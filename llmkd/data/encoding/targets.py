@@ -30,23 +30,22 @@ class Frame(NamedTuple):
 def sequences(texts: Sequence[str], tokenizer, frame: Frame) -> list[tuple[np.ndarray, np.ndarray]]:
     """The sequence of each text, int32, and its loss mask: the text's tokens, with those that the tokenizer puts around a target, and the end.
 
-    The tokenizer's own prefix is `frame.prefix` or a part of it, see `frame_of`.
+    What the tokenizer writes itself of a decoder's start, or of the frame's prefix, is not written a second time.
     """
-    out = []
+    out, beginnings = [], (own_beginning(tokenizer, frame.start), list(frame.prefix))
     for at in range(0, len(texts), _BATCH):
         for ids in tokenizer(text_target=list(texts[at : at + _BATCH]), add_special_tokens=True, verbose=False)["input_ids"]:
-            ids = _without(ids, frame)
+            written = next((len(one) for one in beginnings if one and ids[: len(one)] == one), 0)
+            ids = ids[written:]
             sequence = np.array([*frame.given, *ids, *([] if ids and ids[-1] == frame.end else [frame.end])], np.int32)
             out.append((sequence, np.arange(len(sequence)) >= len(frame.given)))
     return out
 
 
-def _without(ids: list[int], frame: Frame) -> list[int]:
-    """The ids without the start and the prefix, where the tokenizer writes these itself."""
-    for given in (list(frame.given), list(frame.prefix)):
-        if given and ids[: len(given)] == given:
-            return ids[len(given) :]
-    return ids
+def own_beginning(tokenizer, start: int) -> list[int]:
+    """What a tokenizer writes before a target, from the decoder's start on, as Whisper's do; nothing where a target begins otherwise (BART's)."""
+    ids = tokenizer(text_target="", add_special_tokens=True)["input_ids"]
+    return [start, *(token for token in ids[1:] if token != tokenizer.eos_token_id)] if ids[:1] == [start] else []
 
 
 def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, setting: str) -> Frame:
@@ -68,7 +67,6 @@ def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, sett
                 "<|en|><|transcribe|><|notimestamps|>"
             )
         ids = ids[1:] if ids[:1] == [start] else ids
-    else:  # what the tokenizer writes before a text after the start, as Whisper's do; without the start it is a target like others (BART's)
-        ids = tokenizer(text_target="", add_special_tokens=True)["input_ids"]
-        ids = [token for token in ids[1:] if token != tokenizer.eos_token_id] if ids[:1] == [start] else []
+    else:
+        ids = own_beginning(tokenizer, start)[1:]
     return Frame(start, tuple(ids), tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
 from tests.planted.fault import in_file
 
-STEP, RUN = "models/test_encoder_decoder.py", "tasks/test_sequences_run.py"
+STEP, RUN, TARGETS = "models/test_encoder_decoder.py", "tasks/test_sequences_run.py", "data/test_targets.py"
 
 FAULTS = [
     *in_file(
@@ -27,6 +27,30 @@ FAULTS = [
             'return self.inputs.content(i) + b"|" + ids.tobytes() + mask.tobytes()',
             "return self.inputs.content(i)",
             STEP,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/targets.py",
+        (
+            "beginning-twice",
+            "where a prefix is named, targets begin with the tokenizer's own one too",
+            "(own_beginning(tokenizer, frame.start), list(frame.prefix))",
+            "([*frame.given], list(frame.prefix))",
+            TARGETS,
+        ),
+        (
+            "two-ends",
+            "a target ends twice",
+            "[] if ids and ids[-1] == frame.end else [frame.end]",
+            "[frame.end]",
+            TARGETS,
+        ),
+        (
+            "start-of-the-configuration",
+            "the start that the generation config names is not read",
+            'generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))',
+            'config.get("decoder_start_token_id")',
+            TARGETS,
         ),
     ),
     *in_file(
