@@ -135,11 +135,16 @@ def names_of(config: dict) -> tuple[str, ...]:
 
 
 def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str, ...]:
-    """The classes of a run: those of the student's head, or of a new one those of the training rows. UserError for fewer than two."""
+    """The classes of a run: those of the student's head, or of a new one those of the training rows. UserError for fewer than two, or two of one name."""
     names = names_of(student.config) if student and has_head(student) else label_names(train)
     if len(names) < 2:
         raise UserError(
             f"data.train: its rows have {len(names)} class, {listed(names)}, and there is nothing to tell apart; give rows of two or more"
+        )
+    if several := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(
+            f"student.model: id2label in its config.json calls {names.count(several[0])} classes {several[0]!r}, expected a name of its own for each; "
+            "rename them there"
         )
     return names
 

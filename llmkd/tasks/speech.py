@@ -78,6 +78,11 @@ class SpeechRecognition(TextToText):
         refuse_decoders_alone(self.name, models.configs)
         if not models.student:
             raise UserError("student.architecture: speech recognition starts from a model with a feature extractor; name student.model")
+        if models.configs["student.model"].get("apply_spec_augment"):
+            raise UserError(
+                "student.model: its config.json says apply_spec_augment: true, which is not done here; set it to false, and mask by data.augment.audio "
+                "(TimeMask)"
+            )
         extractor = find_extractor(models.student.base, None, "student.model")
         theirs = {one.setting: find_extractor(one.files.base, None, f"{one.setting}.model") for one in models.teachers if one.files}
         teacher = next(iter(theirs.values()), extractor)

@@ -287,6 +287,10 @@ def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
         (tmp_path / "model/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
             prepare(recipe("refused", teacher__model=str(tmp_path / "model")))
+    config = json.loads((teacher / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"id2label": config["id2label"] | {"1": names[0]}}))
+    with pytest.raises(UserError, match=f"student.model: id2label in its config.json calls 2 classes '{names[0]}'"):
+        prepare(recipe("refused", student__architecture=None, student__tokenizer=None, student__model=str(tmp_path / "model")))
 
 
 def test_a_number_and_its_digits_are_one_class(recipe, tmp_path):

@@ -133,5 +133,11 @@ def test_what_is_refused_of_models_and_rows(recipe, folder, monkeypatch):
         run(recipe("speech_recognition", "refused", validation__error_rates__max_tokens=48))
     with pytest.raises(UserError, match="data.max_length: found 2, .* leave no place in 2; raise it"):
         run(recipe("speech_recognition", "refused", data__max_length=2, data__too_long="truncate"))
+    config = folder / "speech_recognition/whole/config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"apply_spec_augment": false', '"apply_spec_augment": true'))
+    with pytest.raises(UserError, match="student.model: its config.json says apply_spec_augment: true"):
+        run(recipe("speech_recognition", "refused"))
+    config.write_text(text)
     with pytest.raises(UserError, match="has no preprocessor_config.json"):
         run(recipe("speech_recognition", "refused", teacher__model=str(folder / "text_to_text/whole")))
