@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ..config.data import FORMATS
 from ..config.fields import as_tuple
+from ..config.formats import FORMATS
 from ..config.recipe import Recipe, Student, used_teachers
 from ..console import align, printable
 from ..data.batching import Batching

@@ -1,6 +1,5 @@
-"""Settings of the data: sources of rows, their formats, and how rows become examples. A part of `recipe.py`."""
+"""Settings of the data: sources of rows, and how rows become examples. A part of `recipe.py`."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -8,101 +7,11 @@ from pydantic import Field
 
 from .divergences import DIVERGENCES, option_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed
+from .formats import FORMATS, ROLES
 from .media import Augment, InputFeatures, pattern_problem
 from .where import where_contradictions
 
 BUILTIN_SOUNDS = "builtin:sounds"
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "file", "label"] = "text"
-    optional: bool = False  # a file may lack it
-
-
-@dataclasses.dataclass(frozen=True)
-class RowFormat:
-    """The columns of a format. How a row becomes text is in data/encoding/formats.py: a new format is one entry here and one there."""
-
-    row: dict[str, Column]
-    answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
-    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
-    supervised: Literal["answer", "all", "marked", "label", "transcript"] = "answer"
-    template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
-    file: str | None = None  # the column that names a sound or an image, or holds it
-    notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
-
-    @property
-    def is_text(self) -> bool:
-        """Whether its rows are text to be continued, before which a teacher may read a context."""
-        return self.supervised not in ("marked", "label", "transcript")
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """The columns of a row, with teacher_context, which every format of text has."""
-        return {**self.row, **({"teacher_context": Column(optional=True)} if self.is_text else {})}
-
-    @property
-    def has_messages(self) -> bool:
-        return any("messages" in column.kind for column in self.row.values())
-
-    def names(self, choices: bool = False) -> tuple[str, ...]:
-        """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
-        in_message = ("role", "content", "train") if self.has_messages else ()
-        return (*self.columns, *in_message, *(("choices", "answer") if choices else ()))
-
-
-FORMATS = {
-    "alpaca": RowFormat(
-        {"instruction": Column(), "input": Column(optional=True), "output": Column(), "system": Column(optional=True)},
-        answer="output",
-        template="optional",
-    ),
-    "chat": RowFormat(
-        {"messages": Column("messages"), "tools": Column("tools", optional=True), "system": Column(optional=True)},
-        template="always",
-        notes=("made",),
-    ),
-    "prompt_completion": RowFormat(
-        {
-            "prompt": Column("text or messages"),
-            "completion": Column("text or messages"),
-            "tools": Column("tools", optional=True),
-            "system": Column(optional=True),
-        },
-        answer="completion",
-        template="optional",
-    ),
-    "text": RowFormat({"text": Column()}, supervised="all"),
-    "tokens": RowFormat(
-        {
-            "input_ids": Column("numbers"),
-            "loss_mask": Column("numbers", optional=True),
-            "labels": Column("numbers", optional=True),
-            "completion_mask": Column("numbers", optional=True),
-            "assistant_masks": Column("numbers", optional=True),
-            "attention_mask": Column("numbers", optional=True),
-            "position_ids": Column("numbers", optional=True),
-            "seq_lengths": Column("numbers", optional=True),
-            "tokenizer": Column(optional=True),
-        },
-        supervised="marked",
-        notes=("prompt", "answer", "finished", "key", "row_checksum"),
-    ),
-    "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
-    "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
-    "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
-    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript"),
-}
-#: The formats of rows that each task reads.
-FORMATS_OF = {
-    "causal_lm": tuple(name for name, one in FORMATS.items() if one.supervised not in ("label", "transcript")),
-    "classification": tuple(name for name, one in FORMATS.items() if one.supervised == "label"),
-    "text_to_text": ("prompt_completion",),
-    "speech_recognition": ("speech",),
-}
-
 
 Weight = Annotated[float, Field(ge=-1000, le=1000)]
 
@@ -301,7 +210,11 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
     for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         for i, source in enumerate(as_tuple(value)):
             path = f"{setting}.{i}" if isinstance(value, tuple) else setting
-            for name, problem in _source_contradictions(source, setting):
+            for name, problem in (
+                *_origin_contradictions(source, setting),
+                *_use_contradictions(source, setting),
+                *_name_contradictions(source, setting),
+            ):
                 yield (f"{path}.{name}",), problem
             if source.divergence:
                 yield from option_contradictions(source.divergence, source.divergence_options, path)
@@ -314,7 +227,8 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
         yield from _streaming_contradictions(data, max_steps, group_by_length)
 
 
-def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+    """Where the rows come from, and which of them: yields (setting of the source, problem and fix), as the next two do."""
     choices, row_format = setting == "data.choices", FORMATS[source.format]
     if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
@@ -341,6 +255,11 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "noise", f"found {source.noise:g} with {what}; only the questions of the splits train and validation take it; leave it out"
     for path, problem in where_contradictions(source.where):
         yield f"where.{path}".rstrip("."), problem
+
+
+def _use_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+    """How the rows are rendered, weighed and learnt from."""
+    choices, row_format = setting == "data.choices", FORMATS[source.format]
     if choices and row_format.supervised != "answer":
         *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
         yield "format", f"found {source.format}, which has no answer that choices could replace; use {', '.join(others)} or {last}"
@@ -363,6 +282,11 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "answers", f"found last with format: {source.format}, whose rows have one answer each; leave it out"
     if source.call_values != "refuse" and not row_format.has_messages:
         yield "call_values", f"found {source.call_values} with format: {source.format}, whose rows have no calls; leave it out"
+
+
+def _name_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+    """The names of columns and roles."""
+    choices, row_format = setting == "data.choices", FORMATS[source.format]
     known, columns = row_format.names(choices), row_format.columns
     for column in source.fields:
         if column not in known:

@@ -13,8 +13,9 @@ from pydantic import Field
 
 from ..errors import UserError
 from . import loader, paths
-from .data import FORMATS, Source
+from .data import Source
 from .fields import Count, OneOrMany, Seed, as_tuple, config_dataclass, path_to, with_setting_names
+from .formats import FORMATS
 from .make_score import SCORES
 from .make_stages import STAGES, WITHOUT_WRITER, read_scores, stage_contradictions
 from .overrides import override

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from .data import FORMATS_OF
 from .fields import with_setting_names
+from .formats import FORMATS_OF
 from .recipe import PartLayers, Recipe
 
 SEQUENCES = ("text_to_text", "speech_recognition")  # tasks of encoder-decoder models

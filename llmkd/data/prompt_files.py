@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import data as config
+from ..config import formats as config
 from ..config.recipe import Data, Source
 from ..console import warn
 from ..errors import UserError

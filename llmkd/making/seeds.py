@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from ..config import data as config
+from ..config import formats as config
 from ..config.data import Source
 from ..config.fields import OneOrMany, with_setting_names
 from ..data.prompt_files import asks, with_some_answer

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from llmkd.config import data as config
+from llmkd.config import formats as config
 from llmkd.config.recipe import Source
 from llmkd.data.encoding.formats import FORMATS
 from tests.kit.data import tiny

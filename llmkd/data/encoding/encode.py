@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...config import data as config
+from ...config import formats as config
 from ...config.recipe import Data, Source
 from ...console import warn
 from ...errors import UserError

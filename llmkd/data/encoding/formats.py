@@ -1,6 +1,6 @@
 """The formats: from a row to texts and the characters of them that are supervised.
 
-A format is two entries: its columns in `config.data.FORMATS`, by which settings and rows are checked, and its functions in `FORMATS` here.
+A format is two entries: its columns in `config.formats.FORMATS`, by which settings and rows are checked, and its functions in `FORMATS` here.
 
 `context` is a text before all others: a conversation's system message, or the beginning of a plain text.
 
@@ -11,7 +11,7 @@ template writes control tokens.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...config import data as config
+from ...config import formats as config
 from ...config.recipe import Source
 from ...errors import UserError
 from .bound import Bound
@@ -79,7 +79,7 @@ def chat_answer(row: dict, answer: str) -> tuple[dict, str]:
 
 @dataclass(frozen=True)
 class Format:
-    """The functions of a format. Its columns, which rows are checked by, are in `config.data.FORMATS`."""
+    """The functions of a format. Its columns, which rows are checked by, are in `config.formats.FORMATS`."""
 
     #: (row, source, tokenizer, context="", bound=None) -> its texts; those that exceed the bound may be left out.
     #: None where a row is no text (`token_rows.py`).

@@ -7,7 +7,8 @@ base ends a text with <|endoftext|>. That matters only where a text gets the tok
 import re
 from collections.abc import Sequence
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from ...config.formats import FORMATS
 from ...console import info
 from ...errors import UserError
 from ..reading.sources import Rows

@@ -5,7 +5,8 @@ import itertools
 import re
 from typing import Any
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from ...config.formats import FORMATS
 from .meanings import ONE_ROW, meaning_of
 from .names import ANSWERS, ASKING, PROMPTS, ROLE_KEYS, named
 from .recognise import Check, is_read, is_turn, settings_for

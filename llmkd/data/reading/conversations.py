@@ -4,7 +4,8 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from ...config.data import ROLES, Source
+from ...config.data import Source
+from ...config.formats import ROLES
 from .calls import is_call, read_call_turn, with_calls
 from .column_hints import messages_hint
 from .meanings import NO_TEXT, meaning_of

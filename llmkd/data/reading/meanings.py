@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.data import FORMATS
+from ...config.formats import FORMATS
 from .names import ROLE_KEYS, SYSTEMS, TOOLS, is_role
 from .values import parsed, plain, words_of
 

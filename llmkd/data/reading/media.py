@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from ...config.formats import FORMATS
 from ...errors import UserError
 from .files import BadRow, Records
 from .problems import ErrorCollector

@@ -8,7 +8,8 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ...config.data import FORMATS, ROLES, Source
+from ...config.data import Source
+from ...config.formats import FORMATS, ROLES
 from .calls import are_tools
 from .meanings import BETTER, PREFERENCE, is_empty, is_worse, meaning_of
 from .names import (

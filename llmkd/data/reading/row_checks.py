@@ -8,7 +8,8 @@ import functools
 from collections import Counter
 from typing import Any
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from ...config.formats import FORMATS
 from .calls import read_tools
 from .column_hints import column_hint, row_hint
 from .conversations import read_messages, read_system

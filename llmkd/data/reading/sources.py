@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.data import BUILTIN_SOUNDS, FORMATS
+from ...config.data import BUILTIN_SOUNDS
 from ...config.fields import with_setting_names
+from ...config.formats import FORMATS
 from ...config.recipe import Source
 from ...errors import UserError, fix_of
 from . import skills, sounds

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Collection
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from ...config.formats import FORMATS
 from ...console import count, warn
 from .calls import are_tools
 from .meanings import BETTER, PREFERENCE, Meaning, is_copy, meaning_of

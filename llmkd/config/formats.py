@@ -1,0 +1,95 @@
+"""The formats of rows: their columns, by which settings and rows are checked."""
+
+import dataclasses
+from typing import Literal
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "file", "label"] = "text"
+    optional: bool = False  # a file may lack it
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """The columns of a format. How a row becomes text is in data/encoding/formats.py: a new format is one entry here and one there."""
+
+    row: dict[str, Column]
+    answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
+    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
+    supervised: Literal["answer", "all", "marked", "label", "transcript"] = "answer"
+    template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
+    file: str | None = None  # the column that names a sound or an image, or holds it
+    notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are text to be continued, before which a teacher may read a context."""
+        return self.supervised not in ("marked", "label", "transcript")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns of a row, with teacher_context, which every format of text has."""
+        return {**self.row, **({"teacher_context": Column(optional=True)} if self.is_text else {})}
+
+    @property
+    def has_messages(self) -> bool:
+        return any("messages" in column.kind for column in self.row.values())
+
+    def names(self, choices: bool = False) -> tuple[str, ...]:
+        """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
+        in_message = ("role", "content", "train") if self.has_messages else ()
+        return (*self.columns, *in_message, *(("choices", "answer") if choices else ()))
+
+
+FORMATS = {
+    "alpaca": RowFormat(
+        {"instruction": Column(), "input": Column(optional=True), "output": Column(), "system": Column(optional=True)},
+        answer="output",
+        template="optional",
+    ),
+    "chat": RowFormat(
+        {"messages": Column("messages"), "tools": Column("tools", optional=True), "system": Column(optional=True)},
+        template="always",
+        notes=("made",),
+    ),
+    "prompt_completion": RowFormat(
+        {
+            "prompt": Column("text or messages"),
+            "completion": Column("text or messages"),
+            "tools": Column("tools", optional=True),
+            "system": Column(optional=True),
+        },
+        answer="completion",
+        template="optional",
+    ),
+    "text": RowFormat({"text": Column()}, supervised="all"),
+    "tokens": RowFormat(
+        {
+            "input_ids": Column("numbers"),
+            "loss_mask": Column("numbers", optional=True),
+            "labels": Column("numbers", optional=True),
+            "completion_mask": Column("numbers", optional=True),
+            "assistant_masks": Column("numbers", optional=True),
+            "attention_mask": Column("numbers", optional=True),
+            "position_ids": Column("numbers", optional=True),
+            "seq_lengths": Column("numbers", optional=True),
+            "tokenizer": Column(optional=True),
+        },
+        supervised="marked",
+        notes=("prompt", "answer", "finished", "key", "row_checksum"),
+    ),
+    "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
+    "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
+    "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
+    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript"),
+}
+#: The formats of rows that each task reads.
+FORMATS_OF = {
+    "causal_lm": tuple(name for name, one in FORMATS.items() if one.supervised not in ("label", "transcript")),
+    "classification": tuple(name for name, one in FORMATS.items() if one.supervised == "label"),
+    "text_to_text": ("prompt_completion",),
+    "speech_recognition": ("speech",),
+}
