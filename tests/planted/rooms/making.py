@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 PIPELINE, WRITERS, STAGES = "making/test_pipeline.py", "making/test_writers.py", "making/test_stages.py"
+MARKS = "making/test_marks.py"
 
 FAULTS = [
     *in_file(
@@ -114,29 +115,29 @@ FAULTS = [
             "what the prompt has between its marks is an answer",
             "if text in (between.strip() for between",
             "if text == (between.strip() for between",
-            STAGES,
+            MARKS,
         ),
         (
             "lists-in-code",
             "numbers in a block of code are items",
             "code = [], [found.span() for found in _FENCE.finditer(text)]",
             "code = [], []",
-            STAGES,
+            MARKS,
         ),
-        ("marks-anywhere", "marks may stand in any order", "if start < at or stop < start:", "if stop < start:", STAGES),
+        ("marks-anywhere", "marks may stand in any order", "if start < at or stop < start:", "if stop < start:", MARKS),
         (
             "first-of-several-marks",
             "of repeated marks the first are read",
             "if text.count(opening) != 1 or text.count(closing) != 1:",
             "if not text.count(opening) or not text.count(closing):",
-            STAGES,
+            MARKS,
         ),
         (
             "any-number-begins-an-item",
             "every number at the beginning of a line begins an item",
             "if int(found[2]) == len(places) + 1 and",
             "if",
-            STAGES,
+            MARKS,
         ),
     ),
     *in_file(

@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 FUSED = "losses/test_fused.py"
+DTYPES = "losses/test_fused_dtypes.py"
 
 FAULTS = [
     *in_file(
@@ -110,7 +111,7 @@ FAULTS = [
             "autocast narrows the products of the loss",
             "with torch.autocast(hidden_NH.device.type, enabled=False):",
             "with torch.autocast(hidden_NH.device.type, enabled=torch.is_autocast_enabled(hidden_NH.device.type)):",
-            f"{FUSED}::test_autocast_does_not_narrow_the_loss",
+            f"{DTYPES}::test_autocast_does_not_narrow_the_loss",
         ),
         (
             "chunks-start-anew",
@@ -187,7 +188,7 @@ FAULTS = [
             "half-precision logits stay so",
             "return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x",
             "return x",
-            f"{FUSED}::test_bfloat16_at_a_large_vocabulary_is_close_to_float32",
+            f"{DTYPES}::test_bfloat16_at_a_large_vocabulary_is_close_to_float32",
         ),
     ),
 ]
