@@ -14,7 +14,7 @@ INSTEAD = {
     "plan": "llmkd train --train.max_steps 2 shows speed and memory",
     "doctor": "llmkd data shows what the models read, and llmkd train checks them on a small batch before its first step",
     "eval": "data.validation measures accuracy and macro F1 in training, and llmkd report shows the confusion matrix",
-    "sample": "transformers' pipeline, as in the README.md beside the student, uses it",
+    "sample": "transformers' pipeline, as in the README.md of the student's folder, uses it",
     "roll": "it writes no text; leave its labels to a teacher in training",
 }
 #: The same for encoder-decoder models, where it differs.

@@ -3,7 +3,7 @@
 What is read (models, tokenizers, data, other recipes) is relative to the file that names it. What is written (`output_dir`,
 `teacher.cache.path`, `data.cache_dir`) is relative to the working folder, as is everything given on the command line. A path that
 begins with `{cwd}` is relative to the working folder in every setting: so a recipe can read the output of an earlier run.
-`~`, `$NAME`, `${NAME}` and `${NAME:-default}` are expanded. A name that can be one of the hub, and is no file or folder beside the recipe, is left to
+`~`, `$NAME`, `${NAME}` and `${NAME:-default}` are expanded. A name that can be one of the hub, and is no file or folder next to the recipe, is left to
 the hub. Which settings are paths is declared at their fields: see `fields.path_to`.
 """
 
@@ -154,7 +154,7 @@ def missing(text: str, what: PathKind, folder: str) -> str | None:
 
 
 def written_by(missing: Path, folder: Path) -> Path | None:
-    """The recipe beside this one whose run writes a path."""
+    """The recipe in the same folder whose run writes a path."""
     from .yaml_loader import parse_yaml
 
     for path in sorted(folder.glob("*.yaml")):

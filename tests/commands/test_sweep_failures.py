@@ -38,7 +38,7 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
     assert not (folder / "arms/bad/adapter").exists() and (folder / "arms/bad/nonfinite.json").exists()
     monkeypatch.undo()
     assert distance(weights(folder / "arms/good"), alone(folder, "good", tmp_path / "alone")) == 0
-    run_sweep(path, {}, True)  # infinities would come again; the other may have been mended
+    run_sweep(path, {}, True)  # infinities would come again; the others may have been corrected
     assert "[1/1] 2 arms side by side: worse, late\n" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 

@@ -1,4 +1,4 @@
-"""Help lists every setting; what a user can mend ends with exit code 2 and a line each, before anything heavy is imported."""
+"""Help lists every setting; a user's mistake ends with exit code 2 and a line each, before anything heavy is imported."""
 
 import dataclasses
 import json

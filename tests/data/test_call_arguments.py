@@ -94,9 +94,8 @@ def test_values_that_come_out_in_python_spelling_are_refused(value, python, as_j
     assert said(row, HEAD + STRINGS + TAIL, call_values="json")[0].startswith(f"mul<a>3</a><b>{as_json}</b>")
     row["messages"][1] = calling({"a": 3, "b": as_json, "c": "True, False or None"})["messages"][1]
     assert said(row, HEAD + STRINGS + TAIL)[0].startswith(f"mul<a>3</a><b>{as_json}</b><c>True, False or None</c>")
-    row["messages"][1] = calling({"a": 3, "b": value, "c": python})["messages"][
-        1
-    ]  # written as JSON, beside a text that looks like Python's word
+    # Written as JSON, with a text that looks like Python's word in the same call.
+    row["messages"][1] = calling({"a": 3, "b": value, "c": python})["messages"][1]
     assert f"<b>{as_json}</b><c>{python}</c>" in said(row, HEAD + XML + TAIL)[0]
 
 

@@ -300,6 +300,6 @@ def test_what_changed_is_asked_for_again_with_what_depends_on_it_and_nothing_els
     assert asked(first, seed=1) == 12
     assert asked(first, writer__top_p=0.5) == 12
     prompt.write_text(prompt.read_text().replace("between", "put between"))
-    assert asked(first) == 4  # the paraphrases, which are the same; what is asked of them is too
+    assert asked(first) == 4  # the paraphrases; their texts stay the same, and so do the asks about them
     prompt.write_text(prompt.read_text().replace("put between", "between"))
     assert asked(first) == 0 and (tmp_path / "out" / "train.jsonl").read_bytes() == data

@@ -155,15 +155,15 @@ def test_students_on_one_base_end_as_alone(recipe, teacher, base, folder):
     own = {"one": {"student__lora__rank": 2}, "two": {"student__lora__rank": 3, "loss__kd_ratio": 1.0, "loss__temperature": 3.0}}
     for name, changes in own.items():
         run(recipe(f"alone_{name}", **common, **changes))
-    both = [recipe(f"beside_{name}", **common, **changes) for name, changes in own.items()]
+    both = [recipe(f"together_{name}", **common, **changes) for name, changes in own.items()]
     folders = [RunFolder(one, False) for one in both]
     for one in folders:
         one.check()
     with ShutdownRequest() as stop:
         assert train_together(both, folders, stop) == [None, None]
     for name in own:
-        alone, beside = (load_file(folder / f"{how}_{name}/adapter/adapter_model.safetensors") for how in ("alone", "beside"))
-        assert alone.keys() == beside.keys() and all(torch.equal(alone[key], beside[key]) for key in alone), name
+        alone, together = (load_file(folder / f"{how}_{name}/adapter/adapter_model.safetensors") for how in ("alone", "together"))
+        assert alone.keys() == together.keys() and all(torch.equal(alone[key], together[key]) for key in alone), name
 
 
 def test_the_best_checkpoint_and_a_merged_adapter_are_exported(teacher, folder):

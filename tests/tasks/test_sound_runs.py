@@ -1,4 +1,4 @@
-"""Classifiers of sound: whole runs beside a loop written out here, the same clips however a step is cut, and what is refused by name."""
+"""Classifiers of sound: whole runs against a loop written out here, the same clips however a step is cut, and what is refused by name."""
 
 import dataclasses
 import json
