@@ -108,7 +108,12 @@ def test_the_test_and_validation_rows_of_tasks_are_found_by_their_task_files(tmp
         "val.jsonl",
         "test.jsonl",
     ]
-    for tasks, said in (["hela"], "found hela, and .* has no such task; it has far, hella"), (["far"], ".*hub.yaml names no data of test"):
+    (tmp_path / "part.yaml").write_text(json.dumps(task | {"task": "part", "dataset_kwargs": {"data_files": {"test": "test.jsonl"}}}))
+    for tasks, said in (
+        (["hela"], "found hela, and .* has no such task; it has far, hella, part"),
+        (["far"], ".*hub.yaml names no data of test"),
+        (["part"], ".*part.yaml names no file of validation in its data_files; name the data themselves"),
+    ):
         with pytest.raises(UserError, match=f"contamination.tasks: {said}"):
             Keep(settings(contamination={**held, "tasks": tasks}))
     with pytest.raises(UserError, match=r"contamination.tasks_dir: .*none holds no task files \(\*.yaml\)"):

@@ -33,6 +33,24 @@ def test_it_is_the_product_and_its_gradients(bias, dropped):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [0, 3, 4])
+def test_what_is_frozen_has_no_gradient_and_the_others_have_theirs(frozen):
+    given = case()[:5]
+    given[frozen].requires_grad_(False)
+    trained = [t for t in given if t is not None and t.requires_grad]
+    found = torch.autograd.grad(_Adapted.apply(given[0], None, *given[1:], 3.0).sum(), trained)
+    assert len(found) == 2
+    for one, other in zip(found, torch.autograd.grad(by_hand(*given, 3.0).sum(), trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_low_part_of_either_matrix_is_in_the_product(turned):
+    """(1 + 2^-12) 1 - 1 1, where the high parts cancel."""
+    left, right, y = torch.tensor([[1 + 2**-12, 1.0]]), torch.tensor([[1.0], [-1.0]]), torch.zeros(1, 1, dtype=torch.bfloat16)
+    assert lora_product._add_wide(y, *((right.T, left.T) if turned else (left, right))).item() == 2**-12
+
+
 def compare_bfloat16(device: str, N: int) -> None:
     """float32 matrices rounded to bfloat16 would be off by 2e-3."""
     x, W, b, A, B, g = (t.detach().to(device) for t in case(torch.bfloat16, torch.float32, N=N))
@@ -75,9 +93,19 @@ def test_what_is_more_than_one_adapter_on_frozen_weights_is_left_to_peft(monkeyp
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     seen = []
-    handle = layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook, module.register_full_backward_hook):
+            handle = register(lambda *_: seen.append(1))
+            model(x)
+            handle.remove()
+    layer.eval()(x, adapter_names=["__base__"] * 5)
+    layer.train().base_layer.__class__ = type("Packed", (nn.Linear,), {})
     model(x)
-    handle.remove()
+    layer.base_layer.__class__ = nn.Linear
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "second"])
+    model(x)
+    model.base_model.set_adapter("default")
     layer.base_layer.weight.requires_grad_(True)
     model(x)
     layer.base_layer.weight.requires_grad_(False)
@@ -85,7 +113,7 @@ def test_what_is_more_than_one_adapter_on_frozen_weights_is_left_to_peft(monkeyp
     model(x)
     for changes in ({"use_dora": True}, {"lora_bias": True}):
         adapted(**changes)(x)
-    assert len(calls) == 1 and seen == [1]
+    assert len(calls) == 1 and seen == [1] * 6
     model.unmerge_adapter()
     model(x)
     assert len(calls) == 2

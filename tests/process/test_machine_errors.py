@@ -191,14 +191,14 @@ def test_the_launcher_has_the_error_for_its_report(launch, capsys, monkeypatch, 
 
 def test_a_process_that_waits_for_one_that_has_failed_ends_by_itself(launch, capsys, monkeypatch):
     """One that was started anew does not end for a failure before."""
-    ended = threading.Event()
+    ended, codes = threading.Event(), set()
     monkeypatch.setattr(rank_messages, "_LOOKS", 0.01)
     monkeypatch.setattr(rank_messages, "_PATIENCE", 0.05)
-    monkeypatch.setattr(rank_messages.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(rank_messages.os, "_exit", lambda code: (codes.add(code), ended.set()))
     with rank_messages.ending_with_others():
         assert not ended.wait(0.2)
         launch("1", UserError("x"), capsys)
-        assert ended.wait(5)
+        assert ended.wait(5) and codes == {1}
     ended.clear()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with rank_messages.ending_with_others():

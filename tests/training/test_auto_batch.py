@@ -187,6 +187,49 @@ def test_free_memory_bounds_the_budget(trained, capsys, monkeypatch, cautious, g
     assert said(capsys) == [152 * times]
 
 
+@pytest.mark.parametrize(("room", "more", "times"), [(100e6, 1, 4), (50e6, 1, 2), (100e6, 3, 1)])
+def test_where_processes_compute_together_the_one_with_the_least_memory_decides(make_recipe, capsys, monkeypatch, room, more, times):
+    """Another process has so much room, and takes so many times what this one does: a doubling must stay inside what both have."""
+
+    class Gauge:
+        cautious, room, taken = False, 100e6, property(lambda self: next(self.peaks))
+
+        def __init__(self, device):
+            self.peaks = iter([20e6, 45e6, 60e6, 99e6])
+
+    class Both:
+        def __init__(self, one):
+            self.one = one
+
+        def __getattr__(self, name):
+            return getattr(self.one, name)
+
+        def gather(self, own):
+            return torch.cat([own, own * more if own < 0 else torch.full_like(own, room)])
+
+    def together(self, *args):
+        begin(self, *args[:6], together=True)
+        self.accelerator = Both(self.accelerator)
+
+    def passed(*args):
+        exchanged.append(args[6])
+        return forward_backward(*args)
+
+    begin, forward_backward, exchanged = auto_batch.AutoBatchSize.__init__, auto_batch.forward_backward, []
+    monkeypatch.setattr(auto_batch, "memory_gauge", Gauge)
+    monkeypatch.setattr(auto_batch.AutoBatchSize, "__init__", together)
+    monkeypatch.setattr(auto_batch, "forward_backward", passed)
+    run(make_recipe(**AUTO, train__max_steps=2))
+    assert said(capsys) == [152 * times] and exchanged and all(exchanged)
+
+
+def test_memory_that_runs_out_while_they_compute_together_ends_the_run(make_recipe, memory, monkeypatch):
+    memory.tokens, begin = 30, auto_batch.AutoBatchSize.__init__
+    monkeypatch.setattr(auto_batch.AutoBatchSize, "__init__", lambda self, *args: begin(self, *args[:6], together=True))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make_recipe(**AUTO, train__max_steps=2))
+
+
 def test_room_is_kept_for_the_optimizers_state(trained, monkeypatch):
     """Of AdamW two numbers for each of 2,176 parameters."""
 

@@ -49,7 +49,9 @@ def _sources(path: Path, fields: dict[str, Any], setting: str) -> Iterator[Sourc
     if not isinstance(files, dict):
         files = dict.fromkeys(splits, files)
     for split in splits:
-        for one in [files[split]] if isinstance(files.get(split), str) else files.get(split) or ():
+        if not files.get(split):
+            raise UserError(f"{setting}: {path} names no file of {split} in its data_files; name the data themselves: {{path: FILE}}")
+        for one in [files[split]] if isinstance(files[split], str) else files[split]:
             yield Source(path=str(path.parent / one))
 
 
