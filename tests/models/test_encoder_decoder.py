@@ -16,7 +16,7 @@ from llmkd.losses.terms import HeadTerm
 from llmkd.model_folder.files import find
 from llmkd.models.depth_parts import cut_parts
 from llmkd.models.encoder_decoder import EncoderDecoder, EncoderDecoderKind
-from llmkd.models.encoder_states import keep_states
+from llmkd.models.encoder_states import EncoderStates, keep_states
 from llmkd.models.greedy import greedy
 from llmkd.models.pretrained import load_pretrained
 from llmkd.teachers.live import LiveTeacher
@@ -115,6 +115,24 @@ def test_batches_have_the_logits_of_examples_alone(family):
     assert len({one_source.content_hash(i) for i in range(4)}) == 4 and data.num_targets.tolist() == [2, 3, 4, 5]
 
 
+def test_examples_are_chosen_and_joined_with_all_that_is_theirs():
+    data = examples("t5")
+    other = data.inputs.take(np.array([3, 0, 0, 1]))  # 9, 3, 3 and 5 tokens for a teacher
+    data = dataclasses.replace(data, of_teacher=other, weights={"ce": np.array([1.0, 2, 3, 4], np.float32)})
+    parts = [data.take(np.array([2, 0])), data.take(np.array([3]))]
+    both = type(data).joined(parts, [0, 10], {})
+    assert both.texts == ["text 2", "text 0", "text 3"] and both.row.tolist() == [2, 0, 13]
+    assert [both.content_hash(i) for i in range(3)] == [data.content_hash(i) for i in (2, 0, 3)]
+    assert data.content_hash(0) != data.student_hash(0) == examples("t5").content_hash(0)
+    assert data.max_lengths.tolist() == [9 + 3, 5 + 4, 7 + 5, 9 + 6] and not data.one_input
+    batch = both.batch([2, 1])
+    assert batch.weights["ce"].tolist() == [4.0] * 5 + [1.0] * 2 and batch.student.given == 5
+    assert batch.teacher.inputs["input_ids"].shape == (2, 9) and batch.student.inputs["input_ids"].shape == (2, 9)
+    assert both.batch([1]).teacher.inputs["input_ids"].shape == (1, 9) and both.batch([1]).student.inputs["input_ids"].shape == (1, 3)
+    given = dataclasses.replace(data, loss_mask=data.loss_mask & (np.arange(len(data.ids)) != 1))
+    assert given.content_hash(0) != data.content_hash(0) and given.num_targets.tolist() == [1, 3, 4, 5]
+
+
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_greedy_text_is_what_transformers_generates(family):
     data, model = examples(family), tiny(family, seed=4)
@@ -169,9 +187,30 @@ def test_kept_states_are_computed_once_for_student_and_teacher():
     student.hidden(data.batch([3]).student), student.hidden(data.batch([0]).student)  # the first one has made room
     assert calls == [1] * 5
     teacher.states = None
+    student.base_model.get_encoder().requires_grad_(True)
+    keep_states([student], [("teacher", teacher)], 3)
+    assert teacher.states is None
+    student.base_model.get_encoder().requires_grad_(False)
+    keep_states([student], [("teacher", teacher.replaced(autocast=torch.bfloat16))], 3)
+    assert student.replaced(autocast=None).states is student.states and teacher.states is None
     teacher.base_model.get_encoder().layers[0].fc1.weight.data = torch.randn(24, 16, dtype=torch.float64)
     keep_states([student], [("teacher", teacher)], 3)
     assert teacher.states is None
+
+
+def test_states_that_were_used_last_are_kept_and_none_of_a_source_with_padding():
+    kept, computed = EncoderStates(2), []
+
+    def encode(inputs):
+        computed.append(int(inputs["x"]))
+        return inputs["x"][:, None].double()
+
+    for value in (0, 1, 0, 2, 0, 1):
+        assert kept({"x": torch.tensor([value])}, encode).tolist() == [[value]]
+    assert computed == [0, 1, 2, 1]
+    text = EncoderDecoder(tiny("bart"), V)
+    text.states = kept
+    assert text.encoded(examples("bart").batch([0, 1]).student.inputs).mask is not None and len(computed) == 4
 
 
 def test_states_that_generation_keeps_are_those_of_training():

@@ -10,6 +10,7 @@ import transformers
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from llmkd.batch import View
 from llmkd.config.recipe import Loss, Optim
 from llmkd.data.collate import select_examples
 from llmkd.data.dataset import Dataset
@@ -23,7 +24,7 @@ from llmkd.models.classifier import Classifier, ClassifierKind, head_modules, la
 from llmkd.models.dropout import follow_examples
 from llmkd.models.lora import Lora, add_lora
 from llmkd.signals import Dense, Taps
-from llmkd.tasks.classification import refuse_unknown_classes
+from llmkd.tasks.classification import ClassMeasures, names_of, refuse_unknown_classes
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.build import build_student
 from llmkd.training.distiller import Distiller
@@ -228,6 +229,40 @@ def test_hidden_states_of_a_layer_are_the_mean_over_an_examples_positions(auto):
         for layer in (0, 1):
             assert (found[layer][i] - own[layer][0].mean(0)).abs().max() < 1e-9
     assert model.depth("x") == 2
+    with pytest.raises(UserError, match="x has 2 layers: layer 3 was asked for"):
+        model.widths([0, 3], "x")
+
+
+def test_hidden_states_of_sound_are_a_mean_over_what_is_left_of_a_clip():
+    """Wav2Vec2's convolutions make positions of samples; those of padding are no part of it."""
+    model = Classifier(model_of("AutoModelForAudioClassification", 0).eval(), 4)
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 200:] = 0
+    view = View({"input_values": torch.randn(2, 400).double() * mask, "attention_mask": mask}, torch.arange(2))
+    own = model.model(**view.inputs, output_hidden_states=True).hidden_states[1]
+    n = int(model.model._get_feat_extract_output_lengths(torch.tensor(200)))
+    found = model.outputs(view, Taps(frozenset({1}))).layers[1]
+    assert 1 <= n < own.shape[1] and (found[1] - own[1, :n].mean(0)).abs().max() < 1e-9
+    assert (found[0] - own[0].mean(0)).abs().max() < 1e-9
+
+
+def test_a_model_is_tried_before_training(capsys):
+    auto = "AutoModelForSequenceClassification"
+    kind, model = ClassifierKind(auto, NAMES, examples=examples(auto)), model_of(auto, 0).eval()
+    kind.checked(Classifier(model, 4), "student.model")
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="teacher.model: has 4 classes, and the data 5"):
+        kind.refuse_misfit(model, 5, "teacher.model")
+    model.register_forward_hook(lambda m, a, given, out: type(out)(logits=out.logits + given["input_ids"].shape[1]), with_kwargs=True)
+    kind.checked(Classifier(model, 4), "student.model")
+    assert "answers an example otherwise when a longer one is in its batch" in capsys.readouterr().err
+
+
+def test_classes_are_in_the_order_of_their_numbers_and_f1_counts_weights():
+    assert names_of({"id2label": {str(i): f"c{i}" for i in reversed(range(11))}}) == tuple(f"c{i}" for i in range(11))
+    sums = {"label": np.array([0.0, 1, 1]), "answer": np.array([0.0, 1, 0])}
+    found = ClassMeasures(("a", "b")).metrics({"accuracy": 0.5}, sums, np.array([1.0, 1, 0]))
+    assert found == {"accuracy": 0.5, "f1": 1.0}
 
 
 def test_examples_are_joined_chosen_and_known_by_their_content():
@@ -242,6 +277,9 @@ def test_examples_are_joined_chosen_and_known_by_their_content():
     assert [len(row.nonzero()) for row in batch.student.inputs["attention_mask"]] == [9, 5, 4]
     left = texts(left=True).batch([0, 1], None)
     assert left["attention_mask"][0].tolist() == [0] * 4 + [1] * 5 and left["input_ids"][0, -1] == batch.student.inputs["input_ids"][1, 4]
+    assert both.row.tolist() == [0, 1, 2, 3, 4, 5, 10, 7]
+    pairs = TextInputs(np.array([5, 6, 7] * 2, np.int32), np.array([0, 3, 6]), np.array([0, 0, 1, 0, 1, 1], np.int32), 0)
+    assert pairs.content(0) != pairs.content(1) == pairs.take(np.array([1])).content(0)
     assert both.batch([]).num_targets == 0 and both.described.startswith("4 classes: bad 2, fine 2")
 
 
@@ -250,6 +288,7 @@ def test_a_teacher_may_read_other_tokens_and_what_is_not_augmented():
     theirs = dataclasses.replace(data, of_teacher=texts((4, 4, 4, 4, 4, 4)))
     batch = theirs.batch([0, 1], Draw(0, 0, 1))
     assert batch.student.inputs["input_ids"].shape == (2, 9) and batch.teacher.inputs["input_ids"].shape == (2, 4)
+    assert theirs.max_lengths.tolist() == [5, 9, 4, 7, 4, 6] and data.one_input and not theirs.one_input
     assert theirs.content_hash(0) != data.content_hash(0) and theirs.student_hash(0) == data.student_hash(0)
     seen = []
 
@@ -259,7 +298,7 @@ def test_a_teacher_may_read_other_tokens_and_what_is_not_augmented():
             return super().batch(indices, draw)
 
     drawn = dataclasses.replace(data, inputs=Drawn({"input_values": np.zeros((6, 4), np.float32)}), clean=True)
-    assert drawn.batch([0], Draw(0, 1, 2)).teacher is not None and seen == [Draw(0, 1, 2), None]
+    assert not drawn.one_input and drawn.batch([0], Draw(0, 1, 2)).teacher is not None and seen == [Draw(0, 1, 2), None]
     seen.clear()
     same = dataclasses.replace(drawn, clean=False).batch([0], Draw(0, 1, 2))
     assert same.teacher is same.student and len(seen) == 1

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llmkd.commands.export import export
 from llmkd.config import loader
 from llmkd.errors import UserError
+from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.kit.sequences import saved, speech_model, speech_rows, text_rows, tiny
 
@@ -141,3 +142,26 @@ def test_what_is_refused_of_models_and_rows(recipe, folder, monkeypatch):
     config.write_text(text)
     with pytest.raises(UserError, match="has no preprocessor_config.json"):
         run(recipe("speech_recognition", "refused", teacher__model=str(folder / "text_to_text/whole")))
+
+
+def test_targets_that_are_long_or_empty_and_the_teacher_of_a_source(recipe, folder):
+    """Of 4 tokens and an end, none, and 8 words; of the decoder's positions a transcript has 48."""
+    texts = ("it is 1", " ", "it is it is it is it is")
+    rows = folder / "targets.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "what is", "completion": text}) + "\n" for text in texts))
+    given = {"data__train__path": str(rows), "data__validation__path": str(rows), "data__max_length": 6}
+    cut = prepare(recipe("text_to_text", "unused", **given, data__too_long="truncate"))
+    assert [mask.tolist() for _, mask in map(cut.train.example, range(2))] == [[False, *[True] * 5]] * 2
+    assert cut.train.row.tolist() == [0, 2] and cut.train.texts == [texts[0], texts[2]] and cut.places[1].endswith("targets.jsonl:3")
+    assert cut.train.counts["unsupervised"] == 1 and cut.train.counts["too_long"] == 1
+    dropped = prepare(recipe("text_to_text", "unused", **given)).train
+    assert dropped.row.tolist() == [0] and dropped.example(0)[0].tolist() == cut.train.example(0)[0].tolist()
+    with pytest.raises(UserError, match=r"targets.jsonl:3: its target has 10 tokens, and at most 6 are used"):
+        prepare(recipe("text_to_text", "unused", **given, data__too_long="refuse"))
+    words = folder / "speech_recognition/long.jsonl"
+    speech = recipe("speech_recognition", "unused", data__train__path=str(words), data__max_length=128)
+    words.write_text("".join(json.dumps({"audio": f"{i}.wav", "text": "a" * n}) + "\n" for i, n in enumerate((45, 46))))
+    assert prepare(speech).train.row.tolist() == [0]
+    model = str(folder / "text_to_text/whole")
+    two = {"teacher": [{"name": name, "model": model, "weight": 1} for name in "ab"], "data__train__teacher": "b"}
+    assert prepare(recipe("text_to_text", "unused", **two)).train.teacher_index.tolist() == [1] * 10

@@ -40,6 +40,10 @@ def test_the_normaliser_is_named_since_it_decides_the_rate(normaliser, edits, wo
     assert (found.substitutions + found.insertions + found.deletions, found.length) == (edits, words)
 
 
+def test_deletions_and_insertions_are_told_apart():
+    assert word_errors(["a b c"], ["a"], "none") == Errors(0, 2, 0, 3) and word_errors(["a"], ["b a c"], "none") == Errors(0, 0, 2, 1)
+
+
 def test_no_reference_has_no_rate():
     assert word_errors([""], ["a b"], "none") == Errors(0, 0, 2, 0)
     assert math.isnan(word_errors([], [], "none").rate) and math.isnan(word_errors([""], ["a b"], "none").rate)

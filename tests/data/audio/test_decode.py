@@ -54,6 +54,7 @@ WAV, MP3, OGG, FLAC = (file_of(SOUND, 8_000, kind) for kind in ("WAV", "MP3", "O
 NAN = SOUND.copy()
 NAN[70] = np.nan
 AIFF = file_of(SOUND, 8_000, "AIFF")
+ODD = WAV[:36] + b"LIST\x03\0\0\0abc\0" + WAV[36:]  # a part of 3 bytes before the sound, and the byte that makes it even
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ AIFF = file_of(SOUND, 8_000, "AIFF")
         (b"", "the file is empty"),
         (b"ID,label\n1,2\n", "not a sound file (it begins with b'ID,label')"),
         (WAV[:-3000], "cut short: its header says 8,000 bytes of sound, and 5,000 follow"),
+        (ODD[:-3000], "cut short: its header says 8,000 bytes of sound, and 5,000 follow"),
         (WAV[:30], "cut short: it ends before its sound begins"),
         (AIFF[:-3000], "cut short: its header says 8,008 bytes of sound, and 5,008 follow"),
         (MP3[:-500], "cut short: its header says"),
@@ -86,5 +88,5 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_whole_files_of_unusual_containers_are_read():
     piped = bytearray(WAV)
     piped[40:44] = b"\xff" * 4  # a size that was not known when the header was written
-    for raw in (bytes(piped), MP3, OGG, AIFF, FLAC):
+    for raw in (bytes(piped), ODD, MP3, OGG, AIFF, FLAC):
         assert len(decode(raw, 8_000, "").samples) >= 4_000
