@@ -6,6 +6,16 @@ STEP, RUN, METRICS = "tasks/test_classifier.py", "tasks/test_classification_run.
 
 FAULTS = [
     *in_file(
+        "llmkd/tasks/planned.py",
+        (
+            "file-not-in-the-identity",
+            "a clip that has changed under the same rows is taken for the same data",
+            "*([_hashes(part)] if part else [])",
+            "",
+            "tasks/test_planned.py",
+        ),
+    ),
+    *in_file(
         "llmkd/data/labelled.py",
         (
             "label-not-in-the-hash",
@@ -24,6 +34,27 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/inputs.py",
+        (
+            "clean-is-another-input",
+            "inputs are called one where teachers read the clean ones",
+            "is None and not self.clean",
+            "is None",
+            STEP,
+        ),
+        (
+            "weights-of-others",
+            "a batch has the weights of other examples",
+            "w_E[example_N]",
+            "w_E[: len(example_N)]",
+            "models/test_encoder_decoder.py",
+        ),
+        (
+            "teacher-inputs-not-chosen",
+            "chosen examples have the teacher's inputs of others",
+            "self.of_teacher.take(chosen)",
+            "self.of_teacher",
+            "models/test_encoder_decoder.py",
+        ),
         (
             "teacher-sees-the-draw",
             "a teacher that is to read clean inputs reads augmented ones",
