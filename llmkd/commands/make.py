@@ -31,7 +31,7 @@ def run_make(settings: MakeSettings, dry_run: bool = False, stop: ShutdownReques
         raise UserError("make: runs in one process; run it by llmkd make without accelerate launch first")
     refuse_unwritable(Path(settings.make.output_dir).expanduser(), "output_dir")
     with contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing what is asked; what is written is kept") as stop:
-        found = run_stages(settings, lambda: writer_of(settings.make.writer, _device, stop), dry_run)
+        found = run_stages(settings, lambda: writer_of(settings.make.writer, _device, stop, settings.sounds), dry_run)
     print(report([StageCount(**one) for one in found["stages"]], dry_run))
     return found
 

@@ -233,7 +233,7 @@ def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
         yield "name", f"found {source.name or 'questions'} with format: {source.format}; {fix}"
-    builtin = {"audio": BUILTIN_SOUNDS, None: "builtin:skills"}.get(row_format.file)
+    builtin = {"audio": BUILTIN_SOUNDS, "image": None, "speech": None}.get(source.format, "builtin:skills")
     if source.path.startswith("builtin:") and source.path != builtin:
         known = (
             f"the only built-in corpus of format {source.format} is {builtin}"

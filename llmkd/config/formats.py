@@ -84,7 +84,7 @@ FORMATS = {
     "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
     "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
     "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
-    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript"),
+    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript", file="audio", notes=("made",)),
 }
 #: The formats of rows that each task reads.
 FORMATS_OF = {

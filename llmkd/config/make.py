@@ -17,6 +17,7 @@ from .data import Source
 from .fields import Count, OneOrMany, Seed, as_tuple, config_dataclass, path_to, with_setting_names
 from .formats import FORMATS
 from .make_score import SCORES
+from .make_sounds import reads_sounds, sound_contradictions
 from .make_stages import STAGES, WITHOUT_WRITER, read_scores, stage_contradictions
 from .overrides import override
 from .served import SERVER_DEFAULTS, address_problem, env_name_problem
@@ -25,7 +26,7 @@ from .validation import check, locator
 from .yaml_loader import Dumper
 
 #: The settings of the writer that belong to one kind of it alone.
-_LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size")
+_LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size", "target_prefix")
 _SERVED = ("api_key_env", "requests", "timeout", "patience", "body")
 #: Fields of a request that are settings of the writer, or that llmkd relies on.
 _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stream", "logprobs", "tools")
@@ -59,7 +60,12 @@ class Writer:
     quantization: Quantization | None = Field(None, description="model: load it in 4 or 8 bits; null: not quantised.")
     dtype: Dtype = Field("auto", description="model: dtype of the weights; auto: the dtype they were saved in.")
     attention: Attention = Field("auto", description="model: attention implementation; auto: the default of transformers.")
-    batch_size: Count | None = Field(None, description="model: answers at a time (32).")
+    batch_size: Count | None = Field(None, description="model: answers at a time (32; transcripts 8).")
+    target_prefix: str | None = Field(
+        None,
+        description="model: of speech recognition, control tokens that every transcript begins with, such as <|de|><|transcribe|><|notimestamps|>; null: those of "
+        "the tokenizer.",
+    )
     api_key_env: str | None = Field(
         None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
@@ -97,7 +103,7 @@ class Writer:
 
 @config_dataclass
 class Make:
-    """Data that a model writes: stages over rows, one after another. What remains is train.jsonl, of format chat."""
+    """Data that a model writes: stages over rows, one after another. What remains is train.jsonl, of format chat, or of format speech where seeds are."""
 
     output_dir: str = path_to("output", min_length=1, description="Folder of train.jsonl, rejected.jsonl, answers.jsonl and the data card.")
     writer: Writer | None = Field(None, description="Who writes; null: nobody, and no stage asks for text.")
@@ -138,6 +144,11 @@ class MakeSettings:
 
     make: Make
     stages: tuple[StageSettings, ...]
+
+    @property
+    def sounds(self) -> bool:
+        """Whether the rows are sounds, of format speech."""
+        return reads_sounds(self.make)
 
 
 def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, check_inputs: bool = False, written_later="") -> MakeSettings:
@@ -199,15 +210,16 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
             f"not given, and the stage {asking.do} asks it; name the model that writes, or its server, a command, or a file of recorded answers",
         )
     for setting, source in with_setting_names(make.seeds, "seeds"):
-        if not FORMATS[source.format].is_text or source.format == "text":
+        if (not FORMATS[source.format].is_text and source.format != "speech") or source.format == "text":
             yield (
                 (*setting.split("."), "format"),
-                f"found {source.format}, whose rows ask nothing; use alpaca, chat or prompt_completion",
+                f"found {source.format}, whose rows ask nothing; use alpaca, chat, prompt_completion or speech",
             )
         if source.weight != 1:
             yield (*setting.split("."), "weight"), f"found {source.weight:g}, and every seed is used once; leave it out"
     if not as_tuple(make.seeds) and stages[0].do != "topics":
         yield ("seeds",), f"not given, and the stage {stages[0].do} begins with rows; name them, or begin with the stage topics"
+    yield from sound_contradictions(make, stages)
     unscored, scored = "", set()
     for stage in stages:
         for name, problem in stage_contradictions(stage.do, stage.settings, make.writer and make.writer.temperature):

@@ -87,6 +87,15 @@ class Keep:
     repeated_words: float | None = Field(
         None, gt=0, le=1, description="Leave out answers of which more than this share is in sequences of ten words that they have twice."
     )
+    wer_below: float | None = Field(
+        None,
+        gt=0,
+        description="Leave out transcripts with a word error rate of this or more against the row's own transcript, such as Distil-Whisper's 0.1; rows without one stay. "
+        "Needs jiwer (the extra audio).",
+    )
+    wer_normaliser: Literal["none", "basic", "english"] | None = Field(
+        None, description="With wer_below: what is done to both texts before, as of validation.error_rates (basic)."
+    )
     scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
     script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
     languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] | None = Field(
@@ -130,6 +139,7 @@ class Keep:
 #: Settings that belong to another one.
 _PARTS = {
     "refusal_phrases": "refusals",
+    "wer_normaliser": "wer_below",
     "script_share": "scripts",
     "agreement_by": "agreement",
     "near_duplicate_of": "near_duplicate",

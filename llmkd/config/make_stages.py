@@ -119,6 +119,11 @@ class ReflectResponse:
     prompt: str | None = prompt_file()
 
 
+@config_dataclass
+class Transcribe:
+    """The writer, a model of speech recognition, writes what is said in each sound (seeds of format speech)."""
+
+
 STAGES: dict[str, type] = {
     "answer": Answer,
     "explain": Explain,
@@ -132,6 +137,7 @@ STAGES: dict[str, type] = {
     "keep": Keep,
     "score": Score,
     "select": Select,
+    "transcribe": Transcribe,
 }
 
 #: Those that ask for no text. `--dry_run` takes the rows past them: they are then at most as many.

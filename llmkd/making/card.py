@@ -26,12 +26,13 @@ def data_card(
 ) -> str:
     """Markdown with the header that the hub reads. It is a function of the settings and the answers: a second run writes the same."""
     make = settings.make
-    own, title = make.writer, f"Text by {writer.label}" if make.writer else "Rows that were selected"
+    what, row_format = ("Transcripts", "speech") if settings.sounds else ("Text", "chat")
+    own, title = make.writer, f"{what} by {writer.label}" if make.writer else "Rows that were selected"
     header = {"pretty_name": title, "tags": ["synthetic", "llmkd"] if own else ["llmkd"]}
     lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items()), "---", ""]
     lines += [f"# {_plain(title)}", ""]
     lines += [
-        f"{rows:,} rows that `llmkd make` (llmkd {__version__}) {'made' if own else 'kept'}, of format chat. `rejected.jsonl` has what was left out, and why.",
+        f"{rows:,} rows that `llmkd make` (llmkd {__version__}) {'made' if own else 'kept'}, of format {row_format}. `rejected.jsonl` has what was left out, and why.",
         "",
     ]
     lines += ["| | |", "|---|---|"]

@@ -1,13 +1,16 @@
 """A model that `llmkd make` loads, as its writer or to score rows: its files and its tokenizer at once, its weights when they are needed."""
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.teacher import Teacher
 from ..data.encoding.token_rows import vocabulary_hash
 from ..data.encoding.tokenizer import load_tokenizer
 from ..model_folder.files import find, loaded_dtype
 from ..model_folder.identity import verify, weights_of
+
+if TYPE_CHECKING:
+    from ..models.kinds import ModelKind
 
 
 class ModelToLoad:
@@ -30,11 +33,12 @@ class ModelToLoad:
             "template": self.tokenizer.chat_template,
         }
 
-    def load(self, device: Any, vocab: int):
-        """The model, frozen and in eval mode, with `vocab` logits."""
+    def load(self, device: Any, vocab: int, kind: "ModelKind | None" = None):
+        """The model, frozen and in eval mode, with `vocab` logits. `kind`: what it is, if not a causal language model."""
+        from ..models.kinds import CAUSAL
         from ..models.load import LoadContext, load_teacher
 
-        return load_teacher(self.settings, LoadContext(vocab, device), self.setting, self.files)
+        return load_teacher(self.settings, LoadContext(vocab, device, kind=kind or CAUSAL), self.setting, self.files)
 
 
 def forget() -> None:

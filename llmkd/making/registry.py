@@ -12,6 +12,7 @@ from .stages.reworded import BackTranslate, Paraphrase
 from .stages.score import Score
 from .stages.select import Select
 from .stages.topics import Topics
+from .stages.transcribe import Transcribe
 
 _CLASSES = (
     Answer,
@@ -26,6 +27,7 @@ _CLASSES = (
     Score,
     Select,
     Topics,
+    Transcribe,
 )
 _BY_CLASS = {one.__name__: one for one in _CLASSES}
 

@@ -15,7 +15,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation, whose last message is the assistant's where there is an answer.
+    """A conversation, whose last message is the assistant's where there is an answer; or a sound, whose answer is its transcript.
+
+    Of a sound the one message of the question has the SHA-256 of its file in the place of a text.
 
     id        16 hex digits, of its content and of what it was made from
     columns   carried through to train.jsonl: the file's own, scores
@@ -23,6 +25,7 @@ class Row:
     writer    the model that wrote a part of it; None for a seed
     parents   ids of the rows that it was made from
     notes     what the stage says of it: finish (stop, length), operation, version, ...
+    audio     the path of a sound; None of a conversation
     """
 
     id: str
@@ -32,6 +35,7 @@ class Row:
     writer: str | None = None
     parents: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    audio: str | None = None
 
     @property
     def answer(self) -> str | None:
@@ -45,8 +49,8 @@ class Row:
 
     @property
     def instruction(self) -> str:
-        """The text of the last message before the answer."""
-        return self.question[-1]["content"]
+        """The text of the last message before the answer; none of a sound."""
+        return "" if self.audio else self.question[-1]["content"]
 
     def answered(self, text: str) -> tuple[Message, ...]:
         """Its question with this answer."""
@@ -62,12 +66,16 @@ class Row:
 
     def child(self, stage: str, writer: str | None, messages: Sequence[Message], number: int = 0, **notes: Any) -> "Row":
         """A row that is made of this one. `number` tells children with the same messages apart."""
-        return made_row(stage, writer, messages, (self.id,), number, self.columns, **notes)
+        made = made_row(stage, writer, messages, (self.id,), number, self.columns, **notes)
+        return dataclasses.replace(made, audio=self.audio)
 
     def as_json(self) -> dict[str, Any]:
         """A line of train.jsonl."""
         made = {"id": self.id, "stage": self.stage, "writer": self.writer, "parents": list(self.parents), **self.notes}
-        return {"messages": list(self.messages), **self.columns, MADE: made}
+        if not self.audio:
+            return {"messages": list(self.messages), **self.columns, MADE: made}
+        text = {} if self.answer is None else {"text": self.answer}
+        return {"audio": self.audio, **text, **self.columns, MADE: made | {"sha256": self.messages[0]["content"]}}
 
 
 def made_row(

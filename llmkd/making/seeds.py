@@ -1,5 +1,6 @@
 """The rows that `llmkd make` begins with, read as those of `data.train`. No torch."""
 
+import hashlib
 import json
 from collections import Counter
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 from ..config import formats as config
 from ..config.data import Source
 from ..config.fields import OneOrMany, with_setting_names
+from ..data.media_files import read_bytes
 from ..data.prompt_files import asks, with_some_answer
+from ..data.reading.media import media_of
 from ..data.reading.problems import ErrorCollector
 from ..data.reading.row_checks import check_row
 from ..data.reading.sources import no_rows, open_source, some_rows
@@ -15,7 +18,20 @@ from ..errors import UserError
 from .rows import MADE, Message, Row, row_id
 
 #: Columns that are a part of the conversation, and are not carried through apart from it.
-_SAID = ("messages", "prompt", "completion", "instruction", "input", "output", "system", "tools", "teacher_context", "train")
+_SAID = (
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "tools",
+    "teacher_context",
+    "train",
+    "audio",
+    "text",
+)
 
 
 def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
@@ -27,30 +43,33 @@ def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
         except UserError as error:
             problems += error.problems
             continue
-        for messages, columns in found:
+        for messages, columns, audio in found:
             content = row_id(messages)
             number, before[content] = before[content], before[content] + 1
-            rows.append(Row(row_id("seeds", messages, number), messages, columns))
+            rows.append(Row(row_id("seeds", messages, number), messages, columns, audio=audio))
     if problems:
         raise UserError(*problems)
     return rows
 
 
-def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict]]:
-    """The conversation and the other columns of every row."""
+def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, str | None]]:
+    """The conversation and the other columns of every row; of a sound its path too."""
     problems, opened, out, count, bad = ErrorCollector(), open_source(source, setting), [], 0, False
+    sounds, text = source.format == "speech", source.fields.get("text", "text")
     for place, raw in some_rows(opened.records, source, problems):
         count += 1
         row, answered = with_some_answer(raw, source) if asks(raw, source) else (raw, True)
+        if sounds and isinstance(row, dict) and row.get(text) is None:
+            row = {**row, text: ""}
         before = len(problems.found)
         row = check_row(row, place, source, problems)
         bad |= len(problems.found) > before
         if bad:  # errors that are alike are counted, and not told again
             continue
         try:
-            messages = conversation_of(row, source.format, answered)
-        except ValueError as error:
-            problems.add(f"{place}: {error}")
+            messages, audio = _sound(row, place) if sounds else (conversation_of(row, source.format, answered), None)
+        except (ValueError, UserError) as error:
+            problems.add(str(error) if isinstance(error, UserError) else f"{place}: {error}")
             continue
         mapped = {source.fields.get(name, name) for name in config.FORMATS[source.format].columns}
         columns = {name: value for name, value in row.items() if name not in {*_SAID, MADE, *mapped, *source.ignore}}
@@ -58,11 +77,20 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
             fix = f"set ignore: [{', '.join([*source.ignore, bad_column])}] to leave it out"
             problems.add(f"{place}: {bad_column} holds what JSON has no form for; {fix}", alike=f"{bad_column} is no JSON")
             continue
-        out.append((messages, columns))
+        out.append((messages, columns, audio))
     problems.raise_if_any()
     if not count:
         raise no_rows(source, setting)
     return out
+
+
+def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], str]:
+    """The messages and the path of a row of format speech: its transcript is the answer, where it has one."""
+    file = media_of(row["audio"], place)
+    if isinstance(file, bytes):
+        raise ValueError("audio holds bytes, and train.jsonl names files; write each sound into a file of its own")
+    asked = _says("user", hashlib.sha256(read_bytes(file, place)).hexdigest())
+    return (asked, _says("assistant", row["text"])) if row["text"].strip() else (asked,), str(file.resolve())
 
 
 def conversation_of(row: dict, row_format: str, answered: bool) -> tuple[Message, ...]:

@@ -86,11 +86,11 @@ class Work:
     answer: Callable[[Sequence[Ask]], list[Answer]]
     dry_run: bool = False
 
-    def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", **sampling: Any) -> Ask:
-        """An ask for one text. `sample`: of several to the same messages the number; `sampling`: changes to the writer's."""
+    def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", audio: str | None = None, **sampling: Any) -> Ask:
+        """An ask for one text. `sample`: of several to the same messages the number; `audio`: see `Ask`; `sampling`: changes to the writer's."""
         chosen = canonical(dataclasses.replace(self.sampling, **sampling, seed=self.draw("sample", sample)))
         said = tuple({"role": one["role"], "content": one["content"]} for one in messages)
-        return Ask(key_of(said, chosen, self.identity), said, chosen, sample, pretend)
+        return Ask(key_of(said, chosen, self.identity), said, chosen, sample, pretend, audio)
 
     def draw(self, *of: Any) -> int:
         """A number from 0 to 2^31 - 1, a function of the seed and of what it is for."""

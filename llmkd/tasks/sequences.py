@@ -121,6 +121,11 @@ class TextToText:
         return processor.pipeline
 
 
+def decoder_positions(config: dict) -> int:
+    """The positions of a model's decoder, by its configuration; more than any target has where there is no bound."""
+    return config.get("max_target_positions") or config.get("max_position_embeddings") or _ANY
+
+
 def generation_of(config: dict, files: ModelFiles | None) -> dict:
     """The generation config of what a model is trained from, with the token that its decoder starts from."""
     found = generation_settings(config, (files.adapter, files.base) if files else (), "student.model")
@@ -152,7 +157,7 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
                 f"{setting}: its targets begin and end with {its}, and the student's with {ours}; both are to predict the same tokens: "
                 "set data.target_prefix, or use a model of the same kind"
             )
-    longest = min(one.get("max_target_positions") or one.get("max_position_embeddings") or _ANY for one in models.configs.values())
+    longest = min(map(decoder_positions, models.configs.values()))
     return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest
 
 

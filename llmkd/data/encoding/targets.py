@@ -48,10 +48,10 @@ def own_beginning(tokenizer, start: int) -> list[int]:
     return [start, *(token for token in ids[1:] if token != tokenizer.eos_token_id)] if ids[:1] == [start] else []
 
 
-def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, setting: str) -> Frame:
+def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, setting: str, named: str = "data.target_prefix") -> Frame:
     """What the sequences of a model have in common, by its tokenizer, its config.json and its generation config.
 
-    prefix  `data.target_prefix`: control tokens as text; None: those of the tokenizer (Whisper's, with language and task)
+    prefix  control tokens as text, of the setting `named`; None: those of the tokenizer (Whisper's, with language and task)
     """
     start = generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))
     start = start if start is not None else config.get("bos_token_id")
@@ -63,7 +63,7 @@ def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, sett
         ids = tokenizer(prefix, add_special_tokens=False)["input_ids"]
         if unknown := [token for token in tokenizer.convert_ids_to_tokens(ids) if token not in tokenizer.get_added_vocab()]:
             raise UserError(
-                f"data.target_prefix: found {prefix!r}, of which {unknown[0]!r} is no control token of the tokenizer; expected these alone, such as "
+                f"{named}: found {prefix!r}, of which {unknown[0]!r} is no control token of the tokenizer; expected these alone, such as "
                 "<|en|><|transcribe|><|notimestamps|>"
             )
         ids = ids[1:] if ids[:1] == [start] else ids

@@ -43,21 +43,23 @@ def media_files(root: Path, name: str, endings: Sequence[str], setting: str) -> 
     return found
 
 
-def media_rows(root: Path, name: str, column: str, files: Sequence[Path], pattern: str | None) -> Records:
+def media_rows(root: Path, name: str, column: str, files: Sequence[Path], pattern: str | None, labelled: bool = True) -> Records:
     """A row for each file, with its path under `column`: {audio: path, label: class}, or with the named groups of the pattern.
 
-    pattern   matched with the whole name of a file or, where it contains a slash, with the whole path in the folder; None: the folder that a
-              file is in is its label
+    pattern   matched with the whole name of a file or, where it contains a slash, with the whole path in the folder; None: where rows are
+              labelled, the folder that a file is in is its label
 
     The place of a row is its file. A file that does not fit is a BadRow.
     """
     named = re.compile(pattern) if pattern is not None else None
     for file in files:
-        yield f"{name}/{file}", functools.partial(_row, root, file, column, named)
+        yield f"{name}/{file}", functools.partial(_row, root, file, column, named, labelled)
 
 
-def _row(root: Path, file: Path, column: str, named: re.Pattern | None) -> dict[str, Any]:
+def _row(root: Path, file: Path, column: str, named: re.Pattern | None, labelled: bool) -> dict[str, Any]:
     row = {column: str(root / file)}
+    if named is None and not labelled:
+        return row
     if named is None:
         if len(file.parts) != 2:
             where = "in no folder of a class" if len(file.parts) == 1 else f"{len(file.parts) - 1} folders deep"

@@ -72,9 +72,9 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     problems, opened = ErrorCollector(), open_source(source, setting)
     rows, places, unread = [], [], Counter()
     for place, row in some_rows(opened.records, source, problems):
-        media = FORMATS[source.format].file
+        of_files = FORMATS[source.format].file and FORMATS[source.format].supervised == "label"
         rows.append(
-            check_media_row(row, place, source, problems, unread) if media else check_row(row, place, source, problems, choices, unread)
+            check_media_row(row, place, source, problems, unread) if of_files else check_row(row, place, source, problems, choices, unread)
         )
         places.append(place)
     problems.raise_if_any()
@@ -185,7 +185,8 @@ def _media(folder: Path, media: str, source: Source, setting: str) -> Opened:
             )
     files = media_files(folder, source.path, ENDINGS[media], setting)
     content = hashlib.sha256(json.dumps([file.as_posix() for file in files]).encode()).hexdigest()
-    return Opened(media_rows(folder, source.path, media, files, source.pattern), lambda: content, texts=True)
+    labelled = FORMATS[source.format].supervised == "label"
+    return Opened(media_rows(folder, source.path, media, files, source.pattern, labelled), lambda: content, texts=True)
 
 
 _OTHER_KINDS = {

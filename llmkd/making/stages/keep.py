@@ -19,6 +19,7 @@ from ..filters.contamination import HeldOutTexts, texts_in
 from ..filters.duplicates import near_duplicates
 from ..filters.languages import Languages
 from ..filters.task_files import evaluated
+from ..filters.transcripts import WordErrors
 from ..filters.words import Reason
 from ..rows import Row, row_id
 from ..stage import Outcome, Rejected, Work
@@ -32,6 +33,7 @@ class Keep:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.held_out = _held_out(settings) if settings.contamination else None
+        self.word_errors = WordErrors(settings.wer_below, settings.wer_normaliser) if settings.wer_below is not None else None
         self.languages = Languages(settings.languages, "languages") if settings.languages else None
         if settings.balance and not settings.balance.column:
             refuse_without_clusters("balance")
@@ -39,7 +41,14 @@ class Keep:
 
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
         outcome, left = Outcome(), list(rows)
-        for filter_rows in (self._singly, self._agreeing, self._different, self._known, lambda left: self._balanced(left, work)):
+        for filter_rows in (
+            self._singly,
+            lambda left: self._transcribed(left, work),
+            self._agreeing,
+            self._different,
+            self._known,
+            lambda left: self._balanced(left, work),
+        ):
             reasons = filter_rows(left)
             outcome.rejected += [Rejected(row, *reason) for row, reason in zip(left, reasons, strict=True) if reason]
             left = [row for row, reason in zip(left, reasons, strict=True) if not reason]
@@ -73,6 +82,11 @@ class Keep:
             yield consistency.wrong_sum(answer)
         if self.held_out:
             yield self.held_out.contaminated(question, *(message["content"] for message in row.messages))
+
+    def _transcribed(self, rows: list[Row], work: Work) -> Reasons:
+        if self.word_errors is None:
+            return [None] * len(rows)
+        return self.word_errors.reasons([(row.notes.get("reference"), row.answer or "") for row in rows], work.label)
 
     # ---- rows that are compared
 

@@ -19,8 +19,8 @@ _LONGEST = 64 << 20  # bytes of a line
 
 
 class ProgramWriter:
-    """A line of its stdin: `key`, `messages`, `temperature`, `max_tokens`, `top_p`, `top_k`, `min_p`, `seed`. Of its stdout: `key` and `text`, and perhaps
-    `finish`, `tokens`, `prompt_tokens`; or `key` and `error`. At most `writer.requests` asks wait for it at a time; its stdin is closed at the end.
+    """A line of its stdin: `key`, `messages`, `temperature`, `max_tokens`, `top_p`, `top_k`, `min_p`, `seed`, and of a sound `audio`. Of its stdout: `key`
+    and `text`, and perhaps `finish`, `tokens`, `prompt_tokens`; or `key` and `error`. At most `writer.requests` asks wait for it at a time; its stdin is closed at the end.
     """
 
     def __init__(self, settings: Settings, stop: Callable[[], bool]):
@@ -132,7 +132,7 @@ class ProgramWriter:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "seed": sampling.seed,
-        }
+        } | ({"audio": ask.audio} if ask.audio else {})
         self._asks.put(json.dumps(line).encode() + b"\n")  # a program that does not read must not stop this one
 
     def _read(self, line: bytes | None, running: dict[str, Ask]) -> tuple[Ask, Answer]:

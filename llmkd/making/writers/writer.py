@@ -42,11 +42,12 @@ class Nobody:
         pass
 
 
-def writer_of(settings: Settings | None, device: Callable[[], Any], stop: Callable[[], bool]) -> Writer:
+def writer_of(settings: Settings | None, device: Callable[[], Any], stop: Callable[[], bool], sounds: bool = False) -> Writer:
     """The writer that settings name.
 
     device   gives the device of a model in this process, when it is loaded
     stop     whether the command is asked to stop
+    sounds   whether asks are of sounds
     """
     if settings is None:
         return Nobody()
@@ -62,6 +63,10 @@ def writer_of(settings: Settings | None, device: Callable[[], Any], stop: Callab
         from .recorded import RecordedWriter
 
         return RecordedWriter(settings)
+    if sounds:
+        from .speech import SpeechWriter
+
+        return SpeechWriter(settings, device, stop)
     from .local import ModelWriter
 
     return ModelWriter(settings, device, stop)

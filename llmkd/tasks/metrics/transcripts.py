@@ -1,5 +1,6 @@
 """Word and character error rates of transcripts, by jiwer, after a normaliser that has a name: rates of two normalisers do not compare."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ def _errors(process: str, references: Sequence[str], transcripts: Sequence[str],
     return Errors(found.substitutions, found.deletions, found.insertions + inserted, sum(len(size(a)) for a, _ in pairs))
 
 
+@functools.cache
 def normaliser_of(name: str) -> Callable[[str], str]:
     """The function of a name of NORMALISERS."""
     if name == "none":

@@ -1,0 +1,157 @@
+"""Transcripts of sounds: what a model here writes, which are kept, and rows that train as they are."""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+import transformers
+
+from llmkd.config.data import Source
+from llmkd.config.make import load_make
+from llmkd.data.reading.sources import read_source
+from llmkd.errors import UserError
+from llmkd.making.asks import Answer
+from llmkd.making.writers.writer import writer_of
+from tests.kit.making import Function, lines, run_make, write_make
+from tests.kit.sequences import saved, speech_model, speech_rows
+
+TRANSCRIBE = [{"do": "transcribe"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("transcribe")
+    model = speech_model()
+    with torch.no_grad():  # so that what is heard counts
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn.out_proj.weight *= 200
+            layer.encoder_attn.v_proj.weight *= 20
+    saved(model, folder / "model")
+    speech_rows(folder)
+    return folder
+
+
+def written(folder: Path, into: Path, stages: list[dict], rows: list[dict], **settings) -> Path:
+    """A file of stages whose seeds are sounds next to them."""
+    into.mkdir()
+    path = write_make(into, stages, rows, **({"writer": {"model": str(folder / "model"), "max_new_tokens": 6}} | settings))
+    data = json.loads(path.read_text())
+    (folder / f"{into.name}.jsonl").write_text((into / "seeds.jsonl").read_text())
+    data["seeds"] = {"path": str(folder / f"{into.name}.jsonl"), "format": "speech"}
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_model_writes_what_transformers_generates_and_sounds_that_cannot_be_heard_are_named(folder, tmp_path, monkeypatch):
+    soundfile.write(folder / "long.wav", np.zeros(8001, np.float32), 8000)
+    (folder / "cut.wav").write_bytes((folder / "0.wav").read_bytes()[:-100])
+    rows = [{"audio": f"{i}.wav", "text": "two", "speaker": "a"} for i in range(3)] + [{"audio": "long.wav"}, {"audio": "cut.wav"}]
+    path = written(folder, tmp_path / "local", TRANSCRIBE, rows)
+    settings = load_make(path, {"writer.batch_size": 2})
+    writer = writer_of(settings.make.writer, lambda: "cpu", lambda: False, settings.sounds)
+    done = run_make(path, writer)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(folder / "model")
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder / "model")
+    reader = transformers.WhisperTokenizer.from_pretrained(folder / "model")
+    for i, row in enumerate(made := lines(tmp_path / "local/out/train.jsonl")):
+        clip = soxr.resample(soundfile.read(folder / f"{i}.wav", dtype="float32")[0], 8000, 16000)
+        features = extractor([clip], sampling_rate=16000, return_tensors="pt").input_features
+        ids = reader.convert_tokens_to_ids(["<|startoftranscript|>", "<|notimestamps|>"])
+        with torch.no_grad():
+            for _ in range(6):
+                logits_V = model(features, decoder_input_ids=torch.tensor([ids])).logits[0, -1, : len(reader)]
+                ids = [*ids, int(logits_V.argmax())] if ids[-1] != reader.eos_token_id else ids
+        print(i, ids, repr(row["text"]))
+        assert row["text"] == reader.decode(ids, skip_special_tokens=True).strip() != ""
+        assert row["audio"] == str(folder / f"{i}.wav") and row["speaker"] == "a"
+        assert row["made"]["reference"] == "two" and row["made"]["finish"] == ("length" if ids[-1] != reader.eos_token_id else "stop")
+        assert row["made"]["sha256"] == hashlib.sha256((folder / f"{i}.wav").read_bytes()).hexdigest()
+    assert len(made) == 3 and done.counts[0].reasons == {"no_answer": 2}
+    said = " ".join(row["detail"] for row in lines(tmp_path / "local/out/rejected.jsonl"))
+    assert "the clip is 1.00 s long, and the writer reads 1 s" in said and "cut.wav: the file is cut short" in said
+    read = read_source(Source(path=str(tmp_path / "local/out/train.jsonl"), format="speech"), "data.train")
+    assert [row["text"] for row in read.rows] == [row["text"] for row in made] and read.unread == Counter(speaker=3)
+    config = json.loads((folder / "model/generation_config.json").read_text())
+    (folder / "model/generation_config.json").write_text(json.dumps(config | {"is_multilingual": True}))
+    with pytest.raises(UserError, match=r"writer.target_prefix: not given, and the model knows several languages"):
+        writer_of(settings.make.writer, lambda: "cpu", lambda: False, settings.sounds)
+    (folder / "model/generation_config.json").write_text(json.dumps(config))
+
+
+SAYS = ["one, two: three FOUR", "one too three four", "", "la la la la", Answer("one two", "length", 3, 2), "one two three four"]
+
+
+def test_transcripts_are_asked_by_their_sounds_and_kept_below_a_word_error_rate(folder, tmp_path, capsys):
+    """Of four words: no error, one, no transcript, four, two missing; and a row with none of its own."""
+    rows = [{"audio": f"{i}.wav", "text": "one two three four"} for i in range(5)] + [{"audio": "5.wav", "text": None}]
+    names = {hashlib.sha256((folder / f"{i}.wav").read_bytes()).hexdigest(): i for i in range(6)}
+    writer = Function(lambda ask: SAYS[names[ask.messages[0]["content"]]])
+    stages = [*TRANSCRIBE, {"do": "keep", "wer_below": 0.26, "finish": "stop"}]
+    path = written(folder, tmp_path / "kept", stages, rows)
+    done = run_make(path, writer)
+    assert [one.reasons for one in done.counts[:2]] == [{"empty": 1}, {"cut_off": 1, "word_errors": 1}]
+    assert [row["text"] for row in lines(tmp_path / "kept/out/train.jsonl")] == [SAYS[0], SAYS[1], SAYS[5]]
+    said = capsys.readouterr().err
+    assert "word error rate (basic) 0.417 of 3 transcripts, 0.125 of the 2 below 0.26" in said and "1 row of 4 have no transcript" in said
+    rejected = {row["reason"]: row for row in lines(tmp_path / "kept/out/rejected.jsonl")}
+    assert "word error rate 1.00 (basic), and its own transcript is 'one two three four'" in rejected["word_errors"]["detail"]
+    assert "text" not in rejected["empty"] and rejected["empty"]["made"]["reference"] == "one two three four"
+    assert all(ask.audio == str(folder / f"{names[ask.messages[0]['content']]}.wav") for ask in writer.asked)
+    train = (tmp_path / "kept/out/train.jsonl").read_bytes()
+    (folder / "elsewhere").mkdir()
+    for i in range(6):
+        (folder / "elsewhere" / f"{i}.wav").write_bytes((folder / f"{i}.wav").read_bytes())
+    (folder / "elsewhere/rows.jsonl").write_text((folder / "kept.jsonl").read_text())
+    run_make(path, again := Function(), seeds__path=str(folder / "elsewhere/rows.jsonl"))
+    assert not again.asked and (tmp_path / "kept/out/train.jsonl").read_bytes() == train.replace(
+        str(folder).encode(), str(folder / "elsewhere").encode()
+    )
+    run_make(path, Function(), stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.25}])
+    assert [row["text"] for row in lines(tmp_path / "kept/out/train.jsonl")] == [SAYS[0], SAYS[5]]
+    with pytest.raises(UserError, match=r"stages.1 \(keep\): wer_below: no row has a transcript of its own"):
+        run_make(path, Function(), stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.1}], seeds__where={"text": None})
+
+
+def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folder, tmp_path, monkeypatch):
+    (clips := tmp_path / "clips" / "deep").mkdir(parents=True)
+    for name in ("1_ann.wav", "2_bob.wav"):
+        (clips / name).write_bytes((folder / f"{name[0]}.wav").read_bytes())
+    path = written(folder, tmp_path / "folders", TRANSCRIBE, [])
+    named = {"seeds__path": str(tmp_path / "clips"), "seeds__pattern": r"(?P<label>\d)_(?P<who>[a-z]+)\.wav"}
+    run_make(path, Function(lambda ask: Path(ask.audio).name), **named, seeds__where={"who": "bob"})
+    (row,) = lines(tmp_path / "folders/out/train.jsonl")
+    assert row["audio"] == str(clips / "2_bob.wav") and (row["label"], row["who"], row["text"]) == ("2", "bob", "2_bob.wav")
+    run_make(path, Function(lambda ask: Path(ask.audio).name), seeds__path=str(tmp_path / "clips"))
+    assert [row["text"] for row in lines(tmp_path / "folders/out/train.jsonl")] == ["1_ann.wav", "2_bob.wav"]
+    bad = [{"audio": "absent.wav"}, {"audio": 3}, {"text": "no sound"}]
+    with pytest.raises(UserError) as caught:
+        run_make(written(folder, tmp_path / "bad", TRANSCRIBE, bad))
+    assert len(caught.value.problems) == 3 and "bad.jsonl:1: " in str(caught.value) and "No such file" in str(caught.value)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stages.1 \(keep\): wer_below: needs jiwer"):
+        patch.setitem(sys.modules, "jiwer", None)
+        run_make(path, stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.1}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds.format": "alpaca"}, "stages.0: is transcribe, and no seeds are sounds"),
+        ({"stages": [{"do": "answer"}]}, "stages.0: is answer, which reads no sounds"),
+        ({"stages": [{"do": "keep", "wer_below": 0.1}, *TRANSCRIBE]}, "wer_below: set before the stage transcribe"),
+        ({"stages": [*TRANSCRIBE, {"do": "keep", "wer_normaliser": "none"}]}, "wer_normaliser: set without wer_below"),
+        ({"stages": [*TRANSCRIBE, {"do": "keep", "near_duplicate": 0.7}]}, "near_duplicate: set for sounds.*near_duplicate_of: answer"),
+        ({"writer.temperature": 1.0}, "writer.temperature: found 1, and transcripts are the most likely tokens"),
+        ({"writer.server": "http://localhost:1"}, "writer.server: set with seeds of format speech"),
+    ],
+)
+def test_what_does_not_go_with_sounds_is_refused_by_name(folder, tmp_path, changes, said):
+    path = written(folder, tmp_path / "refused", TRANSCRIBE, [])
+    with pytest.raises(UserError, match=said):
+        load_make(path, changes)
