@@ -87,15 +87,6 @@ class Keep:
     repeated_words: float | None = Field(
         None, gt=0, le=1, description="Leave out answers of which more than this share is in sequences of ten words that they have twice."
     )
-    wer_below: float | None = Field(
-        None,
-        gt=0,
-        description="Leave out transcripts with a word error rate of this or more against the row's own transcript, such as Distil-Whisper's 0.1; rows without one stay. "
-        "Needs jiwer (the extra audio).",
-    )
-    wer_normaliser: Literal["none", "basic", "english"] | None = Field(
-        None, description="With wer_below: what is done to both texts before, as of validation.error_rates (basic)."
-    )
     scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
     script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
     languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] | None = Field(
@@ -107,6 +98,15 @@ class Keep:
     contamination: OneOrMany[HeldOutRows] = Field(
         None,
         description="Held-out and evaluation rows, of which every text counts, whatever its column: leave out rows with 13 words in a row in common with one.",
+    )
+    wer_below: float | None = Field(
+        None,
+        gt=0,
+        description="Leave out transcripts with a word error rate of this or more against the row's own transcript, such as Distil-Whisper's 0.1; rows without one stay. "
+        "Needs jiwer (the extra audio).",
+    )
+    wer_normaliser: Literal["none", "basic", "english"] | None = Field(
+        None, description="With wer_below: what is done to both texts before, as of validation.error_rates (basic)."
     )
     agreement: float | None = Field(
         None,
