@@ -67,28 +67,28 @@ class SpeechWriter:
             yield from ((ask, answer) for ask, answer in self._batch(batch) if ask.key not in known)
 
     def _batch(self, batch: list[Ask]) -> Iterator[tuple[Ask, Answer]]:
-        heard = []
+        read = []
         for ask in batch:
             clip = self._clip(ask)
             if isinstance(clip, Answer):
                 yield ask, clip
             else:
-                heard.append((ask, clip))
-        if not heard:
+                read.append((ask, clip))
+        if not read:
             return
         from ...models.greedy import greedy
 
-        device, most = self.device(), min(heard[0][0].sampling.max_new_tokens, self.most)
-        inputs = inputs_of(self.extractor, [clip for _, clip in heard], self.extractor.sampling_rate)
+        device, most = self.device(), min(read[0][0].sampling.max_new_tokens, self.most)
+        inputs = inputs_of(self.extractor, [clip for _, clip in read], self.extractor.sampling_rate)
         if self._loaded is None:
             self._loaded = self._load(inputs, device)
         inputs = {name: x.to(device) for name, x in inputs.items()}
-        for (ask, _), ids in zip(heard, greedy(self._loaded, inputs, self.frame.given, self.frame.end, most), strict=True):
+        for (ask, _), ids in zip(read, greedy(self._loaded, inputs, self.frame.given, self.frame.end, most), strict=True):
             text, finished = self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) < most
             yield ask, Answer(text, STOP if finished else CUT, len(ids) + finished, len(self.frame.given))
 
     def _clip(self, ask: Ask) -> np.ndarray | Answer:
-        """The sound's samples; the reason where it cannot be heard as a whole."""
+        """The sound's samples; the reason where it cannot be read as a whole."""
         rate = self.extractor.sampling_rate
         try:
             clip = decode(ask.audio, rate, ask.audio)
@@ -110,7 +110,7 @@ class SpeechWriter:
             padding_of(self.tokenizer, self.model.files.config, "writer.model"),
         )
         (ids, masks), offsets = map(np.concatenate, zip(*found, strict=True)), np.cumsum([0, *(len(one) for one, _ in found)])
-        examples = SequenceExamples(_Heard(inputs), ids, masks, offsets, np.arange(2), ["a", "a b"], pad)
+        examples = SequenceExamples(_OfBatch(inputs), ids, masks, offsets, np.arange(2), ["a", "a b"], pad)
         return self.model.load(device, self.vocab, EncoderDecoderKind(SpeechProcessor.auto, len(self.tokenizer), examples))
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class SpeechWriter:
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _OfBatch:
     """What a model reads of two sounds, as `data.inputs.Inputs`: the first and the last of a batch."""
 
     inputs: "dict[str, Tensor]"
