@@ -41,14 +41,8 @@ class Keep:
 
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
         outcome, left = Outcome(), list(rows)
-        for filter_rows in (
-            self._singly,
-            lambda left: self._transcribed(left, work),
-            self._agreeing,
-            self._different,
-            self._known,
-            lambda left: self._balanced(left, work),
-        ):
+        judged = self._singly, lambda left: self._transcribed(left, work), self._agreeing, self._different, self._known
+        for filter_rows in (*judged, lambda left: self._balanced(left, work)):
             reasons = filter_rows(left)
             outcome.rejected += [Rejected(row, *reason) for row, reason in zip(left, reasons, strict=True) if reason]
             left = [row for row, reason in zip(left, reasons, strict=True) if not reason]

@@ -60,7 +60,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/making/stages/keep.py",
-        ("shares-before-duplicates", "shares hold before other filters drop rows", "for filter_rows in (self._singly, self._agreeing, self._different, self._known, lambda left: self._balanced(left, work)):", "for filter_rows in (lambda left: self._balanced(left, work), self._singly, self._agreeing, self._different, self._known):", KEEP),
+        ("shares-before-duplicates", "shares hold before other filters drop rows", "for filter_rows in (*judged, lambda left: self._balanced(left, work)):", "for filter_rows in (lambda left: self._balanced(left, work), *judged):", KEEP),
     ),
     *in_file(
         "llmkd/making/scores/views.py",
