@@ -120,3 +120,8 @@ class Model(nn.Module):
         reshard(self.model)
         own = re.compile(rf"\.{self.adapter}(?=\.|$)")
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def is_untouched(self) -> bool:
+        """Whether it computes what its base does, to the last bit: it trains a LoRA adapter and nothing else, and every B of it is still 0."""
+        trained = self.trainable()
+        return bool(trained) and all(".lora_A." in name or (".lora_B." in name and not p.any()) for name, p in trained.items())

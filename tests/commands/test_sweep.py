@@ -10,6 +10,7 @@ from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.files import read_sealed
 from llmkd.training.run import run
+from llmkd.training.validate import Evaluator
 from tests.conftest import distance, weights
 from tests.kit.processes import train_on_two
 from tests.kit.sweeps import HELD, alone, state
@@ -58,15 +59,23 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
         }
         together, apart = (json.loads((out / "summary.json").read_text()) for out in (folder / "arms" / name, tmp_path / "alone" / name))
         assert together["train"] == apart["train"] and together["validation"]["ce"] == apart["validation"]["ce"]
+        assert together["before"]["ce"] == apart["before"]["ce"], name
         assert grad_norms(folder / "arms" / name) == grad_norms(tmp_path / "alone" / name) != [], name
     names = [list(weights(folder / "arms" / name)) for name in ("sft", "kd")]
     assert distance(weights(folder / "arms/sft"), weights(folder / "arms/kd")) > 1e-4 and not [n for n in names[0] if "arm" in n]
     assert "forward_kl" in json.loads((folder / "arms/sft/summary.json").read_text())["validation"]  # the others' teacher spoke anyway
 
 
-def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, tmp_path):
+def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, tmp_path, monkeypatch):
+    """Before the first step both students are their base, and are measured as one; after the last they are two."""
     recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation_fraction": 0.2, "max_length": 256}}
-    folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}), {"train.max_steps": 2}, False)
+    asked, validate = [], Evaluator.validate
+    monkeypatch.setattr(Evaluator, "validate", lambda self, students, *rest: asked.append(len(students)) or validate(self, students, *rest))
+    folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}), {"train.max_steps": 2, "validation.teacher_check": 0}, False)
+    assert asked == [1, 2]
+    alone(folder, "kd_ratio-1", tmp_path / "alone")
+    before = [json.loads((out / "summary.json").read_text())["before"] for out in (*sorted((folder / "arms").iterdir()), tmp_path / "alone")]
+    assert before[0] == before[1] == before[2] and asked == [1, 2, 1, 1]
     tables = []
     for name in ("kd_ratio-0", "kd_ratio-1"):
         lines = [json.loads(line) for line in (folder / "arms" / name / "held_out.jsonl").read_text().splitlines()]
