@@ -29,6 +29,7 @@ OF_THE_HUB = [
         "two_stage",
         "on_policy",
         "imitation_smollm2",
+        "studies",
         "classifier",
         "sounds",
         "digits",
@@ -105,7 +106,7 @@ def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(pa
 def test_a_stage_names_the_output_of_an_earlier_one(path):
     recipe = loader.load_recipe(path)
     of_sweeps = [(loader.load_sweep(other).output_dir, stage) for other in SWEEPS for stage in loader.load_sweep(other).stages]
-    left = [f"{folder}/stages/{stage}/adapter" for folder, stage in of_sweeps]
+    left = [f"{folder}/stages/{stage}/{kind}" for folder, stage in of_sweeps for kind in ("adapter", "model")]
     for model in (recipe.student.model, *(teacher.model for teacher in as_tuple(recipe.teacher))):
         if model and model.startswith("runs/"):
             earlier = [
