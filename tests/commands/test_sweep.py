@@ -74,7 +74,9 @@ def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, 
     folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}), {"train.max_steps": 2, "validation.teacher_check": 0}, False)
     assert asked == [1, 2]
     alone(folder, "kd_ratio-1", tmp_path / "alone")
-    before = [json.loads((out / "summary.json").read_text())["before"] for out in (*sorted((folder / "arms").iterdir()), tmp_path / "alone")]
+    before = [
+        json.loads((out / "summary.json").read_text())["before"] for out in (*sorted((folder / "arms").iterdir()), tmp_path / "alone")
+    ]
     assert before[0] == before[1] == before[2] and asked == [1, 2, 1, 1]
     tables = []
     for name in ("kd_ratio-0", "kd_ratio-1"):
