@@ -66,6 +66,7 @@ ALLOWED = {
     ("eval/speed/step_setup.py", "arms?"): "adapters of a sweep's arms",
     ("recipes/*ablation*", "arms?"): "a sweep's arms",
     ("recipes/*study*", "arms?"): "a sweep's arms",
+    ("recipes/studies/*", "arms?"): "a sweep's arms",
     ("docs/plan.md", "arms?"): "a sweep's arms",
     ("docs/making_data.md", "arms?"): "a sweep's setting",
     ("docs/evaluation.md", "arms?"): "a sweep's arms",
