@@ -141,9 +141,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """N targets, and the views from which student and teacher predict them.
+    """N targets, and the views from which student and teachers predict them.
 
-    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict. Labels are aligned once, where batches are made;
+    `teacher` is what teachers read that have no view of their own in `of_teachers`, by the name of their setting (teacher.0, teacher.1, ...).
+
+    `labels_N[i]` is the token that position `rows_N[i]` of every view must predict. Labels are aligned once, where batches are made;
     no other code shifts them. The targets of one example are contiguous, in the order of `examples`.
 
     `weights[name]` [N] weighs the part `name` of the loss ("ce", "kd") at each target: any finite numbers, also 0 and negative ones. A part
@@ -162,6 +164,7 @@ class Batch:
     weights: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[tuple[str, ...], Rows] | None = None
     kept: Tensor | None = None
+    of_teachers: dict[str, View] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.weights and self.zeros is None:
@@ -170,12 +173,20 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with `change` applied to every tensor."""
-        student = self.student.each(change)
-        teacher = student if self.teacher is self.student else self.teacher.each(change)
+        views = {
+            id(view): view.each(change) for view in {id(v): v for v in (self.student, self.teacher, *self.of_teachers.values())}.values()
+        }
+        student, teacher = views[id(self.student)], views[id(self.teacher)]
+        own = {setting: views[id(view)] for setting, view in self.of_teachers.items()}
         weights = {name: change(w_N) for name, w_N in self.weights.items()}
         zeros = {names: rows if isinstance(rows, slice) else change(rows) for names, rows in (self.zeros or {}).items()}
         kept = None if self.kept is None else change(self.kept)
-        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros, kept)
+        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros, kept, own)
+
+    def view_of(self, setting: str) -> View:
+        """What the model of a setting reads: student.model, teacher.model, teacher.1, ..."""
+        name = setting.removesuffix(".model")
+        return self.student if name == "student" else self.of_teachers.get(name, self.teacher)
 
     def to(self, device) -> "Batch":
         return self.each(lambda x: x.to(device, non_blocking=True))

@@ -34,6 +34,7 @@ OF_THE_HUB = [
         "sounds",
         "digits",
         "whisper",
+        "views",
     )
 ]
 STAGED = [path for path in OF_THE_HUB if path.parent.name not in ("gpt2_1.5b_to_120m", "qwen3_8b_to_1.7b")]  # with a table of their memory

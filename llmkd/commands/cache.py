@@ -149,13 +149,13 @@ def _load_recorder(
 
     if sharded_teacher(recipe.train, source.settings) and accelerator.num_processes > 1:
         info(f"{source.setting}: is not sharded to write a cache; each of {accelerator.num_processes} processes holds all of it")
-    kind, around = prepared.kind(), functools.partial(measured_transform, probe)
-    context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=around, kind=kind)
+    around = functools.partial(measured_transform, probe)
+    context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=around, kind=prepared.kind)
     _, (model,) = load_models([], [(source.setting, source.settings)], context)
     with report_from_any_rank():
         ModelWatch(prepared)  # what is loaded is what the cache is said to be of
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
-    return Recorder(LiveTeacher(model), examples, record_format, device, size)
+    return Recorder(LiveTeacher(model, setting=source.setting), examples, record_format, device, size)
 
 
 def check_disk_space(writer, shards: list[int]) -> None:

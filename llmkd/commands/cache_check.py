@@ -55,7 +55,7 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
-    context = LoadContext(prepared.vocab, accelerator.device, recipe.seed, kind=prepared.kind())
+    context = LoadContext(prepared.vocab, accelerator.device, recipe.seed, kind=prepared.kind)
     evaluator = Evaluator(
         accelerator, recipe.validation.micro_batch_size, measures=prepared.task.measures(prepared.processor, recipe.validation)
     )
@@ -105,7 +105,7 @@ def compare_cached(student: Student, source: TeacherSource, sample: Examples, co
     students, models = load_models([student], [(source.setting, source.settings)], context)
     rows = []
     for name, teacher in (
-        ("live", LiveTeacher(models[0])),
+        ("live", LiveTeacher(models[0], setting=source.setting)),
         (str(source.settings.cache.path), CachedTeacher(source.cache, context.device)),
     ):
         found = evaluator.validate(students, teacher, sample, progress_bar(name))[0].metrics()

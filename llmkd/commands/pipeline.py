@@ -10,6 +10,7 @@ from ..config.make import Make, MakeSettings
 from ..config.paths import place_changes
 from ..config.recipe import Recipe
 from ..config.sweep import Pipeline
+from ..config.views import views_of
 from ..console import info, progress_bar, table
 from ..errors import UserError
 from ..files import write_atomic
@@ -71,6 +72,11 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
+    if other := next((name for name in pipeline.students if views_of(as_tuple(recipes[name].teacher))), None):
+        raise UserError(
+            f"{config}: students: the teacher of {other} reads another column (teacher.reads), and a pipeline measures the teacher on what its students "
+            "read; compare by llmkd sweep, whose teacher may be a stage"
+        )
     uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
     if len(set(uploads)) < len(uploads):
         raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
@@ -112,7 +118,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
-        return load_teacher(settings, LoadContext(prepared.vocab, accelerator.device, kind=prepared.kind()))
+        return load_teacher(settings, LoadContext(prepared.vocab, accelerator.device, kind=prepared.kind))
 
     teacher = load(pipeline.teacher)
     names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}

@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from ..config.fields import as_tuple
 from ..config.recipe import Recipe
+from ..config.views import views_of
 from ..console import printable, table
 from ..data.dataset import read_data
 from ..data.examples import Examples
@@ -18,7 +19,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     """Print how many examples each class has in training and held-out rows, then `count` examples drawn by the recipe's seed, or the one numbered
     `example`. Returns the counts."""
     out, task = out or sys.stdout, task_named(recipe.task)
-    rows, models = read_data(recipe.data), find_models(recipe.student, (), open_caches=False)
+    rows, models = read_data(recipe.data, views_of(as_tuple(recipe.teacher))), find_models(recipe.student, (), open_caches=False)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
     data = task.encode(rows, recipe.data, batching(recipe.train, recipe.seed, False), as_tuple(recipe.teacher), processor)
     parts = {"data.train": data.train, "data.validation": data.validation}

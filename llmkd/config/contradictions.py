@@ -19,6 +19,7 @@ from .target_weights import keep_contradictions, target_weight_contradictions
 from .tasks import task_contradictions
 from .teacher import Mixture, teacher_contradictions
 from .terms import attention_contradictions
+from .views import view_contradictions
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -44,6 +45,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from sharding_contradictions(recipe)
     yield from task_contradictions(recipe)
     yield from media_contradictions(recipe)
+    yield from view_contradictions(recipe)
 
 
 def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -233,10 +233,11 @@ def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
         yield "name", f"found {source.name or 'questions'} with format: {source.format}; {fix}"
-    builtin = {"audio": BUILTIN_SOUNDS, "image": None, "speech": None}.get(source.format, "builtin:skills")
-    if source.path.startswith("builtin:") and source.path != builtin:
+    own = {"audio": (BUILTIN_SOUNDS,), "labelled": ("builtin:skills", BUILTIN_SOUNDS), "image": (), "speech": ()}
+    builtin = own.get(source.format, ("builtin:skills",))
+    if source.path.startswith("builtin:") and source.path not in builtin:
         known = (
-            f"the only built-in corpus of format {source.format} is {builtin}"
+            f"the only built-in corpus of format {source.format} is {' or '.join(builtin)}"
             if builtin
             else f"format {source.format} has no built-in corpus"
         )
@@ -287,7 +288,7 @@ def _use_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str
 def _name_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
     """The names of columns and roles."""
     choices, row_format = setting == "data.choices", FORMATS[source.format]
-    known, columns = row_format.names(choices), row_format.columns
+    known, columns = row_format.names(choices), row_format.columns | row_format.views
     for column in source.fields:
         if column not in known:
             yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"

@@ -1,6 +1,7 @@
 """The formats of rows: their columns, by which settings and rows are checked."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -8,7 +9,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "file", "label"] = "text"
+    kind: Literal["text", "messages", "text or messages", "tools", "numbers", "audio", "image", "label"] = "text"
     optional: bool = False  # a file may lack it
 
 
@@ -23,6 +24,8 @@ class RowFormat:
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
     file: str | None = None  # the column that names a sound or an image, or holds it
     notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
+    reads: str | None = None  # the column that a student reads, where a teacher may read another one
+    views: dict[str, Column] = dataclasses.field(default_factory=dict)  # columns that a teacher may read in its place (`teacher.reads`)
 
     @property
     def is_text(self) -> bool:
@@ -34,6 +37,14 @@ class RowFormat:
         """The columns of a row, with teacher_context, which every format of text has."""
         return {**self.row, **({"teacher_context": Column(optional=True)} if self.is_text else {})}
 
+    def columns_for(self, views: Collection[str]) -> dict[str, Column]:
+        """The columns of a row of which teachers read those in `views`, too."""
+        return {**self.columns, **{name: Column(column.kind) for name, column in self.views.items() if name in views}}
+
+    def kind_of(self, column: str) -> str:
+        """text, audio or image: of the column that a student reads, or of one that a teacher may read."""
+        return (self.row | self.views)[column].kind.removesuffix(" or messages")
+
     @property
     def has_messages(self) -> bool:
         return any("messages" in column.kind for column in self.row.values())
@@ -41,7 +52,7 @@ class RowFormat:
     def names(self, choices: bool = False) -> tuple[str, ...]:
         """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
         in_message = ("role", "content", "train") if self.has_messages else ()
-        return (*self.columns, *in_message, *(("choices", "answer") if choices else ()))
+        return (*self.columns, *self.views, *in_message, *(("choices", "answer") if choices else ()))
 
 
 FORMATS = {
@@ -64,6 +75,7 @@ FORMATS = {
         },
         answer="completion",
         template="optional",
+        reads="prompt",
     ),
     "text": RowFormat({"text": Column()}, supervised="all"),
     "tokens": RowFormat(
@@ -81,10 +93,34 @@ FORMATS = {
         supervised="marked",
         notes=("prompt", "answer", "finished", "key", "row_checksum"),
     ),
-    "labelled": RowFormat({"text": Column(), "text_pair": Column(optional=True), "label": Column("label")}, supervised="label"),
-    "audio": RowFormat({"audio": Column("file"), "label": Column("label")}, supervised="label", file="audio"),
-    "image": RowFormat({"image": Column("file"), "label": Column("label")}, supervised="label", file="image"),
-    "speech": RowFormat({"audio": Column("file"), "text": Column()}, supervised="transcript", file="audio", notes=("made",)),
+    "labelled": RowFormat(
+        {"text": Column(), "text_pair": Column(optional=True), "label": Column("label")},
+        supervised="label",
+        reads="text",
+        views={"audio": Column("audio", optional=True), "image": Column("image", optional=True)},
+    ),
+    "audio": RowFormat(
+        {"audio": Column("audio"), "label": Column("label")},
+        supervised="label",
+        file="audio",
+        reads="audio",
+        views={"text": Column(optional=True), "image": Column("image", optional=True)},
+    ),
+    "image": RowFormat(
+        {"image": Column("image"), "label": Column("label")},
+        supervised="label",
+        file="image",
+        reads="image",
+        views={"text": Column(optional=True), "audio": Column("audio", optional=True)},
+    ),
+    "speech": RowFormat(
+        {"audio": Column("audio"), "text": Column()},
+        supervised="transcript",
+        file="audio",
+        notes=("made",),
+        reads="audio",
+        views={"prompt": Column(optional=True)},
+    ),
 }
 #: The formats of rows that each task reads.
 FORMATS_OF = {

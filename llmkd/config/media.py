@@ -74,14 +74,23 @@ def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.augment.audio",), "names no transform; give some, or leave data.augment out"
     elif not formats & {"audio", "speech"}:
         yield ("data.augment.audio", "data.train"), "set, but no rows have format: audio or speech; leave it out"
-    for path, teacher in with_setting_names(recipe.teacher, "teacher"):
-        if teacher.cache and augment.teacher_sees == "same":
+    teachers = with_setting_names(recipe.teacher, "teacher")
+    if teachers and all(one.reads for _, one in teachers) and augment.teacher_sees == "same":
+        path, column = teachers[0][0], teachers[0][1].reads
+        yield (
+            ("data.augment.teacher_sees", f"{path}.reads"),
+            f"found same with {path}.reads: {column}, a column that is not augmented; set it to clean",
+        )
+        return
+    for path, teacher in teachers:
+        if teacher.cache and not teacher.reads and augment.teacher_sees == "same":
             yield (
                 ("data.augment.teacher_sees", f"{path}.cache"),
                 f"found same with {path}.cache, which holds answers to the clean examples; use clean, or leave the cache out",
             )
     inside = next((name for name in ("features", "attention") if getattr(recipe.loss, name)), None)
-    if inside and augment.teacher_sees == "clean":
+    asked = [one for _, one in teachers if inside and (len(teachers) == 1 or one.name == getattr(recipe.loss.features, "teacher", None))]
+    if inside and augment.teacher_sees == "clean" and not all(one.reads for one in asked):
         yield (
             (f"loss.{inside}", "data.augment.teacher_sees"),
             f"compares layers, and with teacher_sees: clean the teacher's positions are others than the student's; use same, or leave loss.{inside} out",

@@ -104,6 +104,11 @@ class Teacher:
     api_key_env: str | None = changeable(
         None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
+    reads: str | None = fixed(
+        None,
+        description="The column of the rows that the teacher reads in place of the student's, which then predicts the same targets: text, audio or image, "
+        "where the format has it; null: what the student reads.",
+    )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
     base: str | None = fixed(
         None, path="model", description="For an adapter: folder or hub id of its base, if it is not where adapter_config.json says."

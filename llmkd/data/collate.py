@@ -95,10 +95,17 @@ def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool, keys
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:
-    """Some of a batch's examples, for a teacher: `mine[i]`: whether example i is kept. Both views are the teacher's."""
-    view, keep_N = batch.teacher, per_target(batch, mine).to(batch.labels_N.device)
-    kept_N, device, packed = view.rows_N[keep_N], batch.labels_N.device, None
-    T = view.T
+    """Some of a batch's examples, for teachers: `mine[i]`: whether example i is kept. The student's view is left out: it is the teacher's."""
+    keep_N = per_target(batch, mine).to(batch.labels_N.device)
+    part, *others = (_selected(view, mine, keep_N) for view in (batch.teacher, *batch.of_teachers.values()))
+    examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
+    own = dict(zip(batch.of_teachers, others, strict=True))
+    return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples, of_teachers=own)
+
+
+def _selected(view: View, mine: list[bool], keep_N: Tensor) -> View:
+    """The view of some examples, of whose targets `keep_N` marks those that are kept."""
+    kept_N, device, packed, T = view.rows_N[keep_N], keep_N.device, None, view.T
     if view.packed:
         packed, keep = view.packed.select(mine)
         keep_T = torch.tensor(keep).repeat_interleave(torch.tensor(view.packed.lengths)).to(device)
@@ -109,9 +116,7 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
         wanted = torch.tensor(mine, device=device)
         inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
         rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
-    part = View(inputs, rows_N, packed, given=view.given)
-    examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
-    return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
+    return View(inputs, rows_N, packed, given=view.given)
 
 
 def per_target(batch: Batch, of_example: list[bool]) -> Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +49,10 @@ class Questions:
 # ---- reading
 
 
-def read_data(data: Data) -> dict[str, list[Rows]]:
+def read_data(data: Data, views: Collection[str] = ()) -> dict[str, list[Rows]]:
     """The checked rows of data.train, data.validation and data.choices; none for a stream, which is read while training.
+
+    views   the columns that teachers read in place of the student's
 
     UserError names every bad row of all of them.
     """
@@ -58,7 +60,7 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
     out, problems = {}, []
     for setting, value in wanted.items():
         try:
-            out[setting] = read_sources(value, setting, choices=setting == "data.choices")
+            out[setting] = read_sources(value, setting, setting == "data.choices", views)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,17 +42,26 @@ class Inputs(Protocol):
     def joined(parts: "Sequence[Inputs]") -> "Inputs": ...
 
 
+class Reading(NamedTuple):
+    """What a teacher reads, where that is not what the student reads.
+
+    inputs      another column's, or the same column's in another way; or the student's own, which is not augmented for the teacher
+    augmented   whether it is augmented as the student's is: never another column
+    """
+
+    inputs: Inputs
+    augmented: bool = True
+
+
 class WithInputs(Weighed):
     """Examples that are inputs and targets: a base of dataclasses, which say what a target is.
 
     inputs       what the student reads
-    of_teacher   what the teachers read, where that is another input, such as another tokenizer's or extractor's
-    clean        whether teachers read what is not augmented
+    of_teachers  by setting (teacher, or teacher.0, ...) what those teachers read that do not read the same. Equal inputs are one object
     """
 
     inputs: Inputs
-    of_teacher: Inputs | None
-    clean: bool
+    of_teachers: dict[str, Reading]
 
     def own_content(self, i: int) -> bytes:
         """What identifies an example to the student."""
@@ -68,26 +77,32 @@ class WithInputs(Weighed):
 
     @property
     def one_input(self) -> bool:
-        return self.of_teacher is None and not self.clean
+        return not self.of_teachers
+
+    @property
+    def others(self) -> list[Inputs]:
+        """What teachers read that is not the student's input, each once."""
+        every = {id(one.inputs): one.inputs for one in self.of_teachers.values()}
+        return [inputs for key, inputs in every.items() if key != id(self.inputs)]
 
     def content_hash(self, i: int) -> str:
-        theirs = b"" if self.of_teacher is None else b"|" + self.of_teacher.content(i)
-        return digest(self.own_content(i) + theirs)
+        return digest(self.own_content(i) + b"".join(b"|" + inputs.content(i) for inputs in self.others))
 
     def student_hash(self, i: int) -> str:
         return digest(self.own_content(i))
 
     def _taking(self, chosen: np.ndarray, **own):
         """`take`, with the fields of the subclass."""
+        taken = {id(one): one.take(chosen) for one in (self.inputs, *self.others)}
         return replace(
             self,
-            inputs=self.inputs.take(chosen),
+            inputs=taken[id(self.inputs)],
             row=self.row[chosen],
             counts={},
             source=self.source[chosen],
             teacher_index=self.teacher_index[chosen],
             weights={name: w_E[chosen] for name, w_E in self.weights.items()},
-            of_teacher=self.of_teacher and self.of_teacher.take(chosen),
+            of_teachers={setting: one._replace(inputs=taken[id(one.inputs)]) for setting, one in self.of_teachers.items()},
             **own,
         )
 
@@ -95,15 +110,17 @@ class WithInputs(Weighed):
     def _joining(parts: "list[WithInputs]", before: list[int], counts: dict[str, int], source: np.ndarray | None, **own):
         """`examples.concat`, with the fields of the subclass."""
         first, names = parts[0], dict.fromkeys(name for part in parts for name in part.weights)
+        every = [(part.inputs, *part.others) for part in parts]
+        joined = {id(same[0]): same[0].joined(same) for same in zip(*every, strict=True)}
         return replace(
             first,
-            inputs=first.inputs.joined([part.inputs for part in parts]),
+            inputs=joined[id(first.inputs)],
             row=np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
             counts=counts,
             source=source if source is not None else np.zeros(sum(map(len, parts)), np.int64),
             teacher_index=np.concatenate([part.teacher_index for part in parts]),
             weights={name: np.concatenate([part.weight(name) for part in parts]) for name in names},
-            of_teacher=first.of_teacher and first.of_teacher.joined([part.of_teacher for part in parts]),
+            of_teachers={setting: one._replace(inputs=joined[id(one.inputs)]) for setting, one in first.of_teachers.items()},
             **own,
         )
 
@@ -115,9 +132,12 @@ class WithInputs(Weighed):
 
         indices = [int(i) for i in indices]
         student = self.view(self.inputs, indices, draw, dropout=draw is not None)
-        own, seen = self.of_teacher or self.inputs, None if self.clean else draw
-        same = own is self.inputs and seen == draw
-        teacher = student if same else self.view(own, indices, seen, dropout=False)
+        views = {(id(self.inputs), draw): student}
+        for inputs, augmented in self.of_teachers.values():
+            seen = draw if augmented else None
+            if (id(inputs), seen) not in views:
+                views[id(inputs), seen] = self.view(inputs, indices, seen, dropout=False)
+        theirs = {setting: views[id(one.inputs), draw if one.augmented else None] for setting, one in self.of_teachers.items()}
         labels = [self.labels_of(i) for i in indices]
         known = tuple(
             Example(self.content_hash(i), len(y), int(self.teacher_index[i]), int(self.source[i]))
@@ -126,4 +146,5 @@ class WithInputs(Weighed):
         example_N = np.repeat(np.array(indices, np.int64), [len(y) for y in labels])
         weights = {name: torch.from_numpy(w_E[example_N]) for name, w_E in self.weights.items()}
         labels_N = np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64)
-        return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known, weights)
+        targets = torch.from_numpy(labels_N), torch.from_numpy(example_N)
+        return Batch(*targets, student, theirs.pop("teacher", student), known, weights, of_teachers=theirs)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .examples import Draw
 from .flat import chosen_from, joined_offsets
-from .inputs import Inputs, WithInputs
+from .inputs import Inputs, Reading, WithInputs
 
 if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
     from torch import Tensor
@@ -28,8 +28,7 @@ class LabelledExamples(WithInputs):
     source: np.ndarray | None = None
     teacher_index: np.ndarray | None = None
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    of_teacher: Inputs | None = None
-    clean: bool = False
+    of_teachers: dict[str, Reading] = field(default_factory=dict)
 
     @property
     def num_targets(self) -> np.ndarray:
@@ -41,7 +40,7 @@ class LabelledExamples(WithInputs):
 
     @property
     def max_lengths(self) -> np.ndarray:
-        return self.lengths if self.of_teacher is None else np.maximum(self.lengths, self.of_teacher.lengths)
+        return np.maximum.reduce([self.lengths, *(inputs.lengths for inputs in self.others)])
 
     @property
     def described(self) -> str:

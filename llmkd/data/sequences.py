@@ -7,7 +7,7 @@ import numpy as np
 
 from .examples import Draw
 from .flat import chosen_from, joined_offsets
-from .inputs import Inputs, WithInputs
+from .inputs import Inputs, Reading, WithInputs
 
 if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
     from torch import Tensor
@@ -38,8 +38,7 @@ class SequenceExamples(WithInputs):
     source: np.ndarray | None = None
     teacher_index: np.ndarray | None = None
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    of_teacher: Inputs | None = None
-    clean: bool = False
+    of_teachers: dict[str, Reading] = field(default_factory=dict)
 
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoder's sequence and its loss mask."""
@@ -56,7 +55,7 @@ class SequenceExamples(WithInputs):
 
     @property
     def max_lengths(self) -> np.ndarray:
-        return self.lengths if self.of_teacher is None else np.maximum(self.lengths, self.of_teacher.lengths + np.diff(self.offsets))
+        return np.maximum.reduce([self.inputs.lengths, *(inputs.lengths for inputs in self.others)]) + np.diff(self.offsets)
 
     @property
     def described(self) -> str:

@@ -104,14 +104,14 @@ class ClassifierKind:
 
     auto     the name of transformers' class that loads the models
     names    of the classes
-    tokens   entries of the student's tokenizer, and of the teachers'; None where none reads the data
+    tokens   entries of the tokenizer; None where none reads the data
     pad      the token of padding, of which some families must know
     examples to be tried on, as `data.examples.Examples`; None where nothing is tried
     """
 
     auto: str
     names: tuple[str, ...]
-    tokens: tuple[int, int] | None = None
+    tokens: int | None = None
     pad: int | None = None
     examples: Any = None
     wrapper = Classifier
@@ -121,7 +121,7 @@ class ClassifierKind:
         return "SEQ_CLS" if self.auto == "AutoModelForSequenceClassification" else None
 
     def architecture(self, vocab: int) -> dict:
-        text = {"vocab_size": self.tokens[0], "pad_token_id": self.pad} if self.tokens else {}
+        text = {"vocab_size": self.tokens, "pad_token_id": self.pad} if self.tokens else {}
         return text | labelled(self.names)
 
     def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ class ClassifierKind:
         if (found := base_of(model).config.num_labels) != vocab:
             raise UserError(f"{setting}: has {found} classes, and the data {vocab}; they do not belong together")
         if self.tokens:
-            refuse_few_rows(base_of(model), self.tokens[not setting.startswith("student")], setting)
+            refuse_few_rows(base_of(model), self.tokens, setting)
 
     def checked(self, model: Classifier, setting: str, packing: int = 0, implementation: str = "auto") -> Classifier:
         """The logits of a small batch are finite, one for each class, and those of an example alone."""

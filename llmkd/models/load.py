@@ -49,7 +49,7 @@ class LoadContext:
     packing           packed rows of so many tokens must be safe; 0 without packing
     around_transform  entered round a teacher's merge or conversion to fp8, to measure the change
     sharded           of the models that are sharded (student, teacher, teacher.0, ...) the mesh of processes
-    kind              what the models are
+    kind              by the setting of a model what it is
     find              the files of a student
     """
 
@@ -59,7 +59,7 @@ class LoadContext:
     packing: int = 0
     around_transform: AroundTransform = _unmeasured
     sharded: Mapping[str, object] = field(default_factory=dict)
-    kind: ModelKind = CAUSAL
+    kind: Callable[[str], ModelKind] = lambda setting: CAUSAL
     find: Callable[[Student], ModelFiles | None] = find_student
 
     def loads_mapped(self, setting: str, settings: Student | Teacher) -> bool:
@@ -76,28 +76,29 @@ def load_teacher(
     files, base  its files and its base, where they are located and loaded already
     """
     device, name, held = context.device, f"{setting}.model", resolve_device(setting, settings.device, context.device)
+    kind = context.kind(name)
     files = files or find(settings.model, name, settings.revision, settings.base)
     if settings.float8:
         refuse_without_products(held, setting)
     mapped, casts = context.loads_mapped(setting, settings), None
     if base is None and mapped and not files.adapter:
-        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, context.kind.auto)
+        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto)
     held = None if mapped else held
-    how = settings.dtype, settings.attention, held, settings.loaded_in, context.kind.auto
+    how = settings.dtype, settings.attention, held, settings.loaded_in, kind.auto
     model = base or pretrained.load_pretrained(files.base, name, *how)
     if files.adapter:
         adapters.note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name)
         model = model if mapped else model.to(held)
-    context.kind.refuse_misfit(model, context.vocab, name)
-    teacher = context.kind.wrapper(model, context.vocab)
+    kind.refuse_misfit(model, context.vocab, name)
+    teacher = kind.wrapper(model, context.vocab)
     teacher.requires_grad_(False).eval()
     if setting in context.sharded and not settings.is_transformed:
         _shard(model, setting, context, casts)
     if settings.device == OFFLOAD:
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
         offload(teacher.base_model, device)
-    teacher = context.kind.checked(teacher, name, context.packing, settings.attention)
+    teacher = kind.checked(teacher, name, context.packing, settings.attention)
     if settings.is_transformed:
         with context.around_transform(teacher, settings, setting) as fidelity:
             apply_transforms(teacher, settings, files, setting)
@@ -120,21 +121,21 @@ def load_students(
 
     found, base  the files of each and their base, where they are located and loaded already
     """
-    settings, device = many[0], context.device
+    settings, device, kind = many[0], context.device, context.kind("student.model")
     found = found or [files for one in many if (files := context.find(one))]
     torch.manual_seed(context.seed)
     mapped, casts = context.loads_mapped("student", settings), None
     if found and mapped and base is None and settings.method == "full":
-        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention, context.kind.auto)
+        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention, kind.auto)
     device = None if mapped else device
     if found:
-        how = settings.dtype, settings.attention, device, settings.quantization, context.kind.auto
+        how = settings.dtype, settings.attention, device, settings.quantization, kind.auto
         model = base or pretrained.load_pretrained(found[0].base, "student.model", *how)
     else:
-        model = pretrained.new_model(settings, context.kind.architecture(context.vocab), context.kind.auto)
+        model = pretrained.new_model(settings, kind.architecture(context.vocab), kind.auto)
         model = model if mapped else model.to(device)
     if found and not found[0].adapter:
-        context.kind.started(model, found[0].base, context.seed)
+        kind.started(model, found[0].base, context.seed)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
         for parameter in non_text_parameters(model):
@@ -151,7 +152,7 @@ def load_students(
         names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
         model = _with_adapters(model, found, many, names, context)
         model = model if mapped else model.to(device)
-    context.kind.refuse_misfit(model, context.vocab, "student.model")
+    kind.refuse_misfit(model, context.vocab, "student.model")
     if "student" in context.sharded:
         _shard(model, "student", context, casts, keep_outline=True)
     students = []
@@ -170,6 +171,7 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
     """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
     from .lora_product import add_in_place  # loads PEFT
 
+    kind = context.kind("student.model")
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
         torch.manual_seed(context.seed)
@@ -177,9 +179,7 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
             if found[k].adapter:
                 model = adapters.load_to_train(model, found[k], many[k], names[k])
             else:
-                model = add_new_adapter(
-                    model, found[k], many[k], names[k], context.kind.peft, context.kind.copies(base_of(model), found[k].base)
-                )
+                model = add_new_adapter(model, found[k], many[k], names[k], kind.peft, kind.copies(base_of(model), found[k].base))
     if len(many) > 1:
         model.set_adapter(names[0])
     follow_examples(model)
@@ -189,11 +189,11 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
 
 def _student(model: nn.Module, name: str | None, settings: Student, context: LoadContext) -> Model:
     """One student of those on `model`: checked, in training mode."""
-    autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    student = context.kind.wrapper(model, context.vocab, name, autocast=autocast).train()
-    student = context.kind.checked(student, "student.model", context.packing, settings.attention)
+    autocast, kind = torch.bfloat16 if settings.mixed_precision == "bf16" else None, context.kind("student.model")
+    student = kind.wrapper(model, context.vocab, name, autocast=autocast).train()
+    student = kind.checked(student, "student.model", context.packing, settings.attention)
     _check_narrow(student, settings)
-    unused = context.kind.without_gradient(student, "student.model")
+    unused = kind.without_gradient(student, "student.model")
     if unused:
         some = f"{len(unused)} of {len(student.trainable())} trainable tensors, such as {unused[0]}"
         warn(f"note: student: {some}, get no gradient from a small batch; they may never be used")
@@ -248,7 +248,7 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
             if waiting[key] < 2:
                 return None
             device = context.device if key in whole else None
-            how = settings.dtype, settings.attention, device, settings.quantization, context.kind.auto
+            how = settings.dtype, settings.attention, device, settings.quantization, context.kind(setting).auto
             bases[key] = pretrained.load_pretrained(files.base, setting, *how)
         waiting[key] -= 1
         return shared_weights.copy_sharing_weights(bases[key]) if waiting[key] else bases.pop(key)
@@ -262,7 +262,7 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, context, own, on) if students else []
     models += [
-        context.kind.checked(average.copy_of(learning[0], f"{name}.ema"), f"{name}.model", context.packing)
+        context.kind(f"{name}.model").checked(average.copy_of(learning[0], f"{name}.ema"), f"{name}.model", context.packing)
         for name, one in teachers
         if one.ema is not None
     ]

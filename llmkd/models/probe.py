@@ -20,8 +20,7 @@ def probe_ids(vocab: int, device: torch.device | str = "cpu", length: int = 12) 
 
 def example_view(examples: Any, chosen: Sequence[int], setting: str, device: torch.device | str) -> View:
     """What the model of that setting (student.model, teacher.model, ...) reads of some of `data.examples.Examples`."""
-    batch = examples.batch(chosen)
-    return (batch.student if setting.startswith("student") else batch.teacher).each(lambda x: x.to(device))
+    return examples.batch(chosen).view_of(setting).each(lambda x: x.to(device))
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ class CausalLM:
     def student_files(self, files: ModelFiles | None, processor: Tokenizer) -> ModelFiles | None:
         return files
 
-    def kind(self, processor: Tokenizer, examples: Examples | None = None) -> "ModelKind":
+    def kind(self, processor: Tokenizer, examples: Examples | None = None, setting: str = "student.model") -> "ModelKind":
         from ..models.kinds import CAUSAL
 
         return CAUSAL

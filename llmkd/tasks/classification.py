@@ -1,26 +1,28 @@
 """Classification: rows with a label, compared at one target each, the distribution over the classes."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.fields import as_tuple
 from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
 from ..data.dataset import Dataset, teacher_index
 from ..data.encoding.labelled_text import class_numbers, is_default, label_names, listed
 from ..data.examples import Examples
-from ..data.inputs import Inputs
 from ..data.labelled import LabelledExamples
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from ..model_folder.files import ModelFiles
-from .files import image_processor, sound_processor
 from .metrics.classification import confusion, macro_f1
 from .planned import encoded_data
-from .task import EncodedData, FoundModels, Processor
-from .text_processor import text_processor
+from .readers import Readers, find_readers
+from .task import EncodedData, FoundModels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,25 +30,39 @@ if TYPE_CHECKING:
     from ..models.classifier import ClassifierKind
 
 
-class ClassProcessor(Processor, Protocol):
-    """A `Processor` of rows with a label.
-
-    auto, pipeline   the names of transformers' class that loads the models, and of the pipeline that uses them
-    tokens           entries of the student's tokenizer, and of the teachers'; None where none reads the rows
-    pad              the token of padding of the student's
-    """
-
-    auto: str
-    pipeline: str
-    tokens: tuple[int, int] | None
-    pad: int | None
-
-    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
-        """What student and teachers read of a source's rows, None where it is the same; the numbers of the rows that are used; and counts."""
+#: The names of transformers' class that loads classifiers, and of the pipeline that uses them, by the kind of what they read.
+LOADED_BY = {
+    "text": ("AutoModelForSequenceClassification", "text-classification"),
+    "audio": ("AutoModelForAudioClassification", "audio-classification"),
+    "image": ("AutoModelForImageClassification", "image-classification"),
+}
 
 
-#: By the format of rows, from (student, models, data, classes).
-PROCESSORS: dict[str, Callable[..., ClassProcessor]] = {"labelled": text_processor, "audio": sound_processor, "image": image_processor}
+@dataclass(frozen=True)
+class ClassProcessor:
+    """What reads the rows of classifiers, and their classes, as a `Processor`."""
+
+    readers: Readers
+    labels: tuple[str, ...]
+
+    @property
+    def reader(self) -> Any:
+        return self.readers.student.reader
+
+    @property
+    def vocab(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, str]:
+        return self.readers.provenance | {"labels": hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self.readers.identity | {"the labels": self.provenance["labels"]}
+
+    def save(self, folder: Path) -> None:
+        self.readers.student.save(folder)
 
 
 class ClassMeasures:
@@ -81,8 +97,7 @@ class Classification:
         refuse_several_answers(models.configs)
         names = class_names(models.student, rows["data.train"])
         refuse_other_labels(names, models)
-        (form,) = {source.format for source in as_tuple(data.train)}
-        return PROCESSORS[form](student, models, data, names)
+        return ClassProcessor(find_readers(student, models, data), names)
 
     def encode(
         self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: ClassProcessor
@@ -98,25 +113,26 @@ class Classification:
             return files
         from ..models.new_head import with_head
 
-        return with_head(files, processor.labels, processor.auto, processor.pad, "student.model")
+        reader = processor.readers.student
+        return with_head(files, processor.labels, LOADED_BY[reader.kind][0], reader.pad, "student.model")
 
-    def kind(self, processor: ClassProcessor, examples: Examples | None = None) -> "ClassifierKind":
+    def kind(self, processor: ClassProcessor, examples: Examples | None = None, setting: str = "student.model") -> "ClassifierKind":
         from ..models.classifier import ClassifierKind
 
-        return ClassifierKind(processor.auto, processor.labels, processor.tokens, processor.pad, examples)
+        reader = processor.readers.of(setting)
+        return ClassifierKind(LOADED_BY[reader.kind][0], processor.labels, reader.tokens, reader.pad, examples)
 
     def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> None:
         return None
 
     def pipeline(self, processor: ClassProcessor) -> str:
-        return processor.pipeline
+        return LOADED_BY[processor.readers.student.kind][1]
 
 
 def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: ClassProcessor) -> Dataset:
     labels = class_numbers(read, processor.labels, setting, "the student")
-    own, theirs, kept, counts = processor.inputs(read, data, setting)
-    clean = data.augment is not None and data.augment.teacher_sees == "clean"
-    examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teacher=theirs, clean=clean)
+    own, theirs, kept, counts = processor.readers.inputs(read, data, setting)
+    examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teachers=theirs)
     examples.teacher_index[:] = teacher_index(source, teachers)
     examples.weigh(vars(source.loss))
     origin = read.origin | {"used": len(kept)}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config.data import Data
 from ..config.media import InputFeatures
 from ..data.examples import Draw
 from ..data.images import decode
@@ -15,6 +16,7 @@ from ..data.reading.files import BadRow
 from ..data.reading.media import media_of
 from ..data.reading.problems import ErrorCollector
 from ..errors import ChangedFiles, UserError
+from ..model_folder.files import ModelFiles
 from .builtin import register
 from .sound import read_from, settings_of
 
@@ -71,6 +73,30 @@ class PictureInputs:
                 )
             pictures.append(picture.pixels)
         return dict(self.reader(pictures, return_tensors="pt", input_data_format="channels_last"))  # else an image 3 pixels high is turned
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """An image processor as a `Reader`."""
+
+    column: str
+    reader: Any
+    kind = "image"
+    tokens = pad = None
+
+    @classmethod
+    def of(cls, column: str, files: ModelFiles | None, config: dict, setting: str, student, data: Data, clips) -> "PictureReader":
+        return cls(column, find_image_processor(files.base if files else None, data.features, setting))
+
+    @cached_property
+    def identity(self) -> str:
+        return settings_of(self.reader)
+
+    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[PictureInputs, np.ndarray, int]:
+        return read_pictures(rows, self.column, places, self.reader), np.arange(len(rows)), 0
+
+    def save(self, folder: Path) -> None:
+        self.reader.save_pretrained(folder)
 
 
 def read_pictures(rows: Sequence[dict], column: str, places: Sequence[str], reader: Any) -> PictureInputs:

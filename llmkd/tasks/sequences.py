@@ -1,11 +1,10 @@
 """Tasks of encoder-decoder models: a source is read, and the tokens of a target are predicted. Text to text here; speech in `speech.py`."""
 
-import dataclasses
 import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,12 +12,10 @@ from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
 from ..data.dataset import Dataset, refuse_too_few_positions, teacher_index
 from ..data.encoding import token_cache
-from ..data.encoding.labelled_text import text_inputs
 from ..data.encoding.same_tokenizer import refuse_other_tokens
 from ..data.encoding.targets import Frame, frame_of, sequences
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..data.examples import Examples
-from ..data.inputs import Inputs
 from ..data.reading.problems import ErrorCollector
 from ..data.reading.sources import Rows
 from ..data.sequences import SequenceExamples
@@ -27,8 +24,9 @@ from ..model_folder.files import ModelFiles, rows_of
 from ..model_folder.generation import generation_settings
 from .error_rates import ErrorRates
 from .planned import encoded_data
+from .readers import Readers, find_readers
 from .task import EncodedData, FoundModels
-from .text_processor import padding_of
+from .text_reader import padding_of
 
 if TYPE_CHECKING:
     from ..models.encoder_decoder import EncoderDecoderKind
@@ -37,44 +35,49 @@ if TYPE_CHECKING:
 _ANY = 1 << 31  # more positions than any target has
 
 
+#: The names of transformers' class that loads encoder-decoder models, and of the pipeline that uses them, by the kind of what they read.
+LOADED_BY = {
+    "text": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "audio": ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+}
+
+
 @dataclass(frozen=True)
 class SequenceProcessor:
-    """What reads the rows of encoder-decoder models, as a `Processor`: the tokenizer of the targets, which all models have, and of the sources.
+    """What reads the rows of encoder-decoder models, as a `Processor`: the tokenizer of the targets, which all models have, and what reads the sources.
 
     frame    what all sequences of the decoder have in common
+    pad      the token of padding of the decoder
     longest  positions of the models' decoders
-    clean    whether teachers read what is not augmented
+    target   the column of the targets
     """
 
     reader: Any
     vocab: int
     frame: Frame
     pad: int
-    longest: int = _ANY
-    clean: bool = False
+    longest: int
+    readers: Readers
+    target: str
     labels: tuple[str, ...] = ()
-    auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
-    pipeline: ClassVar[str] = "text2text-generation"
 
     @functools.cached_property
     def provenance(self) -> dict[str, str]:
-        return {"tokenizer": token_cache.tokenizer_hash(self.reader, template=False), "frame": json.dumps([*self.frame])}
+        hashes = [
+            token_cache.tokenizer_hash(self.reader, template=False),
+            *(one.identity for one in self.readers.every if one.kind == "text"),
+        ]
+        return self.readers.provenance | {"tokenizer": " ".join(dict.fromkeys(hashes)), "frame": json.dumps([*self.frame])}
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"the tokenizer": self.provenance["tokenizer"], "what a target begins with": self.provenance["frame"]}
-
-    def source_and_target(self, row: dict) -> tuple[Any, str]:
-        return row["prompt"], row["completion"]
-
-    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, Inputs | None, np.ndarray, dict[str, int]]:
-        """What the encoders of student and teachers read of a source's rows, None where it is the same, the rows' numbers, and counts."""
-        rows = [row | {"text": self.source_and_target(row)[0]} for row in read.rows]
-        own, kept, counts = text_inputs(dataclasses.replace(read, rows=rows), data, self.reader, self.pad, setting)
-        return own, None, kept, counts
+        own = {"the tokenizer": self.provenance["tokenizer"], "what a target begins with": self.provenance["frame"]}
+        return self.readers.identity | own
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.reader, folder)
+        if self.readers.student.kind != "text":
+            self.readers.student.save(folder)
 
 
 class TextToText:
@@ -95,7 +98,7 @@ class TextToText:
         refuse_too_few_positions(data, models.configs)
         refuse_decoders_alone(self.name, models.configs)
         refuse_messages(rows)
-        return SequenceProcessor(*tokens_of_targets(student, models, data))
+        return SequenceProcessor(*tokens_of_targets(student, models, data), find_readers(student, models, data), "completion")
 
     def encode(
         self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: SequenceProcessor
@@ -109,16 +112,16 @@ class TextToText:
     def student_files(self, files: ModelFiles | None, processor: SequenceProcessor) -> ModelFiles | None:
         return files
 
-    def kind(self, processor: SequenceProcessor, examples: Examples | None = None) -> "EncoderDecoderKind":
+    def kind(self, processor: SequenceProcessor, examples: Examples | None = None, setting: str = "student.model") -> "EncoderDecoderKind":
         from ..models.encoder_decoder import EncoderDecoderKind
 
-        return EncoderDecoderKind(processor.auto, len(processor.reader), examples)
+        return EncoderDecoderKind(LOADED_BY[processor.readers.of(setting).kind][0], len(processor.reader), examples)
 
     def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> dict:
         return generation_of(files.config if files else student.architecture, files)
 
     def pipeline(self, processor: SequenceProcessor) -> str:
-        return processor.pipeline
+        return LOADED_BY[processor.readers.student.kind][1]
 
 
 def decoder_positions(config: dict) -> int:
@@ -163,8 +166,9 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
 
 def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: SequenceProcessor) -> Dataset:
     """The examples of a source: those whose source and target are not too long."""
-    own, theirs, kept, counts = processor.inputs(read, data, setting)
-    texts = [processor.source_and_target(read.rows[i])[1] for i in kept]
+    own, theirs, kept, counts = processor.readers.inputs(read, data, setting)
+    texts = [read.rows[i][processor.target] for i in kept]
+    counts["unsupervised"] = 0
     most, given = min(data.max_length, processor.longest), len(processor.frame.given)
     if most <= given:
         raise UserError(
@@ -195,11 +199,12 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
             "raise data.max_length, or check the rows"
         )
     chosen = np.array(fits, np.int64)
+    of = {id(one): one.take(chosen) for one in (own, *(one.inputs for one in theirs.values()))}
     sequence, masks = zip(*(found[n] for n in fits), strict=True)
     offsets = np.cumsum([0, *map(len, sequence)], dtype=np.int64)
     counts |= {"examples": len(fits), "targets": int(sum(mask.sum() for mask in masks))}
     examples = SequenceExamples(
-        own.take(chosen),
+        of[id(own)],
         np.concatenate(sequence),
         np.concatenate(masks),
         offsets,
@@ -207,8 +212,7 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
         [texts[n] for n in fits],
         processor.pad,
         counts,
-        of_teacher=theirs and theirs.take(chosen),
-        clean=processor.clean,
+        of_teachers={name: one._replace(inputs=of[id(one.inputs)]) for name, one in theirs.items()},
     )
     examples.teacher_index[:] = teacher_index(source, teachers)
     examples.weigh(vars(source.loss))

@@ -112,8 +112,8 @@ class Task(Protocol):
     def student_files(self, files: ModelFiles | None, processor: Processor) -> ModelFiles | None:
         """The files of a student that was found: where it needs a new head, those of the model that has one."""
 
-    def kind(self, processor: Processor, examples: Examples | None = None) -> "ModelKind":
-        """How its models are loaded and run. `examples`: some, on which they are tried."""
+    def kind(self, processor: Processor, examples: Examples | None = None, setting: str = "student.model") -> "ModelKind":
+        """How the model of a setting is loaded and run: student.model, teacher.model, ... `examples`: some, on which it is tried."""
 
     def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> dict | None:
         """The generation config of a student; None for one that does not generate."""

@@ -56,11 +56,11 @@ def measured_transform(probe: ProbeBatches, teacher: Model, settings: Teacher, s
     the log and in the dictionary that is yielded. UserError where the outputs are no longer finite."""
     batches, found = probe(setting), {}
     with torch.no_grad():
-        before, head = _hidden(teacher, batches), _frozen_head(teacher.head)
+        before, head = _hidden(teacher, batches, setting), _frozen_head(teacher.head)
         yield found
         if not batches:
             return
-        found |= compare(before, head, _hidden(teacher, batches), teacher.head)
+        found |= compare(before, head, _hidden(teacher, batches, setting), teacher.head)
     if not math.isfinite(found["forward_kl"]):
         which = "quantization" if settings.float8 else "merge_adapter"
         raise UserError(f"{setting}.{which}: the teacher's outputs are finite as it was loaded, and not with {settings.held}; leave it out")
@@ -82,9 +82,9 @@ def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[
     return {"forward_kl": kl / len(after_NH), "top1_agreement": same / len(after_NH), "targets": len(after_NH)}
 
 
-def _hidden(teacher, batches: Sequence[Batch]) -> Tensor | None:
+def _hidden(teacher, batches: Sequence[Batch], setting: str) -> Tensor | None:
     """Last hidden states [N, H] at all targets; None without batches."""
-    views = [batch.teacher.each(lambda x: x.to(teacher.device)) for batch in batches]
+    views = [batch.view_of(setting).each(lambda x: x.to(teacher.device)) for batch in batches]
     return torch.cat([teacher.hidden(view) for view in views]) if views else None
 
 

@@ -8,16 +8,20 @@ from ..signals import NO_TAPS, TEACHER_METRICS, Dense, Taps
 
 
 class LiveTeacher:
-    """Signals are on the batch's device, whatever device the model is on. `taps`: what they hold from inside the model."""
+    """Signals are on the batch's device, whatever device the model is on.
+
+    taps      what they hold from inside the model
+    setting   the name of its settings: teacher, or teacher.0, ...
+    """
 
     metrics = TEACHER_METRICS
 
-    def __init__(self, model: Model, taps: Taps = NO_TAPS):
-        self.model, self.taps = model, taps
+    def __init__(self, model: Model, taps: Taps = NO_TAPS, setting: str = "teacher"):
+        self.model, self.taps, self.setting = model, taps, setting
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Dense:
-        view = batch.teacher
+        view = batch.view_of(self.setting)
         outputs, device = self.model.outputs(view.each(lambda x: x.to(self.model.device)), self.taps), view.rows_N.device
         layers = {number: hidden_NH.to(device) for number, hidden_NH in outputs.layers.items()}
         attention = {number: inputs.each(lambda x: x.to(device)) for number, inputs in outputs.attention.items()}

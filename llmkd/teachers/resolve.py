@@ -57,7 +57,7 @@ class TeacherSource:
         if self.needs_model:
             from .live import LiveTeacher
 
-            return LiveTeacher(next(models), taps)
+            return LiveTeacher(next(models), taps, self.setting)
         from .cached import CachedTeacher
 
         return CachedTeacher(self.cache, device)
@@ -184,6 +184,7 @@ _OTHER = {
     "tokenizer": "with another tokenizer",
     "chat_template": "with another chat template",
     "labels": "with other classes, or in another order",
+    "what reads files": "of sounds or images that were read otherwise",
     "base": "by a teacher on another base",
     "adapter": "by a teacher with another adapter, or with none",
     "merge_adapter": "by a teacher whose adapter was merged, or was not, unlike this one's",

@@ -105,9 +105,15 @@ def build_setup(
     packing = data.packing * longest_row(train, data)
     strategy = strategy_of(train.shard, accelerator)
     sharded = sharded_models(strategy, {name: sharded_teacher(train, own) for name, own in live}, accelerator)
-    kind = prepared.kind()
     context = LoadContext(
-        prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe), sharded, kind, prepared.files_of
+        prepared.vocab,
+        device,
+        recipe.seed,
+        packing,
+        functools.partial(measured_transform, probe),
+        sharded,
+        prepared.kind,
+        prepared.files_of,
     )
     for k, own in enumerate(recipes[1:], 1):
         with attribute_to_student(k):

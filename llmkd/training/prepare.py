@@ -13,6 +13,7 @@ from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
 from ..config.recipe import PartLayers, Recipe, Student, Teacher, Train, distils, used_teachers
 from ..config.schedule import refuse_long_schedule
+from ..config.views import views_of
 from ..console import info
 from ..data.batch_source import TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, TokenBudget
@@ -76,8 +77,9 @@ class Prepared:
         """The files of a student's base and adapter, as it is trained."""
         return self.task.student_files(student_files(settings), self.processor)
 
-    def kind(self) -> "ModelKind":
-        return self.task.kind(self.processor, self.train)
+    def kind(self, setting: str = "student.model") -> "ModelKind":
+        """How the model of a setting (student.model, teacher.0, ...) is loaded and run."""
+        return self.task.kind(self.processor, self.train, setting)
 
     def resolved(self, settings: Student) -> Student:
         """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
@@ -98,7 +100,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
     report_large_micro_batch(recipe.train)
     refuse_absent(used_teachers(recipe), recipe.data)
-    rows = read_data(recipe.data)
+    rows = read_data(recipe.data, views_of(one for _, one in used_teachers(recipe)))
     models = find_models(recipe.student, used_teachers(recipe), open_caches)
     if recipe.loss.attention:
         refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])

@@ -15,6 +15,7 @@ from llmkd.config.recipe import Loss, Optim
 from llmkd.data.collate import select_examples
 from llmkd.data.dataset import Dataset
 from llmkd.data.examples import Draw, concat
+from llmkd.data.inputs import Reading
 from llmkd.data.labelled import LabelledExamples, TextInputs
 from llmkd.errors import UserError
 from llmkd.losses.divergences import make_divergence
@@ -285,7 +286,7 @@ def test_examples_are_joined_chosen_and_known_by_their_content():
 
 def test_a_teacher_may_read_other_tokens_and_what_is_not_augmented():
     data = examples("AutoModelForSequenceClassification")
-    theirs = dataclasses.replace(data, of_teacher=texts((4, 4, 4, 4, 4, 4)))
+    theirs = dataclasses.replace(data, of_teachers={"teacher": Reading(texts((4, 4, 4, 4, 4, 4)))})
     batch = theirs.batch([0, 1], Draw(0, 0, 1))
     assert batch.student.inputs["input_ids"].shape == (2, 9) and batch.teacher.inputs["input_ids"].shape == (2, 4)
     assert theirs.max_lengths.tolist() == [5, 9, 4, 7, 4, 6] and data.one_input and not theirs.one_input
@@ -297,10 +298,11 @@ def test_a_teacher_may_read_other_tokens_and_what_is_not_augmented():
             seen.append(draw)
             return super().batch(indices, draw)
 
-    drawn = dataclasses.replace(data, inputs=Drawn({"input_values": np.zeros((6, 4), np.float32)}), clean=True)
+    inputs = Drawn({"input_values": np.zeros((6, 4), np.float32)})
+    drawn = dataclasses.replace(data, inputs=inputs, of_teachers={"teacher": Reading(inputs, augmented=False)})
     assert not drawn.one_input and drawn.batch([0], Draw(0, 1, 2)).teacher is not None and seen == [Draw(0, 1, 2), None]
     seen.clear()
-    same = dataclasses.replace(drawn, clean=False).batch([0], Draw(0, 1, 2))
+    same = dataclasses.replace(drawn, of_teachers={"teacher": Reading(inputs)}).batch([0], Draw(0, 1, 2))
     assert same.teacher is same.student and len(seen) == 1
 
 

@@ -49,52 +49,48 @@ def listed(names: Sequence[str]) -> str:
     return some if len(names) <= 12 else f"{some} and {len(names) - 12} more"
 
 
-def text_inputs(read: Rows, data: Data, tokenizer, pad: int, setting: str) -> tuple[TextInputs, np.ndarray, dict[str, int]]:
-    """The tokens of a source's rows, the numbers of the rows that are used, and counts of those that are not.
+def text_inputs(
+    rows: Sequence[dict], places: Sequence[str], columns: Sequence[str], data: Data, tokenizer, pad: int, setting: str
+) -> tuple[TextInputs, np.ndarray, int]:
+    """The tokens of rows, the numbers of the rows that are used, and how many are longer than data.max_length.
 
     Control tokens that the tokenizer puts around a text are there, as in transformers' own pipeline. UserError where data.too_long refuses
     a row, and where none is left.
+
+    columns   of the text and, of pairs, of the second text
     """
-    counts, problems = {"rows": len(read.rows), "too_long": 0, "unsupervised": 0, "marked": 0}, ErrorCollector()
+    too_long, problems = 0, ErrorCollector()
     ids, kinds, kept = [], [], []
-    for start in range(0, len(read.rows), _BATCH):
-        some = read.rows[start : start + _BATCH]
-        for i, (own, kind) in enumerate(_encoded(some, tokenizer), start):
-            if read.rows[i].get("train") is False:
-                counts["marked"] += 1
-                continue
+    for start in range(0, len(rows), _BATCH):
+        for i, (own, kind) in enumerate(_encoded(rows[start : start + _BATCH], columns, tokenizer), start):
             if len(own) > data.max_length:
-                counts["too_long"] += 1
+                too_long += 1
                 if data.too_long == "refuse":
-                    problems.add(
-                        f"{read.places[i]}: {len(own)} tokens, and data.max_length is {data.max_length}; raise it, or shorten the text"
-                    )
+                    problems.add(f"{places[i]}: {len(own)} tokens, and data.max_length is {data.max_length}; raise it, or shorten the text")
                 if data.too_long != "truncate":
                     continue
-                ((own, kind),) = _encoded([read.rows[i]], tokenizer, truncation=True, max_length=data.max_length)
+                ((own, kind),) = _encoded([rows[i]], columns, tokenizer, truncation=True, max_length=data.max_length)
             ids.append(own)
             kinds.append(kind)
             kept.append(i)
     problems.raise_if_any()
     if not kept:
         raise UserError(
-            f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are longer than data.max_length = {data.max_length}, "
-            f"{counts['marked']} are marked as not trained on); raise data.max_length, or check the rows"
+            f"{setting}: none of its {len(rows)} rows can be used, since all are longer than data.max_length = {data.max_length}; raise it, or check the rows"
         )
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     flat = [np.concatenate(part).astype(np.int32) for part in (ids, *([kinds] if kinds[0] is not None else []))]
-    counts |= {"examples": len(kept), "tokens": int(offsets[-1]), "targets": len(kept)}
     left = tokenizer.padding_side == "left"
-    return TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left), np.array(kept, np.int64), counts
+    return TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left), np.array(kept, np.int64), too_long
 
 
-def _encoded(rows: Sequence[dict], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
+def _encoded(rows: Sequence[dict], columns: Sequence[str], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
     """Of each row its ids and, where the tokenizer has them, its token_type_ids. Rows with a pair and rows without are encoded apart."""
     out: list = [None] * len(rows)
     for paired in (False, True):
-        mine = [i for i, row in enumerate(rows) if (row.get("text_pair") is not None) == paired]
+        mine = [i for i, row in enumerate(rows) if (row.get(columns[-1]) is not None and len(columns) > 1) == paired]
         if mine:
-            texts = [[rows[i][column] for i in mine] for column in ("text", "text_pair")[: 1 + paired]]
+            texts = [[rows[i][column] for i in mine] for column in columns[: 1 + paired]]
             made = tokenizer(*texts, add_special_tokens=True, verbose=False, **how)
             kinds = made.get("token_type_ids") or [None] * len(mine)
             for i, ids, kind in zip(mine, made["input_ids"], kinds, strict=True):

@@ -27,7 +27,10 @@ def column_hint(
         return f"{_found(row)}; {settings}", True
     if is_turn(row):
         return f"{_found(row)}; a row is one turn: {ONE_ROW}", False
-    alike = [name for name, value in row.items() if isinstance(value, str) or FORMATS[source.format].columns[columns[0]].kind != "text"]
+    row_format = FORMATS[source.format]
+    alike = [
+        name for name, value in row.items() if isinstance(value, str) or (row_format.columns | row_format.views)[columns[0]].kind != "text"
+    ]
     if near := difflib.get_close_matches(theirs[columns[0]], alike, 1, 0.8):
         return f"; did you mean {near[0]!r}?", False
     return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...config.formats import FORMATS
 from ...errors import UserError
 from .files import BadRow, Records
 from .problems import ErrorCollector
+from .row_checks import check_is_text
 from .turn_marks import row_mark
 from .values import check_text, kind, opened
 
@@ -96,16 +97,18 @@ def media_of(value: Any, place: str) -> Path | bytes:
     return path if path.is_absolute() else Path(place.rpartition(":")[0]).expanduser().parent / path
 
 
-def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter) -> Any:
+def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter, views: Collection[str] = ()) -> Any:
     """The row's file and label under the format's own names, and `train: False` where it is marked as not trained on.
 
-    Its errors are added to `problems`, the columns that are not read to `unread`. A label is a text or a whole number.
+    Its errors are added to `problems`, the columns that are not read to `unread`. A label is a text or a whole number. `views`: columns that
+    teachers read in place of the student's.
     """
     row_format = FORMATS[source.format]
     if not isinstance(row, dict):
         problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}", alike=kind(row))
         return row
-    theirs = {column: source.fields.get(column, column) for column in row_format.row}
+    columns = row_format.columns_for(views)
+    theirs = {column: source.fields.get(column, column) for column in columns}
     row = opened(row, theirs.values())
     if lacking := [name for name in theirs.values() if name not in row]:
         named = f"column{'s' * (len(lacking) > 1)} {' and '.join(map(repr, lacking))}"
@@ -120,7 +123,9 @@ def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollect
         unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where, *marks} if row[name] is not None)
         found |= {"train": False} if trained is False else {}
     for column, value in found.items():
-        if column not in row_format.row or row_format.row[column].kind != "label":
+        if column not in columns or columns[column].kind != "label":
+            if column in columns and columns[column].kind == "text":
+                check_is_text(value, f"{place}: {theirs[column]}", problems)
             continue
         if isinstance(value, str) and value.strip():
             check_text(value, f"{place}: {theirs[column]}", problems)

@@ -6,6 +6,7 @@ Nothing is repaired, since a repair would be silent. Columns and roles are renam
 import difflib
 import functools
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from ...config.data import Source
@@ -21,13 +22,21 @@ from .unread import count_unread
 from .values import TOO_DEEP, check_text, kind, opened, surrogate, too_deep
 
 
-def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool = False, unread: Counter | None = None) -> Any:
+def check_row(
+    row: Any,
+    place: str,
+    source: Source,
+    problems: ErrorCollector,
+    choices: bool = False,
+    unread: Counter | None = None,
+    views: Collection[str] = (),
+) -> Any:
     """The row with the format's own names for its columns, and `train: False` where it is marked as not trained on.
 
-    Its errors are added to `problems`, the columns that are not read to `unread`.
+    Its errors are added to `problems`, the columns that are not read to `unread`. `views`: columns that teachers read in place of the student's.
     """
     try:
-        checked = row if too_deep(row) else _checked(row, place, source, problems, choices, Counter() if unread is None else unread)
+        checked = row if too_deep(row) else _checked(row, place, source, problems, choices, Counter() if unread is None else unread, views)
         deep = too_deep(checked)  # also what was JSON text in the row
     except RecursionError:
         checked, deep = row, True
@@ -36,7 +45,7 @@ def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, ch
     return checked
 
 
-def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool, unread: Counter) -> Any:
+def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool, unread: Counter, views: Collection[str]) -> Any:
     if not isinstance(row, dict):
         hint = row_hint(row, source, check_row) if problems.hints else ""
         problems.add(
@@ -44,7 +53,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
         )
         return row
     row_format = FORMATS[source.format]
-    columns = {name: column for name, column in row_format.columns.items() if not (choices and name == row_format.answer)}
+    columns = {name: column for name, column in row_format.columns_for(views).items() if not (choices and name == row_format.answer)}
     claimed = {name for column, name in source.fields.items() if column not in ("role", "content", "train", name)}
     absent = {c for c in columns if columns[c].optional and c not in source.fields and (c in claimed or c in source.ignore)}
     theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
@@ -76,8 +85,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_tools(value, name, place, problems)
         elif value_kind == "label":
             _check_label(value, f"{place}: {name}", problems)
-        elif value_kind not in ("numbers", "file"):  # the former are read together, below, and files where they are decoded
-            _check_is_text(value, f"{place}: {name}", problems)
+        elif value_kind not in ("numbers", "audio", "image"):  # the first are read together, below, and files where they are decoded
+            check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
     if row_format.supervised == "marked":
         found |= read_tokens(found, theirs, place, problems)
@@ -102,7 +111,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     return found
 
 
-def _check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
+def check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
     if isinstance(value, str):
         return check_text(value, where, problems)
     fix = ', use "" for an empty one' if value is None else ""

@@ -1,7 +1,8 @@
 """A small generated set of sounds: tones, chirps and pulses in noise, one second each at 8,000 Hz, as WAV files in memory.
 
 It needs no download and is the same on every machine but for the last bit of some samples. A class is how the pitch moves, not which pitch it
-is: base pitch, length, beginning, loudness and noise are drawn for every clip.
+is: base pitch, length, beginning, loudness and noise are drawn for every clip. Each clip has a description as text, of which every fifth does
+not tell its class from another one's.
 """
 
 import io
@@ -15,15 +16,42 @@ CLASSES = ("falling", "pulses", "rising", "tone", "two_tones", "vibrato")
 SIZES = {"train": 300, "validation": 120, "test": 120}
 _SEEDS = {"train": 1, "validation": 2, "test": 3}
 _SECONDS = 1.0
+_THINGS = ("whistle", "siren", "flute", "horn", "signal", "sound")
+#: How a clip is described, by its class, and by what two classes have in common.
+_WORDS = {
+    "falling": ("sinks from high to low", "slides down", "drops steadily"),
+    "pulses": ("beeps in short bursts", "is cut into beats", "goes on and off"),
+    "rising": ("climbs from low to high", "slides up", "lifts steadily"),
+    "tone": ("holds one note", "stays level", "never changes"),
+    "two_tones": ("is a chord of two notes", "sounds twice at once", "has two pitches"),
+    "vibrato": ("wavers around a note", "trembles", "swings up and down"),
+}
+_VAGUE = (
+    (("falling", "rising"), ("changes its pitch from one end to the other", "slides")),
+    (("tone", "two_tones"), ("is long and even", "hums along")),
+    (("pulses", "vibrato"), ("repeats something quickly", "shakes")),
+)
+_VAGUE_EVERY = 5
 _SILENCE = 0.05  # seconds over which a sound begins and ends
 
 
 def rows(split: str) -> list[dict]:
-    """{audio: the bytes of a WAV file, label: class} of a split; the classes in turn. KeyError for another split."""
+    """{audio: the bytes of a WAV file, label: class, text: what it sounds like} of a split; the classes in turn. KeyError for another split."""
+    labels, seed = [CLASSES[i % len(CLASSES)] for i in range(SIZES[split])], _SEEDS[split]
     return [
-        {"audio": clip(CLASSES[i % len(CLASSES)], np.random.default_rng((_SEEDS[split], i))), "label": CLASSES[i % len(CLASSES)]}
-        for i in range(SIZES[split])
+        {
+            "audio": clip(label, np.random.default_rng((seed, i))),
+            "label": label,
+            "text": description(label, np.random.default_rng((seed, i, 1)), i % _VAGUE_EVERY == 0),
+        }
+        for i, label in enumerate(labels)
     ]
+
+
+def description(label: str, draw: np.random.Generator, vague: bool) -> str:
+    """A sentence about a clip of a class. `vague`: it fits another class as well."""
+    phrases = next(words for classes, words in _VAGUE if label in classes) if vague else _WORDS[label]
+    return f"a {draw.choice(_THINGS)} that {draw.choice(phrases)}"
 
 
 def clip(label: str, draw: np.random.Generator) -> bytes:

@@ -15,7 +15,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,12 @@ class Rows:
             self.chosen.report(" before the limit was reached" if reached else "")
 
 
-def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
-    """The rows of every source of a setting. UserError names every bad row of all of them."""
+def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False, views: Collection[str] = ()) -> list[Rows]:
+    """The rows of every source of a setting; see `read_source`. UserError names every bad row of all of them."""
     out, problems = [], []
     for path, source in with_setting_names(setting, name):
         try:
-            out.append(read_source(source, path, choices))
+            out.append(read_source(source, path, choices, views))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -67,14 +67,19 @@ def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices
     return out
 
 
-def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
-    """All rows of a source, checked against its format (with `choices` as multiple-choice questions). UserError names every bad row."""
+def read_source(source: Source, setting: str, choices: bool = False, views: Collection[str] = ()) -> Rows:
+    """All rows of a source, checked against its format (with `choices` as multiple-choice questions). UserError names every bad row.
+
+    views   columns that teachers read in place of the student's
+    """
     problems, opened = ErrorCollector(), open_source(source, setting)
     rows, places, unread = [], [], Counter()
     for place, row in some_rows(opened.records, source, problems):
         of_files = FORMATS[source.format].file and FORMATS[source.format].supervised == "label"
         rows.append(
-            check_media_row(row, place, source, problems, unread) if of_files else check_row(row, place, source, problems, choices, unread)
+            check_media_row(row, place, source, problems, unread, views)
+            if of_files
+            else check_row(row, place, source, problems, choices, unread, views)
         )
         places.append(place)
     problems.raise_if_any()

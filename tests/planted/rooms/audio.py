@@ -84,7 +84,7 @@ FAULTS = [
         ("unturned", "an image is read as the camera held it", "ImageOps.exif_transpose(opened)", "opened", IMAGES),
     ),
     *in_file(
-        "llmkd/tasks/classification.py",
+        "llmkd/tasks/readers.py",
         (
             "clean-for-nobody",
             "the teacher reads the augmented clip where it is to read the clean one",

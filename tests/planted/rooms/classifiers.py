@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 STEP, RUN, METRICS = "tasks/test_classifier.py", "tasks/test_classification_run.py", "tasks/test_metrics.py"
+VIEWS = "tasks/test_views.py"
 
 FAULTS = [
     *in_file(
@@ -58,20 +59,54 @@ FAULTS = [
         (
             "teacher-sees-the-draw",
             "a teacher that is to read clean inputs reads augmented ones",
-            "None if self.clean else draw",
-            "draw",
+            "seen = draw if augmented else None",
+            "seen = draw",
             STEP,
+        ),
+        (
+            "teachers-share-an-input",
+            "what a second teacher reads is not what an example is known by",
+            "return [inputs for key, inputs in every.items() if key != id(self.inputs)]",
+            "return [inputs for key, inputs in every.items() if key != id(self.inputs)][:1]",
+            VIEWS,
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/readers.py",
+        (
+            "another-column-augmented",
+            "a teacher that reads another column gets the student's draw",
+            "augmented=same and not self.clean",
+            "augmented=True",
+            f"{VIEWS}::test_augmentation_does_not_touch_a_teacher_that_reads_another_column",
+        ),
+        (
+            "readers-by-kind",
+            "two teachers of one column read it in one way",
+            "other.column == reader.column and other.identity == reader.identity",
+            "other.column == reader.column",
+            RUN,
+        ),
+        (
+            "teacher-of-the-students-kind",
+            "a teacher is loaded as what the student is",
+            'return self.teachers.get(setting.removesuffix(".model"), self.student)',
+            "return self.student",
+            f"{VIEWS}::test_steps_of_a_student_that_hears_beside_a_teacher_that_reads",
+        ),
+    ),
+    *in_file(
+        "llmkd/data/collate.py",
+        (
+            "others-left-out",
+            "where sources name teachers, each reads what the first one reads",
+            "batch.examples, mine, strict=True) if keep)\n    own = dict(zip(batch.of_teachers, others, strict=True))",
+            "batch.examples, mine, strict=True) if keep)\n    own = {}",
+            f"{VIEWS}::test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_reads",
         ),
     ),
     *in_file(
         "llmkd/models/classifier.py",
-        (
-            "one-tokenizer-for-all",
-            "a teacher's embedding is compared with the student's tokenizer",
-            'self.tokens[not setting.startswith("student")]',
-            "self.tokens[0]",
-            f"{RUN}::test_a_model_and_a_teacher_with_tokenizers_of_their_own",
-        ),
         (
             "masks-of-the-batch",
             "dropout in an adapter of an image model follows the micro-batch",

@@ -279,7 +279,7 @@ FAULTS = [
         (
             "teachers-own-view",
             "a teacher reads the student's input",
-            "view = batch.teacher\n",
+            "view = batch.view_of(self.setting)\n",
             "view = batch.student\n",
             "data/test_teacher_context_runs.py::test_the_loss_of_a_run_is_that_of_two_inputs_built_by_hand",
         ),

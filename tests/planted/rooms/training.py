@@ -72,7 +72,7 @@ FAULTS = [
         (
             "cast-whole",
             "a teacher is cast to another type before it is cut",
-            "base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, context.kind.auto)",
+            "base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto)",
             "base = pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, None)",
             "training/test_parallel.py::test_no_process_loads_a_whole_model",
         ),
