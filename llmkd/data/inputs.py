@@ -47,10 +47,12 @@ class Reading(NamedTuple):
 
     inputs      another column's, or the same column's in another way; or the student's own, which is not augmented for the teacher
     augmented   whether it is augmented as the student's is: never another column
+    given       of an encoder-decoder model: the tokens that its decoder is given before a target, where they are not the student's
     """
 
     inputs: Inputs
     augmented: bool = True
+    given: tuple[int, ...] | None = None
 
 
 class WithInputs(Weighed):
@@ -71,7 +73,7 @@ class WithInputs(Weighed):
         """What an example's targets must be, int64 [targets]."""
         raise NotImplementedError
 
-    def view(self, inputs: Inputs, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
+    def view(self, read: Reading, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
         """What one model reads of some examples; of none the inputs of the first one, and no target. `dropout`: with keys that it follows from."""
         raise NotImplementedError
 
@@ -131,13 +133,14 @@ class WithInputs(Weighed):
         from ..batch import Batch, Example
 
         indices = [int(i) for i in indices]
-        student = self.view(self.inputs, indices, draw, dropout=draw is not None)
-        views = {(id(self.inputs), draw): student}
-        for inputs, augmented in self.of_teachers.values():
-            seen = draw if augmented else None
-            if (id(inputs), seen) not in views:
-                views[id(inputs), seen] = self.view(inputs, indices, seen, dropout=False)
-        theirs = {setting: views[id(one.inputs), draw if one.augmented else None] for setting, one in self.of_teachers.items()}
+        student = self.view(Reading(self.inputs), indices, draw, dropout=draw is not None)
+        views, theirs = {(id(self.inputs), draw, None): student}, {}
+        for setting, one in self.of_teachers.items():
+            seen = draw if one.augmented else None
+            key = id(one.inputs), seen, one.given
+            if key not in views:
+                views[key] = self.view(one, indices, seen, dropout=False)
+            theirs[setting] = views[key]
         labels = [self.labels_of(i) for i in indices]
         known = tuple(
             Example(self.content_hash(i), len(y), int(self.teacher_index[i]), int(self.source[i]))

@@ -64,18 +64,18 @@ class LabelledExamples(WithInputs):
         """See `examples.concat`."""
         return WithInputs._joining(parts, before, counts, source, labels=np.concatenate([part.labels for part in parts]))
 
-    def view(self, inputs: Inputs, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
+    def view(self, read: Reading, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
         import torch
 
         from ..batch import View
         from .collate import position_keys
 
-        read, keys = inputs.batch(indices or [0], draw), None
+        inputs, keys = read.inputs, None
         if dropout:
             lengths = inputs.lengths if inputs.positions else np.ones(len(self), np.int64)
             of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), lengths[i]) for i in indices or [0]]
             keys = torch.from_numpy(inputs.padded(of_each, [own[0] for own in of_each]) if inputs.positions else np.stack(of_each))
-        return View(read, torch.arange(len(indices)), None, keys, given=1)
+        return View(inputs.batch(indices or [0], draw), torch.arange(len(indices)), None, keys, given=1)
 
 
 @dataclass

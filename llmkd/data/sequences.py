@@ -1,11 +1,12 @@
 """Examples of a source and a target: what an encoder reads of each, in a form of its own for text or sound, and the tokens that a decoder predicts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .examples import Draw
+from .examples import Draw, TokenExamples, concat
 from .flat import chosen_from, joined_offsets
 from .inputs import Inputs, Reading, WithInputs
 
@@ -83,24 +84,32 @@ class SequenceExamples(WithInputs):
         own = {"ids": ids, "loss_mask": masks, "offsets": joined_offsets([part.offsets for part in parts])}
         return WithInputs._joining(parts, before, counts, source, texts=[text for part in parts for text in part.texts], **own)
 
-    def view(self, inputs: Inputs, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
-        """Of no examples the decoder reads one token of padding."""
+    def view(self, read: Reading, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
+        """Of no examples the decoder reads one token of padding. A language model reads a prompt and the target as one text."""
+        if isinstance(read.inputs, PromptedTargets):
+            return read.inputs.view(indices)
         import torch
 
         from ..batch import View
         from .collate import position_keys
 
-        ids_BT, rows_N = self._decoder(indices)
+        ids_BT, rows_N = self._decoder(indices, read.given)
         keys = [position_keys((draw.seed, draw.step, self.content_hash(i)), 1) for i in indices or [0]] if dropout else None
-        read = inputs.batch(indices or [0], draw) | {"decoder_input_ids": ids_BT}
-        return View(read, rows_N, None, None if keys is None else torch.from_numpy(np.stack(keys)), given=ids_BT.shape[1])
+        inputs = read.inputs.batch(indices or [0], draw) | {"decoder_input_ids": ids_BT}
+        return View(inputs, rows_N, None, None if keys is None else torch.from_numpy(np.stack(keys)), given=ids_BT.shape[1])
 
-    def _decoder(self, indices: list[int]) -> "tuple[Tensor, Tensor]":
-        """What the decoder reads [B, T], and the flattened positions that predict the targets [N]: position t predicts token t + 1."""
+    def _decoder(self, indices: list[int], given: tuple[int, ...] | None = None) -> "tuple[Tensor, Tensor]":
+        """What the decoder reads [B, T], and the flattened positions that predict the targets [N]: position t predicts token t + 1.
+
+        given   the tokens before the targets, where they are others than those of the sequences
+        """
         import torch
 
         rows, ids = [], []
         for own, mask in map(self.example, indices):
+            if given is not None:
+                targets = own[mask]
+                own, mask = np.concatenate([np.array(given, np.int32), targets]), np.arange(len(given) + len(targets)) >= len(given)
             rows.append(np.flatnonzero(mask[1:]))
             ids.append(own[: rows[-1][-1] + 1])
         T = max(map(len, ids), default=1)
@@ -109,3 +118,35 @@ class SequenceExamples(WithInputs):
             ids_BT[b, : len(own)] = own
         rows_N = np.concatenate([_NONE, *(own + b * T for b, own in enumerate(rows))])
         return torch.from_numpy(ids_BT), torch.from_numpy(rows_N)
+
+
+@dataclass
+class PromptedTargets:
+    """What a causal language model reads next to an encoder-decoder student: a prompt and the target as one text. As `inputs.Inputs`, with `view`."""
+
+    examples: TokenExamples
+    positions = True
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.examples.lengths
+
+    def take(self, chosen: np.ndarray) -> "PromptedTargets":
+        return PromptedTargets(self.examples.take(chosen))
+
+    @staticmethod
+    def joined(parts: "Sequence[PromptedTargets]") -> "PromptedTargets":
+        return PromptedTargets(concat([part.examples for part in parts], [0] * len(parts), {}))
+
+    def content(self, i: int) -> bytes:
+        return b"".join(x.tobytes() for x in self.examples.example(i))
+
+    def shown(self, i: int, reader) -> str:
+        return reader.decode(self.examples.example(i)[0].tolist())
+
+    def targets(self, i: int) -> np.ndarray:
+        ids, mask = self.examples.example(i)
+        return ids[1:][mask[1:]]
+
+    def view(self, indices: list[int]) -> "View":
+        return self.examples.batch(indices).student

@@ -38,7 +38,7 @@ class ModelToLoad:
         from ..models.kinds import CAUSAL
         from ..models.load import LoadContext, load_teacher
 
-        return load_teacher(self.settings, LoadContext(vocab, device, kind=kind or CAUSAL), self.setting, self.files)
+        return load_teacher(self.settings, LoadContext(vocab, device, kind=lambda setting: kind or CAUSAL), self.setting, self.files)
 
 
 def forget() -> None:

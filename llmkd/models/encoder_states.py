@@ -46,7 +46,7 @@ def keep_states(students: Iterable[EncoderDecoder], teachers: Iterable[tuple[str
     for student in students:
         student.states = states
     for setting, teacher in teachers:
-        if _same_encoder(first, teacher):
+        if isinstance(teacher, EncoderDecoder) and _same_encoder(first, teacher):
             teacher.states = states
             info(f"{setting}: its encoder is the student's, and what it computes is computed once for both")
 

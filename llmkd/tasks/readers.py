@@ -113,15 +113,15 @@ class Readers:
         return taken[id(self.student)], theirs, trained[kept], counts
 
 
-def find_readers(student: Student, models: FoundModels, data: Data) -> Readers:
-    """What reads the columns for the models. UserError where a model has nothing that reads its column."""
+def find_readers(student: Student, models: FoundModels, data: Data, readers: dict[str, Callable[..., Reader]] = READERS) -> Readers:
+    """What reads the columns for the models. UserError where a model has nothing that reads its column. `readers`: as READERS."""
     (form,) = {source.format for source in as_tuple(data.train)}
     own, clips = FORMATS[form].reads, ClipFiles(data)
 
     def of(column: str, files: ModelFiles | None, name: str, settings: Student | None = None) -> Reader:
         kind = FORMATS[form].kind_of(column)
         refuse_other_kind(models.configs[name], kind, column, name)
-        return READERS[kind](column, files, models.configs[name], name, settings, data, clips)
+        return readers[kind](column, files, models.configs[name], name, settings, data, clips)
 
     found = [of(own, models.student, "student.model", student)]
     teachers = {}

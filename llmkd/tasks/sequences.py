@@ -14,7 +14,7 @@ from ..data.dataset import Dataset, refuse_too_few_positions, teacher_index
 from ..data.encoding import token_cache
 from ..data.encoding.same_tokenizer import refuse_other_tokens
 from ..data.encoding.targets import Frame, frame_of, sequences
-from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
+from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab, vocab_size
 from ..data.examples import Examples
 from ..data.reading.problems import ErrorCollector
 from ..data.reading.sources import Rows
@@ -25,11 +25,12 @@ from ..model_folder.generation import generation_settings
 from .error_rates import ErrorRates
 from .planned import encoded_data
 from .readers import Readers, find_readers
+from .target_views import PromptReader, is_encoder_decoder, with_same_targets
 from .task import EncodedData, FoundModels
 from .text_reader import padding_of
 
 if TYPE_CHECKING:
-    from ..models.encoder_decoder import EncoderDecoderKind
+    from ..models.kinds import ModelKind
 
 
 _ANY = 1 << 31  # more positions than any target has
@@ -49,6 +50,7 @@ class SequenceProcessor:
     frame    what all sequences of the decoder have in common
     pad      the token of padding of the decoder
     longest  positions of the models' decoders
+    others   of encoder-decoder teachers that read another column: their tokenizer and frame, by setting
     target   the column of the targets
     """
 
@@ -57,6 +59,7 @@ class SequenceProcessor:
     frame: Frame
     pad: int
     longest: int
+    others: dict[str, tuple[Any, Frame]]
     readers: Readers
     target: str
     labels: tuple[str, ...] = ()
@@ -67,7 +70,8 @@ class SequenceProcessor:
             token_cache.tokenizer_hash(self.reader, template=False),
             *(one.identity for one in self.readers.every if one.kind == "text"),
         ]
-        return self.readers.provenance | {"tokenizer": " ".join(dict.fromkeys(hashes)), "frame": json.dumps([*self.frame])}
+        frames = [self.frame, *(frame for _, frame in self.others.values())] if self.others else [*self.frame]
+        return self.readers.provenance | {"tokenizer": " ".join(dict.fromkeys(hashes)), "frame": json.dumps(frames)}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -112,9 +116,12 @@ class TextToText:
     def student_files(self, files: ModelFiles | None, processor: SequenceProcessor) -> ModelFiles | None:
         return files
 
-    def kind(self, processor: SequenceProcessor, examples: Examples | None = None, setting: str = "student.model") -> "EncoderDecoderKind":
+    def kind(self, processor: SequenceProcessor, examples: Examples | None = None, setting: str = "student.model") -> "ModelKind":
         from ..models.encoder_decoder import EncoderDecoderKind
+        from ..models.kinds import CAUSAL
 
+        if isinstance(processor.readers.of(setting), PromptReader):
+            return CAUSAL
         return EncoderDecoderKind(LOADED_BY[processor.readers.of(setting).kind][0], len(processor.reader), examples)
 
     def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> dict:
@@ -136,8 +143,9 @@ def generation_of(config: dict, files: ModelFiles | None) -> dict:
     return found if start is None else {"decoder_start_token_id": start} | found
 
 
-def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tuple[Any, int, Frame, int, int]:
-    """The tokenizer, the entries that it and all models have, the frame of targets, the token of padding, and the decoders' positions. UserError where models differ in these."""
+def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tuple[Any, int, Frame, int, int, dict[str, tuple[Any, Frame]]]:
+    """The tokenizer, the entries that it and all models have, the frame of targets, the token of padding, the decoders' positions, and the
+    tokenizers and frames of teachers that read another column. UserError where models differ in these."""
     config = models.configs["student.model"]
     named, setting = (
         (student.tokenizer, "student.tokenizer") if student.tokenizer else (str(models.student.with_tokenizer), "student.model")
@@ -145,23 +153,31 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
     reader = load_tokenizer(named, setting)
     frame = frame_of(reader, config, generation_of(config, models.student), data.target_prefix, "student.model")
     rows_known = {name: rows_of(one) for name, one in models.configs.items()}
+    others, longest = {}, decoder_positions(config)
     for teacher in models.teachers:
         if teacher.cache:
             rows_known[f"{teacher.setting}.cache.path"] = teacher.cache.header["vocab"]
         if not teacher.files:
             continue
-        setting = f"{teacher.setting}.model"
+        setting, theirs_too = f"{teacher.setting}.model", bool(teacher.settings.reads)
         theirs = load_tokenizer(str(teacher.files.with_tokenizer), setting)
-        refuse_other_tokens(reader, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
-        other = frame_of(theirs, teacher.files.config, generation_of(teacher.files.config, teacher.files), data.target_prefix, setting)
-        if other != frame:
+        shared = min(vocab_size(reader), vocab_size(theirs)) if theirs_too else None
+        refuse_other_tokens(reader, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s", shared)
+        config_of = teacher.files.config
+        if not is_encoder_decoder(config_of):
+            continue
+        prefix = None if theirs_too else data.target_prefix
+        other = frame_of(theirs, config_of, generation_of(config_of, teacher.files), prefix, setting)
+        if theirs_too:  # its targets are compared row by row
+            others[teacher.setting] = theirs, other
+        elif other != frame:
             ours, its = (reader.convert_ids_to_tokens([*one.given, one.end]) for one in (frame, other))
             raise UserError(
                 f"{setting}: its targets begin and end with {its}, and the student's with {ours}; both are to predict the same tokens: "
                 "set data.target_prefix, or use a model of the same kind"
             )
-    longest = min(map(decoder_positions, models.configs.values()))
-    return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest
+        longest = min(longest, decoder_positions(config_of) - max(0, len(other.given) - len(frame.given)))
+    return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest, others
 
 
 def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: SequenceProcessor) -> Dataset:
@@ -177,7 +193,7 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
     found, problems, fits = sequences(texts, processor.reader, processor.frame), ErrorCollector(), []
     for n, (ids, _) in enumerate(found):
         place, empty = read.places[kept[n]], not texts[n].strip()
-        if unknown := [int(i) for i in ids if i >= processor.vocab]:
+        if unknown := [int(i) for i in ids[found[n][1]] if i >= processor.vocab]:
             token = processor.reader.convert_ids_to_tokens(max(unknown))
             problems.add(f"{place}: contains the token {token!r}, for which a model has no row; remove it from the text")
         if len(ids) > most:
@@ -203,21 +219,27 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
     sequence, masks = zip(*(found[n] for n in fits), strict=True)
     offsets = np.cumsum([0, *map(len, sequence)], dtype=np.int64)
     counts |= {"examples": len(fits), "targets": int(sum(mask.sum() for mask in masks))}
+    theirs = {name: one._replace(inputs=of[id(one.inputs)]) for name, one in theirs.items()}
+    targets, written, places = (
+        [ids[mask] for ids, mask in zip(sequence, masks, strict=True)],
+        [texts[n] for n in fits],
+        [read.places[i] for i in kept[chosen]],
+    )
     examples = SequenceExamples(
         of[id(own)],
         np.concatenate(sequence),
         np.concatenate(masks),
         offsets,
         kept[chosen],
-        [texts[n] for n in fits],
+        written,
         processor.pad,
         counts,
-        of_teachers={name: one._replace(inputs=of[id(one.inputs)]) for name, one in theirs.items()},
+        of_teachers=with_same_targets(theirs, targets, written, places, processor.others, processor.reader),
     )
     examples.teacher_index[:] = teacher_index(source, teachers)
     examples.weigh(vars(source.loss))
     origin = read.origin | {"used": len(fits)}
-    return Dataset(f"{setting} ({source.path})", examples, [read.places[i] for i in examples.row], [origin])
+    return Dataset(f"{setting} ({source.path})", examples, places, [origin])
 
 
 def refuse_messages(rows: dict[str, list[Rows]]) -> None:
@@ -233,12 +255,8 @@ def refuse_messages(rows: dict[str, list[Rows]]) -> None:
 def refuse_decoders_alone(task: str, configs: dict[str, dict]) -> None:
     """UserError for models that are not an encoder and a decoder, before their weights are read."""
     for setting, config in configs.items():
-        if not config.get("is_encoder_decoder") and config.get("model_type") not in _BY_DEFAULT:
+        if not is_encoder_decoder(config):
             raise UserError(
                 f"{setting}: found {config.get('model_type')}, which has no encoder and decoder, as task: {task} needs; use such a model, or "
                 "task: causal_lm"
             )
-
-
-#: Families whose configurations need not say that they are encoder-decoder models.
-_BY_DEFAULT = ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "speech_to_text", "moonshine")

@@ -10,6 +10,7 @@ import torch
 from llmkd.config.recipe import PartLayers
 from llmkd.data.collate import select_examples
 from llmkd.data.examples import Draw
+from llmkd.data.inputs import Reading
 from llmkd.errors import UserError
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm
@@ -118,7 +119,7 @@ def test_batches_have_the_logits_of_examples_alone(family):
 def test_examples_are_chosen_and_joined_with_all_that_is_theirs():
     data = examples("t5")
     other = data.inputs.take(np.array([3, 0, 0, 1]))  # 9, 3, 3 and 5 tokens for a teacher
-    data = dataclasses.replace(data, of_teacher=other, weights={"ce": np.array([1.0, 2, 3, 4], np.float32)})
+    data = dataclasses.replace(data, of_teachers={"teacher": Reading(other)}, weights={"ce": np.array([1.0, 2, 3, 4], np.float32)})
     parts = [data.take(np.array([2, 0])), data.take(np.array([3]))]
     both = type(data).joined(parts, [0, 10], {})
     assert both.texts == ["text 2", "text 0", "text 3"] and both.row.tolist() == [2, 0, 13]

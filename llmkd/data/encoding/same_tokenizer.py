@@ -17,9 +17,9 @@ from .tokenizer import named_differences, token_differences
 _WORDS = {"eos_token": "end-of-text token", "bos_token": "start-of-text token"}
 
 
-def refuse_other_tokens(ours, theirs, setting: str, our_name: str, their_name: str) -> None:
-    """UserError where the same id is another token, or the same text has other ids. Named tokens may differ."""
-    differences = token_differences(ours, theirs)
+def refuse_other_tokens(ours, theirs, setting: str, our_name: str, their_name: str, shared: int | None = None) -> None:
+    """UserError where the same id is another token, or the same text has other ids. Named tokens may differ. `shared`: see `token_differences`."""
+    differences = token_differences(ours, theirs, shared)
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise UserError(

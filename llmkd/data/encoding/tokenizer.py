@@ -129,13 +129,15 @@ def named_differences(ours, theirs) -> dict[str, tuple[str, str]]:
     return {name: (_token(one, names), _token(two, names)) for name, (one, two) in pairs.items() if one != two}
 
 
-def token_differences(ours, theirs) -> list[str]:
+def token_differences(ours, theirs, shared: int | None = None) -> list[str]:
     """The first entries, control tokens, rules and encodings that differ: where an id or a text does not mean the same to both.
 
     Everything that the encoding of a text depends on is compared: entries, merges, scores, normaliser, pre-tokenizer, the matching of
     added tokens. Padding tokens may differ or lack, since padding is masked. Chat templates may differ too: the student's is used.
+
+    shared   compare the ids below it alone, and encodings without the tokens around a text: what is compared of models has no others
     """
-    a, b = ours.get_vocab(), theirs.get_vocab()
+    a, b = ({token: i for token, i in tok.get_vocab().items() if shared is None or i < shared} for tok in (ours, theirs))
     names = {i: token for vocabulary in (b, a) for token, i in vocabulary.items()}
     only_padding = _padding_alone(ours, b) | _padding_alone(theirs, a)
     out = [
@@ -145,7 +147,10 @@ def token_differences(ours, theirs) -> list[str]:
             key=lambda t: (min(a.get(t, 1 << 40), b.get(t, 1 << 40)), t),
         )
     ]
-    control, also = ({t.content for t in tok.added_tokens_decoder.values() if t.special} - {tok.pad_token} for tok in (ours, theirs))
+    control, also = (
+        {t.content for i, t in tok.added_tokens_decoder.items() if t.special and (shared is None or i < shared)} - {tok.pad_token}
+        for tok in (ours, theirs)
+    )
     paddings = {ours.pad_token, theirs.pad_token}
     named = {getattr(tok, name) for tok in (ours, theirs) for name in ("bos_token", "eos_token", "unk_token")}
     out += [
@@ -154,7 +159,8 @@ def token_differences(ours, theirs) -> list[str]:
     ]
     out += _rules_differ(*(json.loads(tok.backend_tokenizer.to_str()) for tok in (ours, theirs)), paddings)
     probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
-    for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with the special tokens around a text
+    around = [(_PROBES[0], True)] if shared is None else []  # the first also with the special tokens around a text
+    for text, special in [*around, *((text, False) for text in probes)]:
         one, two = ours.encode(text, add_special_tokens=special), theirs.encode(text, add_special_tokens=special)
         if one != two:
             i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))

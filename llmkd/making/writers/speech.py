@@ -15,10 +15,9 @@ from ...data.sequences import SequenceExamples
 from ...errors import Stopped, UserError
 from ...model_folder.files import rows_of
 from ...rollouts.batches import by_length
-from ...tasks.sequences import decoder_positions, generation_of, refuse_decoders_alone
+from ...tasks.sequences import LOADED_BY, decoder_positions, generation_of, refuse_decoders_alone
 from ...tasks.sound import find_extractor, inputs_of, limit_of, settings_of
-from ...tasks.speech import SpeechProcessor
-from ...tasks.text_processor import padding_of
+from ...tasks.text_reader import padding_of
 from ..asks import CUT, STOP, Answer, Ask, failed
 from ..model import ModelToLoad, forget
 
@@ -111,7 +110,7 @@ class SpeechWriter:
         )
         (ids, masks), offsets = map(np.concatenate, zip(*found, strict=True)), np.cumsum([0, *(len(one) for one, _ in found)])
         examples = SequenceExamples(_OfBatch(inputs), ids, masks, offsets, np.arange(2), ["a", "a b"], pad)
-        return self.model.load(device, self.vocab, EncoderDecoderKind(SpeechProcessor.auto, len(self.tokenizer), examples))
+        return self.model.load(device, self.vocab, EncoderDecoderKind(LOADED_BY["audio"][0], len(self.tokenizer), examples))
 
     def close(self) -> None:
         if self._loaded is not None:

@@ -36,13 +36,6 @@ FAULTS = [
     *in_file(
         "llmkd/data/inputs.py",
         (
-            "clean-is-another-input",
-            "inputs are called one where teachers read the clean ones",
-            "is None and not self.clean",
-            "is None",
-            STEP,
-        ),
-        (
             "weights-of-others",
             "a batch has the weights of other examples",
             "w_E[example_N]",
@@ -52,14 +45,14 @@ FAULTS = [
         (
             "teacher-inputs-not-chosen",
             "chosen examples have the teacher's inputs of others",
-            "self.of_teacher.take(chosen)",
-            "self.of_teacher",
+            "{id(one): one.take(chosen) for one in (self.inputs, *self.others)}",
+            "{id(one): one.take(chosen) if one is self.inputs else one for one in (self.inputs, *self.others)}",
             "models/test_encoder_decoder.py",
         ),
         (
             "teacher-sees-the-draw",
             "a teacher that is to read clean inputs reads augmented ones",
-            "seen = draw if augmented else None",
+            "seen = draw if one.augmented else None",
             "seen = draw",
             STEP,
         ),

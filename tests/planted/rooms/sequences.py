@@ -3,15 +3,43 @@
 from tests.planted.fault import in_file
 
 STEP, RUN, TARGETS = "models/test_encoder_decoder.py", "tasks/test_sequences_run.py", "data/test_targets.py"
+VIEWS = "tasks/test_views.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/tasks/target_views.py",
+        (
+            "decoder-begins-as-the-students",
+            "the decoder of a teacher that reads another column is given the student's tokens",
+            "one = one._replace(given=frame.given)",
+            "one = one._replace(given=None)",
+            f"{VIEWS}::test_a_speech_student_beside_teachers_that_read_a_prompt",
+        ),
+        (
+            "other-targets",
+            "a teacher may predict other tokens than the student",
+            "if not np.array_equal(own, other):",
+            "if False:",
+            f"{VIEWS}::test_targets_that_are_not_the_students_are_refused_by_row",
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/sequences.py",
+        (
+            "language-model-as-encoder-decoder",
+            "a causal language model is loaded as an encoder-decoder model",
+            "if isinstance(processor.readers.of(setting), PromptReader):",
+            "if False:",
+            f"{VIEWS}::test_a_speech_student_beside_teachers_that_read_a_prompt",
+        ),
+    ),
     *in_file(
         "llmkd/data/sequences.py",
         (
             "labels-not-shifted",
             "a decoder reads the token that it is to predict",
-            "return ids[1:][mask[1:]]",
-            "return ids[:-1][mask[1:]]",
+            "        ids, mask = self.example(i)\n        return ids[1:][mask[1:]]",
+            "        ids, mask = self.example(i)\n        return ids[:-1][mask[1:]]",
             STEP,
         ),
         (
