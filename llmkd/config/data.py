@@ -38,7 +38,7 @@ class Source:
         path="data",
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens", "labelled", "audio", "image", "speech"] = fixed(
+    format: Literal[tuple(FORMATS)] = fixed(
         "alpaca",
         shapes=("tokens",),
         description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config.fields import as_tuple
+from ..config.formats import FORMATS
 from ..config.recipe import Data, Source, Student, Teacher, Validation
 from ..data.batching import Batching
 from ..data.dataset import Dataset, teacher_index
@@ -97,6 +100,7 @@ class Classification:
         refuse_several_answers(models.configs)
         names = class_names(models.student, rows["data.train"])
         refuse_other_labels(names, models)
+        refuse_other_kinds(models, data)
         return ClassProcessor(find_readers(student, models, data), names)
 
     def encode(
@@ -148,6 +152,33 @@ def names_of(config: dict) -> tuple[str, ...]:
     """The classes of a classifier by its configuration, in their order; LABEL_0, LABEL_1 where it names none, as in transformers."""
     given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
     return tuple(str(name) for _, name in sorted(given.items(), key=lambda one: int(one[0])))
+
+
+def refuse_other_kinds(models: FoundModels, data: Data) -> None:
+    """UserError for a classifier of another kind than the column that it is to read, as far as its configuration names a class that is known."""
+    form = FORMATS[as_tuple(data.train)[0].format]
+    columns = {"student.model": form.reads} | {
+        f"{one.setting}.model": one.settings.reads or form.reads for one in models.teachers if one.files
+    }
+    for setting, column in columns.items():
+        config, kind = models.configs[setting], form.kind_of(column)
+        for name in config.get("architectures") or ():
+            known = [one for one in LOADED_BY if name in classes_of(one, config)]
+            if known and kind not in known:
+                fix = "" if setting.startswith("student") else f"set {setting.removesuffix('model')}reads to a column of that kind, or "
+                raise UserError(
+                    f"{setting}: {name} reads {' or '.join(known)}, and its column {column!r} is {kind}; {fix}name another model"
+                )
+
+
+def classes_of(kind: str, config: dict) -> set[str]:
+    """The classes of classifiers that read a kind of inputs, by their names in `config`, a model's config.json."""
+    from transformers.models.auto import modeling_auto
+
+    tasks = re.sub("(?<!^)([A-Z])", r"_\1", LOADED_BY[kind][0].removeprefix("AutoModelFor")).upper()
+    found = getattr(modeling_auto, f"MODEL_FOR_{tasks}_MAPPING_NAMES").values()
+    own = {"image" if config.get("inputs") == "pixel_values" else "audio": "BuiltinCnnForClassification"}.get(kind)
+    return {name for one in (*found, own) for name in (one if isinstance(one, tuple) else (one,))}
 
 
 def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str, ...]:

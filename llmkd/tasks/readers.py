@@ -119,9 +119,7 @@ def find_readers(student: Student, models: FoundModels, data: Data, readers: dic
     own, clips = FORMATS[form].reads, ClipFiles(data)
 
     def of(column: str, files: ModelFiles | None, name: str, settings: Student | None = None) -> Reader:
-        kind = FORMATS[form].kind_of(column)
-        refuse_other_kind(models.configs[name], kind, column, name)
-        return readers[kind](column, files, models.configs[name], name, settings, data, clips)
+        return readers[FORMATS[form].kind_of(column)](column, files, models.configs[name], name, settings, data, clips)
 
     found = [of(own, models.student, "student.model", student)]
     teachers = {}
@@ -131,18 +129,3 @@ def find_readers(student: Student, models: FoundModels, data: Data, readers: dic
         teachers[one.setting] = next(alike, reader)
         found.append(teachers[one.setting])
     return Readers(found[0], teachers, clean=data.augment is not None and data.augment.teacher_sees == "clean")
-
-
-def refuse_other_kind(config: dict, kind: str, column: str, setting: str) -> None:
-    """UserError for a classifier of another kind than the column that it is to read, as far as its configuration names a class that is known."""
-    from .builtin import kinds_of_classifier
-
-    for name in config.get("architectures") or ():
-        known = kinds_of_classifier(name, config)
-        if known and kind not in known:
-            fix = (
-                "name another model"
-                if setting.startswith("student")
-                else f"set {setting.removesuffix('model')}reads to a column of that kind, or name another model"
-            )
-            raise UserError(f"{setting}: {name} reads {' or '.join(known)}, and its column {column!r} is {kind}; {fix}")

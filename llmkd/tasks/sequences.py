@@ -159,16 +159,16 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
             rows_known[f"{teacher.setting}.cache.path"] = teacher.cache.header["vocab"]
         if not teacher.files:
             continue
-        setting, theirs_too = f"{teacher.setting}.model", bool(teacher.settings.reads)
+        setting, apart = f"{teacher.setting}.model", bool(teacher.settings.reads)
         theirs = load_tokenizer(str(teacher.files.with_tokenizer), setting)
-        shared = min(vocab_size(reader), vocab_size(theirs)) if theirs_too else None
+        shared = min(vocab_size(reader), vocab_size(theirs)) if apart else None
         refuse_other_tokens(reader, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s", shared)
-        config_of = teacher.files.config
-        if not is_encoder_decoder(config_of):
+        its_config = teacher.files.config
+        if not is_encoder_decoder(its_config):
             continue
-        prefix = None if theirs_too else data.target_prefix
-        other = frame_of(theirs, config_of, generation_of(config_of, teacher.files), prefix, setting)
-        if theirs_too:  # its targets are compared row by row
+        prefix = None if apart else data.target_prefix
+        other = frame_of(theirs, its_config, generation_of(its_config, teacher.files), prefix, setting)
+        if apart:  # its targets are compared row by row
             others[teacher.setting] = theirs, other
         elif other != frame:
             ours, its = (reader.convert_ids_to_tokens([*one.given, one.end]) for one in (frame, other))
@@ -176,7 +176,7 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
                 f"{setting}: its targets begin and end with {its}, and the student's with {ours}; both are to predict the same tokens: "
                 "set data.target_prefix, or use a model of the same kind"
             )
-        longest = min(longest, decoder_positions(config_of) - max(0, len(other.given) - len(frame.given)))
+        longest = min(longest, decoder_positions(its_config) - max(0, len(other.given) - len(frame.given)))
     return reader, shared_vocab(reader, rows_known), frame, padding_of(reader, config, "student.model"), longest, others
 
 
@@ -184,7 +184,7 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
     """The examples of a source: those whose source and target are not too long."""
     own, theirs, kept, counts = processor.readers.inputs(read, data, setting)
     texts = [read.rows[i][processor.target] for i in kept]
-    counts["unsupervised"] = 0
+    counts["unsupervised"] = sum(not row[processor.target].strip() for row in read.rows if row.get("train") is not False)
     most, given = min(data.max_length, processor.longest), len(processor.frame.given)
     if most <= given:
         raise UserError(
@@ -205,7 +205,6 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
             if data.too_long == "truncate":
                 ids, mask = found[n]
                 found[n] = ids[:most], mask[:most]
-        counts["unsupervised"] += empty
         if not empty and (len(ids) <= most or data.too_long == "truncate"):
             fits.append(n)
     problems.raise_if_any()

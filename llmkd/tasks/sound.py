@@ -109,7 +109,8 @@ class SoundReader:
                 f"{setting}: all of its {len(used)} clips are longer than {limit / rate:g} s; set data.too_long: truncate, or cut them"
             )
         kept = np.flatnonzero(used)
-        return SoundInputs(sounds.take(kept), self.reader), kept, int((~used).sum())
+        longer = 0 if limit is None else int((sounds.num_samples > limit).sum())
+        return SoundInputs(sounds.take(kept), self.reader), kept, longer
 
     def save(self, folder: Path) -> None:
         self.reader.save_pretrained(folder)
