@@ -49,7 +49,7 @@ def text_model(folder: Path, name: str, width: int = 16) -> None:
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory) -> Path:
-    """9 rows of a clip, a text, an image and a class; and teachers that hear, read and see."""
+    """9 rows of a clip, a text, an image and a class; and teachers of each."""
     root, draw = tmp_path_factory.mktemp("views"), np.random.default_rng(0)
     rows = []
     for i in range(9):
@@ -61,8 +61,8 @@ def birds(tmp_path_factory) -> Path:
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text_model(root, "reads")
     torch.manual_seed(7)
-    BuiltinCnnForClassification(BuiltinCnnConfig(width=3, blocks=2, **LABELS)).double().save_pretrained(root / "hears")
-    LogMelFeatureExtractor(8, 8_000, seconds=0.2).save_pretrained(root / "hears")
+    BuiltinCnnForClassification(BuiltinCnnConfig(width=3, blocks=2, **LABELS)).double().save_pretrained(root / "listens")
+    LogMelFeatureExtractor(8, 8_000, seconds=0.2).save_pretrained(root / "listens")
     vit = transformers.ViTConfig(**SMALL, **STILL, **LABELS, image_size=4, patch_size=2)
     transformers.ViTForImageClassification(vit).double().save_pretrained(root / "sees")
     transformers.ViTImageProcessor(size={"height": 4, "width": 4}).save_pretrained(root / "sees")
@@ -70,7 +70,7 @@ def birds(tmp_path_factory) -> Path:
 
 
 def made(root: Path, name: str, teacher=None, **changes):
-    """A student that hears, beside a teacher that reads, unless the changes say otherwise."""
+    """A student of sound, beside a teacher of text, unless the changes say otherwise."""
     source = {"path": str(root / "rows.jsonl"), "format": "audio", "ignore": ["image", "text"]}
     settings = {
         "output_dir": str(root / name),
@@ -99,7 +99,7 @@ def logits(birds) -> dict[str, torch.Tensor]:
     tokenizer, extractor = transformers.BertTokenizerFast.from_pretrained(birds / "reads"), LogMelFeatureExtractor(8, 8_000, seconds=0.2)
     read = {
         "reads": lambda row: tokenizer(row["text"], return_tensors="pt"),
-        "hears": lambda row: {
+        "listens": lambda row: {
             "input_features": extractor([soundfile.read(birds / row["audio"], dtype="float32")[0]], return_tensors="pt")[
                 "input_features"
             ].double()
@@ -110,7 +110,7 @@ def logits(birds) -> dict[str, torch.Tensor]:
     }
     kinds = {
         "reads": transformers.BertForSequenceClassification,
-        "hears": BuiltinCnnForClassification,
+        "listens": BuiltinCnnForClassification,
         "sees": transformers.ViTForImageClassification,
     }
     with torch.no_grad():
@@ -121,7 +121,7 @@ def logits(birds) -> dict[str, torch.Tensor]:
         }
 
 
-def test_steps_of_a_student_that_hears_beside_a_teacher_that_reads(birds, logits):
+def test_steps_of_a_student_of_sound_beside_a_teacher_that_reads(birds, logits):
     """0.25 CE + 0.75 T^2 KL(p_T || q_T) at T 3, the teacher's logits from the texts; two steps of Adam by torch, in float64."""
     recipe = made(birds, "by_hand")
     summary = run(recipe)
@@ -150,7 +150,7 @@ def test_steps_of_a_student_that_hears_beside_a_teacher_that_reads(birds, logits
 def test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_reads(birds, logits):
     """p = 0.5 p_sound + 0.25 p_text + 0.25 p_image at the examples of all; those of a source that names a teacher have that one's alone."""
     text_model(birds, "smaller", width=8)
-    named = [("ear", "hears", "audio", 2.0), ("own", "reads", None, 1.0), ("eye", "sees", "image", 1.0)]
+    named = [("ear", "listens", "audio", 2.0), ("own", "reads", None, 1.0), ("eye", "sees", "image", 1.0)]
     teacher = [{"name": name, "model": str(birds / model), "reads": reads, "weight": weight} for name, model, reads, weight in named]
     source = {"path": str(birds / "rows.jsonl"), "format": "labelled", "where": {"label": ["crow", "owl"]}}
     train = [source, source | {"where": {"label": "wren"}, "teacher": "eye"}]
@@ -167,7 +167,7 @@ def test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_read
         z = torch.cat([model(**batch.student.inputs).logits for batch in batches])
         which = torch.tensor([row[i] for batch in batches for i in batch.example_N])
         one = {name: (of[which] / 3).softmax(1) for name, of in logits.items()}
-        p = torch.where((which % 3 == 2)[:, None], one["sees"], 0.5 * one["hears"] + 0.25 * one["reads"] + 0.25 * one["sees"])
+        p = torch.where((which % 3 == 2)[:, None], one["sees"], 0.5 * one["listens"] + 0.25 * one["reads"] + 0.25 * one["sees"])
         loss = 9 * (p * (p.log() - (z / 3).log_softmax(1))).sum(1).mean()
         adam.zero_grad()
         loss.backward()
@@ -231,20 +231,20 @@ def test_hidden_states_are_compared_across_modalities(birds):
 
 
 def test_augmentation_does_not_touch_a_teacher_that_reads_another_column(birds, monkeypatch):
-    """The draw reaches what the student hears, and neither the text nor the clean clip of a second teacher."""
+    """The draw reaches the clip that the student reads, and neither the text nor the clean clip of a second teacher."""
     monkeypatch.setattr(sound, "way_of", lambda rate, augment: Way(rate))
-    drawn, hears = [], {"model": str(birds / "hears")}
+    drawn, ear = [], {"model": str(birds / "listens")}
     monkeypatch.setattr(sound.SoundInputs, "batch", lambda self, indices, draw: drawn.append(draw) or {"input_features": torch.zeros(1)})
     monkeypatch.setattr(TextInputs, "batch", lambda self, indices, draw: drawn.append(draw) or {"input_ids": torch.zeros(1, 1)})
     augment = {"audio": [{"PolarityInversion": {"p": 1.0}}], "teacher_sees": "clean"}
-    two = [{"model": str(birds / "reads"), "reads": "text"}, hears]
+    two = [{"model": str(birds / "reads"), "reads": "text"}, ear]
     prepared = prepare(made(birds, "augmented", two, data__augment=augment))
     prepared.train.batch([4], Draw(0, 1, 2))
     assert drawn == [Draw(0, 1, 2), None, None]
     same = prepare(made(birds, "augmented", [two[0], two[1]], data__augment=augment | {"teacher_sees": "same"})).train
     drawn.clear()
     batch = same.batch([4], Draw(0, 1, 2))
-    assert drawn == [Draw(0, 1, 2), None] and batch.view_of("teacher.1") is batch.student  # which hears what the student hears
+    assert drawn == [Draw(0, 1, 2), None] and batch.view_of("teacher.1") is batch.student  # which reads what the student reads
 
 
 def test_an_example_is_all_that_student_and_teachers_read(birds):
@@ -280,7 +280,7 @@ READS = {"reads": "text"}
             r"teacher.model: BertForSequenceClassification reads text, and its column 'audio' is audio; set teacher.reads",
         ),
         (
-            {"model": "hears", "reads": "image"},
+            {"model": "listens", "reads": "image"},
             {"data__train__ignore": ["text"]},
             "teacher.model: BuiltinCnnForClassification reads audio, and its column 'image'",
         ),
@@ -335,7 +335,7 @@ def words(tmp_path_factory) -> Path:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [row | {"prompt": f"{'the digit ' * (i % 3)}{row['text'].upper()} is "} for i, row in enumerate(rows)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    saved(speech_model().double(), root / "hears")
+    saved(speech_model().double(), root / "listens")
     vocab = {one: i for i, one in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
     reader = transformers.GPT2Tokenizer(vocab=vocab | {"<|endoftext|>": END}, merges=[])
     torch.manual_seed(3)
@@ -366,7 +366,7 @@ def speech(root: Path, name: str, teacher, **changes):
     settings = {
         "output_dir": str(root / name),
         "task": "speech_recognition",
-        "student": {"model": str(root / "hears"), "layers": {"decoder": 1}, "method": "full", "dtype": "float64"},
+        "student": {"model": str(root / "listens"), "layers": {"decoder": 1}, "method": "full", "dtype": "float64"},
         "teacher": teacher,
         "data": {"train": {"path": str(root / "train.jsonl"), "format": "speech"}, "max_length": 40},
         "loss": {"kd_ratio": 0.6, "temperature": 2.0},

@@ -85,7 +85,7 @@ FAULTS = [
             "a teacher is loaded as what the student is",
             'return self.teachers.get(setting.removesuffix(".model"), self.student)',
             "return self.student",
-            f"{VIEWS}::test_steps_of_a_student_that_hears_beside_a_teacher_that_reads",
+            f"{VIEWS}::test_steps_of_a_student_of_sound_beside_a_teacher_that_reads",
         ),
     ),
     *in_file(
