@@ -5,7 +5,8 @@
 # WHEELS  a folder with the packages that the machine lacks, for Python 3.12; where there is a network, sh eval/speed/gpu.sh wheels build/wheels fills it in an environment of llmkd
 # PEERS   the folder that eval/speed/peers.sh filled; without it llmkd is measured alone
 # Each part may take the seconds before its name, or those that are left; one that fails or is cut off stops no other, and for what no time is
-# left is left out. Without a GPU everything runs on the CPU, in small, to see that it runs.
+# left is left out. A signal (TERM, INT) ends it at once with the table of what is there; after a kill `python3 eval/speed/gpu_facts.py table OUT`
+# prints that. Without a GPU everything runs on the CPU, in small, to see that it runs.
 set -u
 if [ "${1:-}" = wheels ]; then # as they are installed here; PyTorch, Triton, transformers, accelerate and pytest are there
     folder=${2:?name a folder} versions='import sys, importlib.metadata as m; print(*(f"{name}=={m.version(name)}" for name in sys.argv[1:]))'
@@ -23,8 +24,18 @@ mkdir -p "${OUT:=$here/results/gpu}"
 out=$(cd "$OUT" && pwd) peers=${1:+--peers $(cd "$1" && pwd)} all=${SECONDS_IN_ALL:-480} failed=0
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 cd "$here/../.." || exit 1
-begun=$(date +%s)
+begun=$(date +%s) child=
 : >"$out/parts.tsv"
+rm -f "$out"/*_gpu.md "$out"/*.log "$out/table.md" # of an earlier run
+table() { python3 eval/speed/gpu_facts.py table "$out" | tee "$out/table.md"; }
+stopped() { # the part that runs gets the signal too
+    [ -z "$child" ] || kill "$child" 2>/dev/null
+    printf '%s\tstopped\t%s\t%s\n' "$name" $(($(date +%s) - since)) "$limit" >>"$out/parts.tsv"
+    table
+    exit 143
+}
+name=wheels since=$begun limit=0
+trap stopped TERM INT
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
     python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl
@@ -40,8 +51,10 @@ part() { # seconds, name, command: its output to OUT/NAME.log, how it ended to O
         printf '%s\tskipped\t0\t0\n' "$name" >>"$out/parts.tsv"
         return
     fi
-    timeout -k 3 "$limit" "$@" >"$out/$name.log" 2>&1
-    code=$?
+    timeout -k 3 "$limit" "$@" >"$out/$name.log" 2>&1 &
+    child=$!
+    wait $child
+    code=$? child=
     [ $code -eq 0 ] || failed=1
     took=$(($(date +%s) - since))
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$took" "$limit" >>"$out/parts.tsv"
@@ -49,7 +62,7 @@ part() { # seconds, name, command: its output to OUT/NAME.log, how it ended to O
     [ $code -eq 0 ] || tail -n 15 "$out/$name.log" | cut -c 1-300 >&2
 }
 
-facts="python3 eval/speed/gpu_facts.py" tests="python3 -m pytest -q -p no:cacheprovider -m gpu"
+facts="python3 eval/speed/gpu_facts.py" tests="python3 -m pytest -v --tb=short -p no:cacheprovider -m gpu"
 if python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
     head="--vocab 128256 --rows 8192 --width 2048 --teacher_width 4096 --rounds 3"
     step="--batch 128 --tokens 16384 --steps 2 --repeats 1 --float8"
@@ -63,13 +76,14 @@ fi
 {
     part 60 imports $facts imports
     part 60 primitives $facts primitives
-    part 110 plan $facts plan
     part 90 tests $tests tests/test_gpu.py tests/models/test_float8.py -k "not qlora and not compiled"
     part 60 head python3 eval/speed/head.py $head --supervised 0.5 $peers --out "$out/head_gpu.md"
+    part 110 plan $facts plan # a step's time, and its memory against the plan
     part 70 slower_tests $tests tests/test_gpu.py tests/models/test_teacher_transforms.py -k "qlora or compiled or transforms"
     part 100 qwen python3 eval/speed/step.py $step $qwen $peers --out "$out/step_qwen_gpu.md"
     part 120 llama python3 eval/speed/step.py $step $llama $peers --out "$out/step_llama_gpu.md"
     part 50 profile python3 eval/speed/profile_step.py --packed $step $llama --out "$out/profile_gpu.md"
 }
-python3 eval/speed/gpu_facts.py table "$out"
+trap - TERM INT
+table
 exit $failed

@@ -182,26 +182,33 @@ def plan() -> bool:
 
 
 def table(folder: str) -> bool:
-    """All parts and facts as one table: what gpu.sh prints at its end."""
+    """All parts, their facts and the rows of their own tables as one table: what gpu.sh prints at its end."""
     print("| part | ended | seconds | fact | found |\n|---|---|---|---|---|")
     for line in Path(folder, "parts.tsv").read_text().splitlines():
         name, code, seconds, limit = line.split("\t")
-        log = Path(folder, f"{name}.log")
-        ended = {"0": "well", "124": "cut off", "137": "cut off", "skipped": "left out"}.get(code, f"exit code {code}")
-        rows = (
-            [one.removeprefix("FACT ").split("\t")[:2] for one in log.read_text(errors="replace").splitlines() if one.startswith("FACT ")]
-            if log.exists()
-            else []
-        )
-        rows += (
-            [["tests", one] for one in log.read_text(errors="replace").splitlines()[-3:] if " passed" in one or " skipped" in one]
-            if log.exists()
-            else []
-        )
-        print(f"| {name} | {ended} | {seconds} of {limit} | | |")
-        for fact_name, found in rows:
-            print(f"| | | | {fact_name} | {found.replace('|', '/')} |")
+        ended = {"0": "well", "124": "cut off", "137": "cut off", "skipped": "left out", "stopped": "stopped by a signal"}
+        print(f"| {name} | {ended.get(code, f'exit code {code}')} | {seconds} of {limit} | | |")
+        for fact_name, found in found_by(name, Path(folder), code not in ("0", "skipped")):
+            print(f"| | | | {fact_name.replace('|', '/')} | {found.replace('|', '/')} |")
     return True
+
+
+def found_by(part: str, folder: Path, failed: bool) -> list[tuple[str, str]]:
+    """The facts in a part's log, its tests, and the rows of its tables, which are there if it came to their end; where it failed the log's last line."""
+    log = folder / f"{part}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    found = [tuple(one.removeprefix("FACT ").split("\t")[:2]) for one in lines if one.startswith("FACT ")]
+    verdicts = [one.split(" ")[:2] for one in lines if one.startswith("tests/") and "::" in one]
+    if verdicts:
+        counts = {word: sum(word in one for one in verdicts) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+        found.append(("tests", ", ".join(f"{n} {word.lower()}" for word, n in counts.items() if n) or "none ended"))
+        found += [("not passed", test) for test, *word in verdicts if word not in (["PASSED"], ["SKIPPED"])]
+    if failed and lines:
+        found.append(("last line", lines[-1].strip()[:200]))
+    for own in sorted(folder.glob(f"*{part}_gpu.md")):
+        rows = [[cell.strip() for cell in one.strip("|").split("|")] for one in own.read_text().splitlines() if one.startswith("| ")]
+        found += [(f"{own.stem.removesuffix('_gpu')}: {first}", "; ".join(filter(None, rest))) for first, *rest in rows]
+    return found
 
 
 if __name__ == "__main__":

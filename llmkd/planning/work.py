@@ -21,7 +21,7 @@ from ..tasks.causal_lm import encode_data
 from ..tasks.planned import batch_plan
 from ..training.prepare import batching
 from .model_configs import ModelConfig
-from .writing import as_written
+from .writing import as_written, with_samples
 
 _ANY = 1 << 31  # entries of a vocabulary: whether the models have a row for each token is seen when the run starts
 ASSUMED = 64  # examples of assumed data: micro-batches of more are planned with as many as they hold
@@ -136,6 +136,7 @@ def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
         share = total / len(steps)
     else:
         steps, total, share = [list(range(min(train.batch_size, len(examples))))], train.max_steps, train.max_steps
+    steps = [with_samples(step, recipe.on_policy, train) for step in steps]
     cut = [make_micro_batches(step, lengths, size, rank, ranks) for step in steps for rank in range(ranks)]
     weigh = {id(micro): (_tokens(lengths[micro], data.packing), int(targets[micro].sum())) for step in cut for micro in step}
     largest = max((micro for step in cut for micro in step), key=lambda micro: weigh[id(micro)])

@@ -55,12 +55,24 @@ def writing_of(settings: OnPolicy | None, train: Train, examples: TokenExamples,
     """None where nothing is written, or elsewhere."""
     if not writes(settings) or settings.engine != "local":
         return None
-    total = train.max_steps or 2
-    share = max(most_at(settings.share, step, total) for step in (1, total))
-    count = math.ceil(train.batch_size / ranks * min(1.0, share + settings.teacher_writes))
+    count = settings.samples * math.ceil(train.batch_size / ranks * most_written(settings, train))
     answers = max(1, min(settings.batch_size, count))
     models = 2 if settings.long_horizon and settings.long_horizon.teacher_mix else 1
     return Writing(answers, -(-count // answers), int(prompts_of(examples).max()), settings.max_new_tokens, models)
+
+
+def most_written(settings: OnPolicy, train: Train) -> float:
+    """The share of a step's examples whose answers are written, at most."""
+    total = train.max_steps or 2
+    return min(1.0, max(most_at(settings.share, step, total) for step in (1, total)) + settings.teacher_writes)
+
+
+def with_samples(step: list[int], settings: OnPolicy | None, train: Train) -> list[int]:
+    """The examples of a step with as many of each as there are answers to it, at most."""
+    if not writes(settings):
+        return step
+    written = math.ceil(len(step) * most_written(settings, train))
+    return [n for n in step[:written] for _ in range(settings.samples)] + step[written:]
 
 
 def prompts_of(examples: TokenExamples) -> np.ndarray:

@@ -227,18 +227,30 @@ def test_a_round_that_ran_fewer_steps_than_it_was_to_is_an_error():
 
 
 def test_what_a_gpu_found_is_one_table(tmp_path, capsys):
-    """Of a part that ended, one that was cut off, and one for which no time was left."""
-    (tmp_path / "parts.tsv").write_text("primitives\t0\t12\t60\ntests\t124\t90\t90\nqwen\tskipped\t0\t0\n")
+    """Of parts that ended, one that was cut off in a test, one that a signal stopped, and one for which no time was left."""
+    (tmp_path / "parts.tsv").write_text(
+        "primitives\t0\t12\t60\ntests\t124\t90\t90\nhead\t0\t9\t60\nplan\tstopped\t3\t110\nqwen\tskipped\t0\t0\n"
+    )
     (tmp_path / "primitives.log").write_text("noise\nFACT kernel\tFails: a|b\t0.1 s\n")
-    (tmp_path / "tests.log").write_text("..\n3 passed, 1 failed in 4 s\n")
+    (tmp_path / "tests.log").write_text("tests/a.py::one PASSED [ 33%]\ntests/a.py::two FAILED [ 66%]\ntests/a.py::three \n")
+    (tmp_path / "head_gpu.md").write_text("# Head\n\n| case | ms | MiB |\n|---|---|---|\n| ours | 4 | |\n")
     assert gpu_facts.table(str(tmp_path))
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| primitives | well | 12 of 60 | | |",
         "| | | | kernel | Fails: a/b |",
         "| tests | cut off | 90 of 90 | | |",
-        "| | | | tests | 3 passed, 1 failed in 4 s |",
+        "| | | | tests | 1 passed, 1 failed |",
+        "| | | | not passed | tests/a.py::two |",
+        "| | | | not passed | tests/a.py::three |",
+        "| | | | last line | tests/a.py::three |",
+        "| head | well | 9 of 60 | | |",
+        "| | | | head: case | ms; MiB |",
+        "| | | | head: ours | 4 |",
+        "| plan | stopped by a signal | 3 of 110 | | |",
         "| qwen | left out | 0 of 0 | | |",
     ]
     script = Path(gpu_facts.__file__).with_name("gpu.sh").read_text()
+    parts = [line.split()[2] for line in script.splitlines() if line.strip().startswith("part ")]
+    assert parts[:5] == ["imports", "primitives", "tests", "head", "plan"]
     limits = [int(line.split()[1]) for line in script.splitlines() if line.strip().startswith("part ")]
     assert len(limits) == 9 and sum(limits[:5]) <= 480  # what comes first has its time, whatever the others take

@@ -28,7 +28,7 @@ from llmkd.planning.models import Depth, empty_model
 from llmkd.planning.plan import Plan, in_host_memory, plan
 from llmkd.planning.quantized import bytes_of
 from llmkd.planning.step import LOSS, TEACHER, WRITING, _have_state
-from llmkd.planning.work import assumed_examples, known_data, work_of
+from llmkd.planning.work import KnownData, assumed_examples, known_data, work_of
 from llmkd.planning.writing import Writing, as_written, watched_writing, writing_of
 from llmkd.rollouts.generate import generate
 from llmkd.rollouts.sampling import Sampling
@@ -37,7 +37,7 @@ from llmkd.teachers.cache.shards import read_header
 from tests.conftest import plain_recipe
 from tests.kit.models import load_student
 
-#: The number of parameters that each model's page on the hub gives; tied weights once, Gemma 3 4B with its vision tower.
+#: The number of parameters that each model's page on the hub gives; tied weights once, Gemma 3 4B with its vision tower, GPT-2 without its stored masks.
 PARAMETERS = {
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
@@ -45,7 +45,14 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-0.6B-Base": 596_049_920,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B-Base": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "openai-community/gpt2": 124_439_808,
+    "openai-community/gpt2-xl": 1_557_611_200,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
@@ -217,6 +224,18 @@ def test_a_written_answer_is_as_long_as_it_may_be():
     known = dataclasses.replace(planned, weights=100.0, layers=2)
     assert known.seconds(rate=60.0, bandwidth=50.0, per_layer=0.1, bytes_each=2) == 6 * 2 * 50 * 3 / 60
     assert known.seconds(1e9, 50.0, 0.1, 2) == 6 * 2 and known.seconds(1e9, None, 0.1, 2) == pytest.approx(6 * 0.2)
+
+
+def test_every_answer_to_a_prompt_is_planned(make_recipe):
+    """Half of a step's 4 prompts with 3 answers each: 8 examples, of which 6 are written; so is the work of 5 steps of 2 examples at a time."""
+    recipe = make_recipe(
+        on_policy={"share": 0.5, "samples": 3, "max_new_tokens": 2}, train={"batch_size": 4, "micro_batch_size": 2, "max_steps": 5}
+    )
+    examples = assumed_examples(4, 6)
+    work = work_of(KnownData(examples, None, False), recipe)
+    assert (work.examples, work.micro_batches, work.tokens) == (5 * 8, 5 * 4, 5 * 8 * 6)
+    planned = writing_of(recipe.on_policy, recipe.train, examples)
+    assert (planned.answers, planned.batches) == (6, 1)
 
 
 @pytest.mark.parametrize("prompt", [4, 90])

@@ -167,6 +167,13 @@ FAULTS = [
     *in_file(
         "llmkd/planning/writing.py",
         (
+            "one-sample-planned",
+            "of several answers to a prompt one is planned",
+            "for _ in range(settings.samples)]",
+            "for _ in range(1)]",
+            f"{PLAN}::test_every_answer_to_a_prompt_is_planned",
+        ),
+        (
             "short-answers",
             "of an answer half is in memory when its last token is written",
             "writing.prompt + writing.new - 1)[1]",
