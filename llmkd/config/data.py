@@ -167,7 +167,8 @@ class Data:
         None, description="Other versions of the training examples in every epoch, drawn by seed; null: as they are."
     )
     workers: Annotated[int, Field(ge=1, le=256)] = changeable(
-        1, description="Of format audio: processes that decode and augment ahead of training. Their number does not change a clip."
+        1,
+        description="Of sounds and images: processes that decode and augment ahead of training. Their number does not change a clip or an image.",
     )
     cache_dir: str | None = changeable(
         None, path="output", description="Folder of the token cache; null: LLMKD_CACHE, or else ~/.cache/llmkd."

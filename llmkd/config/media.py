@@ -35,10 +35,18 @@ class Augment:
         description="Of format audio: transforms of audiomentations, one after another, each by its own name and arguments: [{TimeStretch: {p: 0.5, min_rate: 0.9}}]. "
         "They are drawn anew for every clip in every epoch.",
     )
+    image: Transforms = fixed(
+        (),
+        description="Of format image: transforms of albumentations likewise: [{HorizontalFlip: {p: 0.5}}].",
+    )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",
         description="What the teacher reads of an example that was augmented for the student: the same, or the clean one, which a teacher's cache needs.",
     )
+
+
+#: What is augmented, by its setting: rows of these formats.
+AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",)}
 
 
 def reads_files(data: Any) -> bool:
@@ -70,10 +78,11 @@ def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.features", "student.architecture"), f"set for {kind}, which has a way of its own to read files; leave it out"
     if not augment:
         return
-    if not augment.audio:
-        yield ("data.augment.audio",), "names no transform; give some, or leave data.augment out"
-    elif not formats & {"audio", "speech"}:
-        yield ("data.augment.audio", "data.train"), "set, but no rows have format: audio or speech; leave it out"
+    if not any(getattr(augment, kind) for kind in AUGMENTED):
+        yield ("data.augment",), f"names no transform; give some under {' or '.join(AUGMENTED)}, or leave data.augment out"
+    for kind, theirs in AUGMENTED.items():
+        if getattr(augment, kind) and not formats & set(theirs):
+            yield (f"data.augment.{kind}", "data.train"), f"set, but no rows have format: {' or '.join(theirs)}; leave it out"
     teachers = with_setting_names(recipe.teacher, "teacher")
     if teachers and all(one.reads for _, one in teachers) and augment.teacher_sees == "same":
         path, column = teachers[0][0], teachers[0][1].reads

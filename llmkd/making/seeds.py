@@ -8,7 +8,7 @@ from typing import Any
 from ..config import formats as config
 from ..config.data import Source
 from ..config.fields import OneOrMany, with_setting_names
-from ..data.media_files import read_bytes
+from ..data.media.files import read_bytes
 from ..data.prompt_files import asks, with_some_answer
 from ..data.reading.media import media_of
 from ..data.reading.problems import ErrorCollector

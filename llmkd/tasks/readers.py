@@ -17,8 +17,9 @@ from ..data.inputs import Inputs, Reading
 from ..data.reading.sources import Rows
 from ..errors import UserError
 from ..model_folder.files import ModelFiles
+from .media import MediaOfRun
 from .pictures import PictureReader
-from .sound import ClipFiles, SoundReader
+from .sound import SoundReader
 from .task import FoundModels
 from .text_reader import TextReader
 
@@ -51,7 +52,7 @@ class Reader(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-#: By kind, from (column, the model's files or None for new weights, its configuration, the setting of the model, student or None, data, the run's clips).
+#: By kind, from (column, the model's files or None for new weights, its configuration, the setting of the model, student or None, data, the run's sounds and images).
 READERS: dict[str, Callable[..., Reader]] = {"text": TextReader.of, "audio": SoundReader.of, "image": PictureReader.of}
 
 
@@ -116,10 +117,10 @@ class Readers:
 def find_readers(student: Student, models: FoundModels, data: Data, readers: dict[str, Callable[..., Reader]] = READERS) -> Readers:
     """What reads the columns for the models. UserError where a model has nothing that reads its column. `readers`: as READERS."""
     (form,) = {source.format for source in as_tuple(data.train)}
-    own, clips = FORMATS[form].reads, ClipFiles(data)
+    own, media = FORMATS[form].reads, MediaOfRun(data)
 
     def of(column: str, files: ModelFiles | None, name: str, settings: Student | None = None) -> Reader:
-        return readers[FORMATS[form].kind_of(column)](column, files, models.configs[name], name, settings, data, clips)
+        return readers[FORMATS[form].kind_of(column)](column, files, models.configs[name], name, settings, data, media)
 
     found = [of(own, models.student, "student.model", student)]
     teachers = {}

@@ -13,12 +13,12 @@ from ..config.data import Data
 from ..config.media import InputFeatures
 from ..console import warn
 from ..data.audio.log_mel import empty_filters
-from ..data.audio.sounds import Sounds, read_sounds, way_of
-from ..data.audio.workers import ClipWorkers
+from ..data.audio.sounds import Sounds
 from ..data.examples import Draw
 from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles
 from .builtin import register
+from .media import MediaOfRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,48 +60,28 @@ class SoundInputs:
         return inputs_of(self.reader, self.sounds.read(indices, draw), self.sounds.workers.way.rate)
 
 
-class ClipFiles:
-    """The clips of a run, as all models that read sound share them: decoded once, at the highest of the models' rates, so that what any reads is in them."""
-
-    def __init__(self, data: Data):
-        self.rate, self._augment, self._count = 0, data.augment.audio if data.augment else (), data.workers
-        self._workers: ClipWorkers | None = None
-        self._last: tuple[Any, str, Sounds] | None = None
-
-    def read_by(self, extractor: Any) -> None:
-        self.rate = max(self.rate, extractor.sampling_rate)
-
-    def sounds(self, rows: list[dict], column: str, places: list[str], setting: str) -> Sounds:
-        """See `read_sounds`; what was asked for last is not decoded again. All readers are to be known."""
-        if self._workers is None:
-            self._workers = ClipWorkers(way_of(self.rate, self._augment), self._count)
-        if self._last is None or self._last[0] is not rows or self._last[1] != column:
-            self._last = rows, column, read_sounds(rows, column, places, self._workers, setting)
-        return self._last[2]
-
-
 @dataclass(frozen=True)
 class SoundReader:
     """A feature extractor as a `Reader`."""
 
     column: str
     reader: Any
-    clips: ClipFiles
+    media: MediaOfRun
     kind = "audio"
     tokens = pad = None
 
     @classmethod
-    def of(cls, column: str, files: ModelFiles | None, config: dict, setting: str, student, data: Data, clips: ClipFiles) -> "SoundReader":
+    def of(cls, column: str, files: ModelFiles | None, config: dict, setting: str, student, data: Data, media: MediaOfRun) -> "SoundReader":
         found = find_extractor(files.base if files else None, data.features, setting)
-        clips.read_by(found)
-        return cls(column, found, clips)
+        media.read_by(found)
+        return cls(column, found, media)
 
     @cached_property
     def identity(self) -> str:
         return settings_of(self.reader)
 
     def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[SoundInputs, np.ndarray, int]:
-        sounds, rate = self.clips.sounds(rows, self.column, places, setting), self.clips.rate
+        sounds, rate = self.media.sounds(rows, self.column, places, setting), self.media.rate
         limit = limit_of(self.reader, rate)
         used = fitting(sounds.num_samples, limit, rate, data.too_long, places.__getitem__, setting)
         if not used.any():

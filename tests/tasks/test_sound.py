@@ -8,8 +8,8 @@ from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperF
 
 from llmkd.config.media import InputFeatures
 from llmkd.data.audio.sounds import read_sounds, way_of
-from llmkd.data.audio.workers import ClipWorkers
 from llmkd.data.examples import Draw
+from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import UserError
 from llmkd.tasks.sound import SoundInputs, find_extractor, fitting, inputs_of, limit_of, same_extractor
 
@@ -27,7 +27,7 @@ def wav(n: int, samples: int = 1_200) -> bytes:
 
 @pytest.fixture(scope="module")
 def sounds():
-    workers = ClipWorkers(way_of(8_000, [{"PolarityInversion": {"p": 1.0}}]), 1)
+    workers = MediaWorkers(way_of(8_000, [{"PolarityInversion": {"p": 1.0}}]), 1)
     rows = [{"audio": wav(n, 1_200 + 100 * n)} for n in range(3)]
     yield read_sounds(rows, "audio", [f"f.parquet:{n + 1}" for n in range(3)], workers, "data.train")
     workers.close()

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from llmkd.commands.pipeline import stage_recipes
 from llmkd.config import loader
 from llmkd.config.loader import load_pipeline
+from llmkd.data.audio import sounds
 from llmkd.data.audio.feature_extractor import LogMelFeatureExtractor
-from llmkd.data.audio.worker import Way
+from llmkd.data.audio.way import SoundWay
 from llmkd.data.examples import Draw
 from llmkd.data.labelled import TextInputs
 from llmkd.errors import UserError
@@ -232,7 +233,7 @@ def test_hidden_states_are_compared_across_modalities(birds):
 
 def test_augmentation_does_not_touch_a_teacher_that_reads_another_column(birds, monkeypatch):
     """The draw reaches the clip that the student reads, and neither the text nor the clean clip of a second teacher."""
-    monkeypatch.setattr(sound, "way_of", lambda rate, augment: Way(rate))
+    monkeypatch.setattr(sounds, "way_of", lambda rate, augment: SoundWay(rate))
     drawn, ear = [], {"model": str(birds / "listens")}
     monkeypatch.setattr(sound.SoundInputs, "batch", lambda self, indices, draw: drawn.append(draw) or {"input_features": torch.zeros(1)})
     monkeypatch.setattr(TextInputs, "batch", lambda self, indices, draw: drawn.append(draw) or {"input_ids": torch.zeros(1, 1)})

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...console import count
 from ...errors import UserError
-from ..media_files import AGAIN, read_bytes
+from ..media.files import AGAIN, read_bytes
 
 _UNKNOWN = (0, 0xFFFFFFFF)  # the size of a WAV file that was written to a pipe
 

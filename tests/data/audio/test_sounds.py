@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from llmkd.data.audio.sounds import read_sounds
-from llmkd.data.audio.worker import Way
-from llmkd.data.audio.workers import ClipWorkers
+from llmkd.data.audio.way import SoundWay
 from llmkd.data.examples import Draw
+from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import UserError
 
 soundfile = pytest.importorskip("soundfile")
@@ -15,7 +15,7 @@ pytest.importorskip("audiomentations")
 
 @pytest.fixture(scope="module")
 def workers():
-    some = ClipWorkers(Way(8_000, ({"Gain": {"min_gain_db": -6.0, "max_gain_db": 6.0, "p": 1.0}},), "data.augment.audio"), 1)
+    some = MediaWorkers(SoundWay(8_000, ({"Gain": {"min_gain_db": -6.0, "max_gain_db": 6.0, "p": 1.0}},), "data.augment.audio"), 1)
     yield some
     some.close()
 

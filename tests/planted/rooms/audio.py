@@ -1,11 +1,12 @@
-"""Faults in sound: decoding, features, augmentation, transcripts, and edits of prompts."""
+"""Faults in sound and images: decoding, features, augmentation, transcripts, and edits of prompts."""
 
 from tests.planted.fault import in_file
 
 DECODE, MEL, AUGMENT = "data/audio/test_decode.py", "data/audio/test_log_mel.py", "data/audio/test_augment.py"
-WORKERS, MEDIA, EDITS = "data/audio/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
+WORKERS, MEDIA, EDITS = "data/media/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
 CNN, TRANSCRIPTS = "models/test_builtin_cnn.py", "tasks/test_transcripts.py"
-SOUND, IMAGES, RUNS = "tasks/test_sound.py", "data/test_images.py", "tasks/test_sound_runs.py"
+PICTURES = "data/images/test_augment.py"
+SOUND, IMAGES, RUNS = "tasks/test_sound.py", "data/images/test_decode.py", "tasks/test_sound_runs.py"
 
 
 FAULTS = [
@@ -23,14 +24,14 @@ FAULTS = [
         ("floor", "the floor follows no clip", "log_MF.max() - _RANGE", "-_RANGE", MEL),
     ),
     *in_file(
-        "llmkd/data/audio/augment.py",
+        "llmkd/data/media/augment.py",
         ("epochs-alike", "every epoch augments alike", '"{seed} {epoch} {content_hash}"', '"{seed} {content_hash}"', AUGMENT),
         ("numpy-unseeded", "numpy's generator is not seeded", "            np.random.seed(numpy)\n", "", AUGMENT),
         ("python-left", "Python's generator is left where augmentation ended", "            random.setstate(before[0])\n", "", AUGMENT),
         ("numpy-left", "numpy's generator is left where augmentation ended", "            np.random.set_state(before[1])\n", "", AUGMENT),
     ),
     *in_file(
-        "llmkd/data/audio/workers.py",
+        "llmkd/data/media/workers.py",
         (
             "order-of-clips",
             "clips come in the order of the processes",
@@ -40,8 +41,8 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/data/audio/worker.py",
-        ("changed-clip", "a file that changes during a run is read", "if clip.content_hash != job.content_hash:", "if False:", WORKERS),
+        "llmkd/data/media/worker.py",
+        ("changed-clip", "a file that changes during a run is read", "if content_hash != job.content_hash:", "if False:", WORKERS),
     ),
     *in_file(
         "llmkd/data/reading/media.py",
@@ -79,9 +80,23 @@ FAULTS = [
         ("longest-of-whisper", "what Whisper cuts is not known", 'getattr(extractor, "n_samples", None)', "None", SOUND),
     ),
     *in_file(
-        "llmkd/data/images.py",
+        "llmkd/data/images/decode.py",
         ("first-frame", "the first of several frames is read", "if frames > 1:", "if False:", IMAGES),
         ("unturned", "an image is read as the camera held it", "ImageOps.exif_transpose(opened)", "opened", IMAGES),
+    ),
+    *in_file(
+        "llmkd/data/images/augment.py",
+        (
+            "seeded-alike",
+            "all transforms of images draw alike",
+            "            transform.set_random_state(*draws)",
+            "            transform.set_random_seed(own % 2**32)",
+            PICTURES,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/images/pictures.py",
+        ("size-untried", "transforms are tried on an image of another size", "np.min([size for", "np.max([size for", PICTURES),
     ),
     *in_file(
         "llmkd/tasks/readers.py",
@@ -94,7 +109,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/data/audio/workers.py",
+        "llmkd/data/media/workers.py",
         ("asked-by-two", "two threads that ask get each other's clips", "        with self._lock:\n", "        if True:\n", WORKERS),
     ),
 ]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import UserError, fix_of
+from ...errors import UserError, fix_of
 
 AGAIN = "fetch or write the file again"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from .media_files import AGAIN, read_bytes
+from ...errors import UserError
+from ..media.files import AGAIN, read_bytes
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from llmkd.data.audio.augment import Augmentation
-from llmkd.data.audio.worker import Clips, Job, Way
-from llmkd.data.audio.workers import ClipWorkers
+from llmkd.data.audio.augment import SoundAugmentation
+from llmkd.data.audio.way import SoundWay
+from llmkd.data.media.worker import Job, Reader
+from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import ChangedFiles, UserError
 
 soundfile = pytest.importorskip("soundfile")
@@ -26,20 +27,20 @@ def job_of(n: int, draw: tuple[int, int] | None = None) -> Job:
 
 @pytest.fixture(scope="module")
 def plain():
-    workers = ClipWorkers(Way(8_000), 2)
+    workers = MediaWorkers(SoundWay(8_000), 2)
     yield workers
     workers.close()
 
 
 def test_clips_come_in_the_order_of_their_jobs(plain):
-    jobs, here = [job_of(n) for n in range(7)], Clips(Way(8_000))
+    jobs, here = [job_of(n) for n in range(7)], Reader(SoundWay(8_000))
     for some in (jobs, jobs[:1], jobs[::-1]):
         assert all(np.array_equal(clip, here(job)) for clip, job in zip(plain(some), some, strict=True))
 
 
 def test_two_threads_may_ask_at_the_same_time(plain):
     """As validation does while the next training batch is made."""
-    jobs, here = [job_of(n) for n in range(8)], Clips(Way(8_000))
+    jobs, here = [job_of(n) for n in range(8)], Reader(SoundWay(8_000))
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(plain, [jobs[i : i + 3] for i in (0, 2, 4, 5)] * 5))
     for i, clips in zip((0, 2, 4, 5) * 5, found, strict=True):
@@ -50,7 +51,7 @@ def test_two_threads_may_ask_at_the_same_time(plain):
     ("job", "kind", "says"),
     [
         (Job(b"no", "", "f.jsonl:9"), UserError, "f.jsonl:9: not a sound file"),
-        (Job(job_of(1).sound, "another", "f.jsonl:9"), ChangedFiles, "f.jsonl:9: the file was changed while the run reads it"),
+        (Job(job_of(1).file, "another", "f.jsonl:9"), ChangedFiles, "f.jsonl:9: the file was changed while the run reads it"),
     ],
 )
 def test_a_clip_that_is_refused_is_so_here_and_the_next_is_read(plain, job, kind, says):
@@ -62,20 +63,20 @@ def test_a_clip_that_is_refused_is_so_here_and_the_next_is_read(plain, job, kind
 def test_a_process_that_is_killed_is_an_error_and_no_wait(plain):
     plain([job_of(0)])
     os.kill(plain._processes[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="the process that decodes clips ended .* f.jsonl:1"):
+    with pytest.raises(RuntimeError, match="the process that decodes files ended .* f.jsonl:1"):
         plain([job_of(0), job_of(1)])
     assert len(plain([job_of(3)])[0]) == 503
 
 
 def test_augmentation_is_the_same_in_another_process():
     asked = ({"PitchShift": {"p": 0.8}}, {"AddGaussianSNR": {"p": 0.8}})
-    way, jobs = Way(8_000, asked, "data.augment.audio"), [job_of(n, draw) for draw in ((0, 0), (0, 1), None) for n in (0, 1)]
-    workers, augmentation = ClipWorkers(way, 1), Augmentation(asked, 8_000, "a")
+    way, jobs = SoundWay(8_000, asked, "data.augment.audio"), [job_of(n, draw) for draw in ((0, 0), (0, 1), None) for n in (0, 1)]
+    workers, augmentation = MediaWorkers(way, 1), SoundAugmentation(asked, 8_000, "a")
     try:
         clips = workers(jobs[::-1])[::-1]
     finally:
         workers.close()
-    clean = [soundfile.read(io.BytesIO(job.sound), dtype="float32")[0] for job in jobs]
+    clean = [soundfile.read(io.BytesIO(job.file), dtype="float32")[0] for job in jobs]
     wanted = [x if job.draw is None else augmentation(x, *job.draw, job.content_hash) for x, job in zip(clean, jobs, strict=True)]
     assert all(np.array_equal(clip, one) for clip, one in zip(clips, wanted, strict=True))
     assert not np.array_equal(wanted[0], wanted[2]) and not np.array_equal(wanted[0], clean[0])

@@ -1,6 +1,6 @@
-"""The processes in which clips are decoded and augmented (`worker.py`), as the process that asks them sees them.
+"""The processes in which sounds and images are decoded and augmented (`worker.py`), as the process that asks them sees them.
 
-A clip follows from its job alone, so how many processes there are, and which of them a clip goes to, changes nothing but speed.
+What is read follows from its job alone, so how many processes there are, and which of them a job goes to, changes nothing but speed.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import numpy as np
 from ...errors import ChangedFiles, UserError
 from .worker import Job, Way
 
-_START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.audio.worker import main; main()"
+_START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.media.worker import main; main()"
 
 
-class ClipWorkers:
+class MediaWorkers:
     """`count` processes, started at the first question and ended by `close`, with the object, or with this process."""
 
     def __init__(self, way: Way, count: int):
@@ -33,7 +33,7 @@ class ClipWorkers:
         self._end: weakref.finalize | None = None  # ends the processes, at the latest with this object or with the program
 
     def __call__(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """The clips of the jobs, in their order. UserError where one is refused: the first of the jobs' order within a process."""
+        """The samples or pixels of the jobs, in their order. UserError where one is refused: the first of the jobs' order within a process."""
         with self._lock:
             if not self._processes:
                 self._start()
@@ -55,7 +55,7 @@ class ClipWorkers:
         path = filter(None, [str(Path(__file__).parents[3]), *sys.path])
         command = [sys.executable, "-S", "-E", "-c", _START, *path]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._threads = ThreadPoolExecutor(self.count, "llmkd-clips")
+        self._threads = ThreadPoolExecutor(self.count, "llmkd-media")
         for _ in range(self.count):
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             self._processes.append(process)
@@ -84,8 +84,8 @@ def _ask(process: subprocess.Popen, jobs: Sequence[Job]) -> list[np.ndarray]:
         kind, answer = pickle.load(process.stdout)
     except (EOFError, BrokenPipeError, ConnectionResetError, pickle.UnpicklingError) as error:
         ended = f"exit code {process.wait()}" if process.poll() is not None else type(error).__name__
-        raise RuntimeError(f"the process that decodes clips ended ({ended}) at one of {jobs[0].place} to {jobs[-1].place}") from None
-    if kind == "clips":
+        raise RuntimeError(f"the process that decodes files ended ({ended}) at one of {jobs[0].place} to {jobs[-1].place}") from None
+    if kind == "read":
         return answer
     if kind == "bug":
         raise RuntimeError(answer)

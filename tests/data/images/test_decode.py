@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from llmkd.data.images import decode
+from llmkd.data.images.decode import decode
 from llmkd.errors import UserError
 
 Image = pytest.importorskip("PIL.Image")
