@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .fields import as_tuple, config_dataclass, fixed, with_setting_names
+from .formats import FORMATS
 
 Transforms = tuple[dict[str, Any], ...]
 
@@ -50,8 +51,9 @@ AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",)}
 
 
 def reads_files(data: Any) -> bool:
-    """Whether rows are sounds or images. `data`: that section of a recipe."""
-    return any(source.format in ("audio", "image") for source in as_tuple(data.train))
+    """Whether classifiers' rows are sounds or images. `data`: that section of a recipe."""
+    forms = (FORMATS[source.format] for source in as_tuple(data.train))
+    return any(form.file and form.supervised == "label" for form in forms)
 
 
 def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
