@@ -21,7 +21,6 @@ from .commands.parser import HelpShown, did_you_mean
 from .config import loader
 from .config.fields import with_setting_names
 from .config.recipe import used_teachers
-from .config.tasks import SEQUENCES
 from .errors import UserError, exit_code
 from .process.bus_error import report_bus_errors
 from .training.environment import check_environment
@@ -179,12 +178,10 @@ def make(options: argparse.Namespace, overrides: dict) -> dict:
 def data(options: argparse.Namespace, overrides: dict) -> dict:
     config = _recipe(options)
     recipe = loader.load_recipe(config, overrides)
-    if recipe.task in SEQUENCES:
-        refuse_other_task(recipe, "data")
     if recipe.task == "causal_lm":
         from .commands.preview_data import preview
     else:
-        from .commands.preview_labelled import preview
+        from .commands.preview_examples import preview
 
     return preview(recipe, 3 if options.show is None else options.show, options.example)
 

@@ -21,7 +21,6 @@ INSTEAD = {
 OF_SEQUENCES = {
     "eval": "validation.error_rates measures word and character error rates in training",
     "roll": "its targets are those of the rows",
-    "data": "llmkd train says how many rows it reads, and what it leaves out",
     "doctor": "llmkd train checks models on a small batch before its first step",
 }
 

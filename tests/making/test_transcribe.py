@@ -17,8 +17,9 @@ from llmkd.config.data import Source
 from llmkd.config.make import load_make
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
-from llmkd.making.asks import Answer
+from llmkd.making.asks import Answer, Ask
 from llmkd.making.writers.writer import writer_of
+from llmkd.rollouts.sampling import Sampling
 from tests.kit.making import Function, lines, run_make, write_make
 from tests.kit.sequences import saved, speech_model, speech_rows
 
@@ -82,6 +83,8 @@ def test_a_model_writes_what_transformers_generates_and_sounds_that_cannot_be_re
     assert len(made) == 4 and len({row["text"] for row in made}) >= 3 and done.counts[0].reasons == {"no_answer": 2}
     said = " ".join(row["detail"] for row in lines(tmp_path / "local/out/rejected.jsonl"))
     assert "the clip is 1.00 s long, and the writer reads 1 s" in said and "cut.wav: the file is cut short" in said
+    changed = Ask("key", ({"role": "user", "content": "0" * 64},), Sampling(0.0, 6), audio=str(folder / "0.wav"))
+    assert "the file was changed" in next(writer.write([changed], ()))[1].problem
     read = read_source(Source(path=str(tmp_path / "local/out/train.jsonl"), format="speech"), "data.train")
     assert [row["text"] for row in read.rows] == [row["text"] for row in made] and read.unread == Counter(speaker=4)
     config = json.loads((folder / "model/generation_config.json").read_text())

@@ -1,5 +1,6 @@
 """Runs of encoder-decoder models, from a recipe to the folder that they leave; and what is refused before one."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import transformers
 from safetensors.torch import load_file
 
 from llmkd.commands.export import export
+from llmkd.commands.preview_examples import preview
 from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
-from tests.kit.sequences import saved, speech_model, speech_rows, text_rows, tiny
+from tests.kit.sequences import V, saved, speech_model, speech_rows, text_rows, tiny
+from tests.kit.sweeps import state
 
 FORMS = {"text_to_text": ("t5", "prompt_completion", text_rows), "speech_recognition": ("whisper", "speech", speech_rows)}
 
@@ -94,10 +97,12 @@ def test_an_adapter_resumes_bit_for_bit_and_learns_from_a_cache_as_from_the_teac
     ours, theirs = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("whole_run", "resumed"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any("decoder" in name for name in ours) and not any(".encoder." in name for name in ours)
-    cached = given | {"teacher__cache__path": str(folder / "cache"), "teacher__cache__kind": "hidden"}
-    cache(recipe("text_to_text", "unused", **cached))
-    kept = run(recipe("text_to_text", "kept", **cached))
-    assert all(kept["validation"][name] == pytest.approx(value, abs=2e-5) for name, value in whole["validation"].items())
+    for kind, own in (("hidden", {}), ("topk", {"teacher__cache__k": V, "teacher__cache__value_bits": 16})):
+        cached = given | own | {"teacher__cache__path": str(folder / kind), "teacher__cache__kind": kind}
+        cache(recipe("text_to_text", "unused", **cached))
+        kept = run(recipe("text_to_text", f"kept_{kind}", **cached))
+        known = [name for name in whole["validation"] if kind == "hidden" or not name.startswith("teacher_")]  # whose values have 16 bits
+        assert all(kept["validation"][name] == pytest.approx(whole["validation"][name], abs=2e-5) for name in known if name != "perplexity")
 
 
 @pytest.mark.parametrize(
@@ -165,3 +170,55 @@ def test_targets_that_are_long_or_empty_and_the_teacher_of_a_source(recipe, fold
     model = str(folder / "text_to_text/whole")
     two = {"teacher": [{"name": name, "model": model, "weight": 1} for name in "ab"], "data__train__teacher": "b"}
     assert prepare(recipe("text_to_text", "unused", **two)).train.teacher_index.tolist() == [1] * 10
+
+
+@pytest.mark.parametrize(
+    ("task", "shown", "counts"),
+    [
+        ("text_to_text", ["train.jsonl:3", "what is 0 plus 2 ?", "⟦it is 2 .", "⟧"], {"examples": 10, "marked": 0}),
+        (
+            "speech_recognition",
+            ["train.jsonl:3", "source  0.30 s of sound", "<|notimestamps|>⟦two<|endoftext|>⟧"],
+            {"targets": 24, "longest": 6},
+        ),
+    ],
+)
+def test_rows_are_shown_with_what_is_read_and_what_is_predicted(recipe, task, shown, counts):
+    """Of bytes and an end: zero, one, two, three, zero are 5, 4, 4, 6 and 5 targets."""
+    numbers = preview(recipe(task, "unused"), example=2, out=(out := io.StringIO()))
+    said = out.getvalue()
+    at = [said.index(part) for part in shown]
+    assert at == sorted(at) and counts.items() <= numbers["data.train"][0].items() and said.count("⟦") == 1
+
+
+def test_arms_side_by_side_are_what_each_is_alone(recipe, folder):
+    """Two adapters on one base, whose frozen encoder's states are kept once."""
+    from llmkd.commands.sweep import run_sweep
+
+    given = {"student__method": "lora", "student__lora__rank": 2, "student__lora__dropout": 0.2, "validation__every": None}
+    given |= {"checkpoint__best_by": None, "train__max_steps": 2, "student__keep_encoded": 9}
+    (folder / "arms.yaml").write_text(loader.dump(recipe("speech_recognition", "base", **given)))
+    arms = {"ce": {"loss.kd_ratio": 0}, "kd": {"loss.temperature": 1}}
+    (folder / "sweep.yaml").write_text(json.dumps({"output_dir": str(folder / "sweep"), "recipe": "arms.yaml", "arms": arms}))
+    out = run_sweep(folder / "sweep.yaml", {}, False)
+    assert [group["arms"] for group in state(out)["groups"]] == [["kd", "ce"]]
+    alone = run(recipe("speech_recognition", "kd", **given, loss__temperature=1.0))
+    ours, theirs = (load_file(of / "adapter/adapter_model.safetensors") for of in (out / "arms/kd", folder / "kd"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
+    assert json.loads((out / "arms/kd/summary.json").read_text())["validation"] == alone["validation"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FORMS)
+def test_two_processes_end_at_what_one_does(recipe, folder, task):
+    from tests.kit.processes import train_on_two
+
+    given = {"student__dtype": "float64", "teacher__dtype": "float64"}
+    one = run(recipe(task, f"{task}_one", **given))
+    (folder / f"{task}_two.yaml").write_text(loader.dump(recipe(task, f"{task}_two", **given)))
+    done = train_on_two(["--config", str(folder / f"{task}_two.yaml")])
+    assert not done.returncode, done.stderr
+    two = json.loads((folder / f"{task}_two/summary.json").read_text())
+    assert all(two["validation"][name] == pytest.approx(value, abs=1e-9) for name, value in one["validation"].items())
+    ours, theirs = (load_file(folder / f"{task}_{name}/model/model.safetensors") for name in ("one", "two"))
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours if ours[name].is_floating_point()) < 1e-9

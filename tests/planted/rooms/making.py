@@ -3,7 +3,7 @@
 from tests.planted.fault import in_file
 
 PIPELINE, WRITERS, STAGES = "making/test_pipeline.py", "making/test_writers.py", "making/test_stages.py"
-MARKS = "making/test_marks.py"
+MARKS, TRANSCRIBE = "making/test_marks.py", "making/test_transcribe.py"
 
 FAULTS = [
     *in_file(
@@ -107,6 +107,40 @@ FAULTS = [
     *in_file(
         "llmkd/making/stages/expand.py",
         ("same-seed-again", "seeds that are shown again are asked about with the same seed", "before[same] += 1", "pass", STAGES),
+    ),
+    *in_file(
+        "llmkd/making/writers/speech.py",
+        (
+            "another-sound",
+            "a file that was changed is transcribed under the old one's key",
+            "if clip.content_hash != ask",
+            "if False and ask",
+            TRANSCRIBE,
+        ),
+        ("cut-transcripts-end", "a transcript that was cut off is not marked", "len(ids) < most", "len(ids) <= most", TRANSCRIBE),
+        (
+            "begins-anywhere",
+            "a transcript begins without its control tokens",
+            "inputs, self.frame.given,",
+            "inputs, self.frame.given[:1],",
+            TRANSCRIBE,
+        ),
+        (
+            "ends-of-long-sounds",
+            "of a long sound the beginning is transcribed",
+            "if limit is not None and len(clip.samples) > limit:",
+            "if False:",
+            TRANSCRIBE,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/filters/transcripts.py",
+        ("errors-at-the-limit", "a transcript at the limit stays", "found.rate < self.below", "found.rate <= self.below", TRANSCRIBE),
+        ("errors-of-all", "the rate of those that stay is that of all", "self.kept += found", "self.kept = self.every", TRANSCRIBE),
+    ),
+    *in_file(
+        "llmkd/making/stages/transcribe.py",
+        ("no-reference", "a row's own transcript is lost", "{} if row.answer is None else", "{} if True else", TRANSCRIBE),
     ),
     *in_file(
         "llmkd/making/marks.py",

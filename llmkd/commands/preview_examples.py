@@ -1,4 +1,4 @@
-"""`llmkd data` for classification: the rows of each class, and examples as the student reads them. Loads no model."""
+"""`llmkd data` for tasks other than language models: counts, and examples as the student reads them, with their targets. Loads no model."""
 
 import random
 import sys
@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from ..config.fields import as_tuple
 from ..config.recipe import Recipe
+from ..config.tasks import SEQUENCES
 from ..config.views import views_of
 from ..console import printable, table
 from ..data.dataset import read_data
@@ -13,23 +14,32 @@ from ..data.examples import Examples
 from ..errors import UserError
 from ..tasks.registry import task_named
 from ..training.prepare import batching, find_models
+from .preview_data import mark_supervised, uses_colour
 
 
 def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Print how many examples each class has in training and held-out rows, then `count` examples drawn by the recipe's seed, or the one numbered
+    """Print counts of training and held-out rows, of classes by their names, then `count` examples drawn by the recipe's seed, or the one numbered
     `example`. Returns the counts."""
-    out, task = out or sys.stdout, task_named(recipe.task)
+    out, task, sequences = out or sys.stdout, task_named(recipe.task), recipe.task in SEQUENCES
     rows, models = read_data(recipe.data, views_of(as_tuple(recipe.teacher))), find_models(recipe.student, (), open_caches=False)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
     data = task.encode(rows, recipe.data, batching(recipe.train, recipe.seed, False), as_tuple(recipe.teacher), processor)
     parts = {"data.train": data.train, "data.validation": data.validation}
-    numbers = {setting: _classes(part) for setting, part in parts.items() if part is not None}
+    numbers = {setting: (_targets if sequences else _classes)(part) for setting, part in parts.items() if part is not None}
     for setting, found in numbers.items():
         print(f"{setting}\n{table(found)}", file=out)
     for i in _chosen(len(data.train), count, example, recipe.seed):
-        name, length = data.train.names[data.train.labels[i]], int(data.train.lengths[i])
-        read = data.train.inputs.shown(i, processor.reader)
-        print(f"\nexample {i} of {len(data.train)}  {data.places[i]}  length {length:,}, class {name!r}\n{printable(read)}", file=out)
+        head, read = f"\nexample {i} of {len(data.train)}  {data.places[i]}", printable(data.train.inputs.shown(i, processor.reader))
+        if not sequences:
+            name, length = data.train.names[data.train.labels[i]], int(data.train.lengths[i])
+            print(f"{head}  length {length:,}, class {name!r}\n{read}", file=out)
+            continue
+        ids, loss_mask = data.train.example(i)
+        target = mark_supervised(ids, loss_mask, processor.reader, uses_colour(out))
+        print(
+            f"{head}  {len(ids)} tokens of the decoder, {int(loss_mask.sum())} of them supervised\nsource  {read}\ntarget  {target}",
+            file=out,
+        )
     return numbers
 
 
@@ -39,6 +49,14 @@ def _classes(examples: Examples) -> list[dict[str, Any]]:
         {"class": name, "examples": len(of), "shortest": int(of.min()) if len(of) else 0, "longest": int(of.max(initial=0))}
         for name, of in lengths.items()
     ]
+
+
+def _targets(examples: Examples) -> list[dict[str, Any]]:
+    """Lengths are of targets, in tokens."""
+    counts, of = examples.counts, examples.num_targets
+    left_out = {name: counts.get(key, 0) for name, key in (("too long", "too_long"), ("no target", "unsupervised"), ("marked", "marked"))}
+    lengths = {"targets": int(of.sum()), "shortest": int(of.min()), "longest": int(of.max())}
+    return [{"examples": len(examples), **lengths, **left_out}]
 
 
 def _chosen(every: int, count: int, example: int | None, seed: int) -> list[int]:
