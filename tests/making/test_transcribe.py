@@ -14,10 +14,13 @@ import torch
 import transformers
 
 from llmkd.config.data import Source
+from llmkd.config.make import Writer as Settings
 from llmkd.config.make import load_make
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 from llmkd.making.asks import Answer, Ask
+from llmkd.making.writers.command import ProgramWriter
+from llmkd.making.writers.recorded import RecordedWriter
 from llmkd.making.writers.writer import writer_of
 from llmkd.rollouts.sampling import Sampling
 from tests.kit.making import Function, lines, run_make, write_make
@@ -115,6 +118,12 @@ def test_transcripts_are_asked_by_their_sounds_and_kept_below_a_word_error_rate(
     assert "text" not in rejected["empty"] and rejected["empty"]["made"]["reference"] == "one two three four"
     assert all(ask.audio == str(folder / f"{names[ask.messages[0]['content']]}.wav") for ask in writer.asked)
     train = (tmp_path / "kept/out/train.jsonl").read_bytes()
+    run_make(path, RecordedWriter(Settings(recorded=str(tmp_path / "kept/out/answers.jsonl"))), output_dir=str(tmp_path / "recorded"))
+    assert [row["text"] for row in lines(tmp_path / "recorded/train.jsonl")] == [SAYS[1], SAYS[2], SAYS[5]]
+    program = ProgramWriter(Settings(command=("program",)), lambda: False)
+    program._process = "started"
+    program._send(writer.asked[0])
+    assert json.loads(program._asks.get())["audio"] == writer.asked[0].audio
     (folder / "elsewhere").mkdir()
     for i in range(6):
         (folder / "elsewhere" / f"{i}.wav").write_bytes((folder / f"{i}.wav").read_bytes())
@@ -140,6 +149,9 @@ def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folde
     assert row["audio"] == str(clips / "2_bob.wav") and (row["label"], row["who"], row["text"]) == ("2", "bob", "2_bob.wav")
     run_make(path, Function(lambda ask: Path(ask.audio).name), seeds__path=str(tmp_path / "clips"))
     assert [row["text"] for row in lines(tmp_path / "folders/out/train.jsonl")] == ["1_ann.wav", "2_bob.wav"]
+    texts = Source(path=str(tmp_path / "clips"), format="speech", pattern=r"(?P<text>\d)_(?P<who>[a-z]+)\.wav")
+    read = read_source(texts, "data.train")
+    assert [row["text"] for row in read.rows] == ["1", "2"] and not read.unread
     bad = [{"audio": "absent.wav"}, {"audio": 3}, {"text": "no sound"}]
     with pytest.raises(UserError) as caught:
         run_make(written(folder, tmp_path / "bad", TRANSCRIBE, bad))

@@ -79,7 +79,7 @@ def read_source(source: Source, setting: str, choices: bool = False, views: Coll
         rows.append(
             check_media_row(row, place, source, problems, unread, views)
             if of_files
-            else check_row(row, place, source, problems, choices, unread, views)
+            else check_row(row, place, source, problems, choices, unread if source.pattern is None else Counter(), views)
         )
         places.append(place)
     problems.raise_if_any()
