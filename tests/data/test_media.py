@@ -146,3 +146,27 @@ def test_the_generated_sounds_are_a_source():
     assert len(read.rows) == 7 and isinstance(read.rows[0]["audio"], bytes) and read.places[6] == "builtin:sounds[validation]:7"
     with pytest.raises(UserError, match="data.train.split: found 'tests', expected train, validation, test"):
         read_source(source(BUILTIN_SOUNDS, split="tests"), "data.train")
+
+
+def test_sounds_and_images_of_data_sets_are_the_bytes_of_their_files(tmp_path, monkeypatch):
+    """As `datasets` saves them, in a folder as the hub's, and from the hub, where the library would decode them with a package that is not here."""
+    import datasets
+
+    files = [b"RIFF one", b"RIFF two"]
+    rows = [{"audio": {"bytes": one, "path": f"{n}.wav"}, "label": n} for n, one in enumerate(files)]
+    features = datasets.Features({"audio": datasets.Audio(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_list(rows).cast(features)
+    assert data.features["audio"].decode
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "as_hub" / "data").mkdir(parents=True)
+    data.to_parquet(tmp_path / "as_hub" / "data" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, revision, streaming: data)
+    for path in (tmp_path / "saved", tmp_path / "as_hub", "owner/sounds"):
+        read = read_source(Source(path=str(path), format="audio"), "data.train")
+        assert [(media_of(row["audio"], place), row["label"]) for row, place in zip(read.rows, read.places, strict=True)] == [
+            (files[0], 0),
+            (files[1], 1),
+        ]
+    (tmp_path / "as_hub" / "no").mkdir()
+    (tmp_path / "as_hub" / "no" / "a.wav").write_bytes(files[0])  # then the folder is one of sounds, and its rows are no sounds
+    assert [row["label"] for row in read_source(Source(path=str(tmp_path / "as_hub"), format="audio"), "data.train").rows] == ["no"]

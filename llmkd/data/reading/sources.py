@@ -178,6 +178,8 @@ def media_folder(source: Source, setting: str) -> Path | None:
     path = _path(source.path, setting)
     if not path.is_dir() or (source.pattern is None and any(kind_of(one) for one in path.iterdir())):
         return None
+    if source.pattern is None and any(kind_of(one) for one in path.rglob("*")):  # as the hub's folders have their rows in data/
+        return path if any(one.suffix.lower() in ENDINGS[FORMATS[source.format].file] for one in path.rglob("*")) else None
     return path
 
 
@@ -290,13 +292,22 @@ def from_hub(source: Source, setting: str, streaming: bool = False) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
+        data = load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
+        return _as_bytes(data)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         fix = "unset HF_HUB_OFFLINE, or name local files" if "OfflineModeIsEnabled" in reason else "check the name and the connection"
         raise UserError(
             f"{setting}.path: {source.path} is not a file here and could not be read from the hub ({type(error).__name__}: {reason[:160]}); {fix}"
         ) from None
+
+
+def _as_bytes(data: Any) -> Any:
+    """The data set with sounds and images as the bytes of their files, which are decoded here: the library would need torchcodec for it."""
+    for name, feature in (getattr(data, "features", None) or {}).items():
+        if getattr(feature, "decode", False):
+            data = data.cast_column(name, dataclasses.replace(feature, decode=False))
+    return data
 
 
 def _hub(source: Source, setting: str) -> Opened:
