@@ -21,6 +21,7 @@ def test_the_distilled_student_is_the_closer_one(tmp_path, monkeypatch):
         assert list(metrics) == ["ce", "kl_to_teacher", "top1_agreement", "accuracy", "accuracy_stderr"]
     teacher, sft, kd = results.values()
     assert kd["kl_to_teacher"] < sft["kl_to_teacher"] and kd["top1_agreement"] > sft["top1_agreement"]
+    assert kd["accuracy"] > sft["accuracy"]
     assert teacher["ce"] < min(sft["ce"], kd["ce"])
     assert teacher["accuracy"] > sft["accuracy"] + 2 * sft["accuracy_stderr"]
     steps = [json.loads((tmp_path / f"q/{name}/summary.json").read_text())["steps"] for name in ("sft_student", "kd_student")]
