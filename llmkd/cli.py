@@ -188,8 +188,10 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 
 def plan(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
-    if loader.file_kind(config) == "sweep":
+    if (kind := loader.file_kind(config)) == "sweep":
         loader.load_sweep(config, overrides)
+    elif kind == "pipeline":
+        loader.load_pipeline(config, overrides.get("output_dir"))
     else:
         from .planning.model_configs import find_models
 

@@ -52,8 +52,11 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     return results
 
 
-def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, Recipe]:
-    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting is replaced by the pipeline's folder."""
+def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_inputs: bool = True) -> dict[str, Recipe]:
+    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting is replaced by the pipeline's folder.
+
+    check_inputs   whether their files must be there, but for those that an earlier stage writes
+    """
     recipes, problems = {}, []
     if any(stage.make for stage in pipeline.stages.values()):
         overrides = {key: value for key, value in overrides.items() if key not in overrides_of(Make, overrides)} | overrides_of(
@@ -65,7 +68,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
         try:
             changes = place_changes(stage.set, str(config.parent), pipeline.output_dir)
             changes |= overrides | {"output_dir": f"{pipeline.output_dir}/{name}"}
-            recipes[name] = load_recipe(stage.recipe or stage.cache, changes, check_inputs=True, written_later=pipeline.output_dir)
+            recipes[name] = load_recipe(stage.recipe or stage.cache, changes, check_inputs=check_inputs, written_later=pipeline.output_dir)
             if stage.cache:
                 refuse_without_cache(recipes[name])
         except UserError as error:

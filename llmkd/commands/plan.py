@@ -1,12 +1,13 @@
 """`llmkd plan`: what a recipe needs and costs, before a model is loaded or a GPU is hired."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config.recipe import Recipe
-from ..console import duration, table
+from ..console import count, duration, table
 from ..output.plots import plot_speeds
 from ..planning import devices, fit
 from ..planning.caching import Caching, cachings
@@ -47,22 +48,47 @@ class Wanted:
 
 
 def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
-    """Print the plan of a recipe, or of a sweep's groups one after the other, and return their numbers."""
-    every = runs_of(config, overrides)
-    found = []
-    for runs in every:
-        found.append(_tell(runs, wanted))
+    """Print the plan of a recipe, or of stages and of a sweep's groups one after the other, and return their numbers."""
+    planned = runs_of(config, overrides)
+    found, told = [], {}
+    for runs in planned.runs:
+        found.append(_tell_cache(runs, wanted) if runs.caches else _tell(runs, wanted, told, not any(one.caches for one in planned.runs)))
         print()
-    if not every[0].arms:
+    if planned.kind == "recipe":
         return {"recipe": config} | found[0]
-    numbers = {"sweep": config, "groups": found, "devices": _sums(found)}
-    print(f"all {len(found)} groups one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
+    stages = [{"stage": runs.stage} | one for runs, one in zip(planned.runs, found, strict=True) if runs.stage]
+    groups = [one for runs, one in zip(planned.runs, found, strict=True) if not runs.stage]
+    numbers = {planned.kind: config, "stages": stages, "groups": groups, "made": planned.made, "devices": _sums(found)}
+    parts = [count(len(part), name) for part, name in ((stages, "stage"), (groups, "group")) if part]
+    print(f"{' and '.join(parts)} one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
+    if planned.made:
+        print(f"- not planned: what llmkd make writes ({', '.join(planned.made)}); llmkd make --dry_run counts its asks and tokens")
     return numbers
 
 
-def _tell(runs: Runs, wanted: Wanted) -> dict:
-    """Print the plan of what trains together, and return its numbers."""
+def _tell_cache(runs: Runs, wanted: Wanted) -> dict:
+    """Print the plan of a stage that writes its teachers' caches, and return its numbers."""
+    print(f"{runs.name}: writes a cache")
+    named = _devices(wanted)
+    caches = [_cache_numbers(one, named, wanted) for one in cachings(runs.recipes({})[0], runs.found, not wanted.cpu)]
+    out = []
+    for number, device in enumerate(named):
+        room = device.memory if device.measured or not wanted.memory else wanted.memory
+        fits = all(one["needed"] <= room for one in caches) if room else None
+        times = [one["devices"][number]["seconds"] if one["devices"] else None for one in caches]
+        out.append({"device": device.name, "fits": fits, "seconds": None if None in times else sum(times)})
+    return {"caches": caches, "devices": out}
+
+
+def _tell(runs: Runs, wanted: Wanted, told: dict[str, tuple[str, dict]], with_caches: bool) -> dict:
+    """Print the plan of what trains together, and return its numbers. Of a plan that has been `told` only the name of the other."""
     first = runs.plan(wanted.room, not wanted.cpu, None, wanted.processes or 1)
+    work = first.work
+    key = repr((first.parts, first.flops, first.layer_passes, work.micro_batches, work.tokens, work.targets, work.steps, first.notes))
+    if key in told:
+        name, numbers = told[key]
+        print(f"{runs.name}: as {name}")
+        return numbers | ({"arms": runs.arms} if runs.arms else {})
 
     def needs(change: dict[str, Any]) -> float:
         return _needed(runs.plan(wanted.room, not wanted.cpu, change, wanted.processes or 1), wanted)
@@ -73,8 +99,9 @@ def _tell(runs: Runs, wanted: Wanted) -> dict:
     print("\n" + _work_text(first) + "\n\n" + table([{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]))
     numbers["devices"] = [row["_numbers"] for row in rows]
     print("\n" + _rates_text(wanted, first))
-    if caches := cachings(runs.recipes({})[0], runs.found, not wanted.cpu):
-        numbers["caches"] = [_cache_numbers(one, rows, wanted) for one in caches]
+    caches = cachings(runs.recipes({})[0], runs.found, not wanted.cpu) if with_caches else []
+    if caches:
+        numbers["caches"] = [_cache_numbers(one, [row["_device"] for row in rows], wanted) for one in caches]
     if wanted.processes:
         numbers["ways_to_hold"] = ways_to_hold(runs, needs, wanted.room)
         device = rows[-1]["_device"] if wanted.cpu else wanted.gpu or GPUS["h100"]
@@ -87,17 +114,19 @@ def _tell(runs: Runs, wanted: Wanted) -> dict:
         numbers |= _fit(runs.recipes({})[0], len(runs.arms), first, wanted, needs)
     for note in first.notes:
         print(f"- {note}")
-    return numbers | {"notes": first.notes}
+    numbers["notes"] = first.notes
+    told[key] = runs.name, numbers
+    return numbers
 
 
-def _cache_numbers(cache: Caching, rows: list[dict], wanted: Wanted) -> dict:
-    """Print what `llmkd cache` takes for a teacher, and return the numbers. `rows`: of the devices."""
+def _cache_numbers(cache: Caching, named: list[Device], wanted: Wanted) -> dict:
+    """Print what `llmkd cache` takes for a teacher, and return the numbers."""
     needed = cache.peak if wanted.cpu else devices.held_on_gpu(cache.peak, cache.parts.get("teacher's weights", 0.0))
     numbers = {"setting": cache.setting, "memory": cache.parts, "needed": needed, "bytes_of_target": cache.width, "devices": []}
     text = f"\nllmkd cache writes {cache.width:,} bytes a target ({cache.setting}.cache), and needs {_amount(needed, 'GB')} GB"
     if cache.targets is not None:
         numbers |= {"targets": cache.targets, "bytes": cache.targets * cache.width}
-        for device in (row["_device"] for row in rows):
+        for device in named:
             seconds = max(cache.flops / _rate(wanted, device)(cache.dtype), PER_LAYER * cache.layers * cache.batches)
             numbers["devices"].append({"device": device.name, "seconds": seconds})
         times = ", ".join(f"{duration(one['seconds'])} on {one['device']}" for one in numbers["devices"])
@@ -129,18 +158,25 @@ def _rate(wanted: Wanted, device: Device) -> Callable[[str], float]:
     return lambda dtype: wanted.rate or share * device.rate(dtype)
 
 
-def _sums(groups: list[dict]) -> list[dict]:
-    """Of each device: whether every group fits, and the time of all of them; None where it is not known."""
+def _sums(parts: list[dict]) -> list[dict]:
+    """Of each device: whether every part fits, and the time of all of them; None where it is not known of one, and then how much is known."""
     out = []
-    for of_device in zip(*(one["devices"] for one in groups), strict=True):
+    for of_device in zip(*(one["devices"] for one in parts), strict=True):
         fits, seconds = [one["fits"] for one in of_device], [one["seconds"] for one in of_device]
-        known = {"fits": None if None in fits else all(fits), "seconds": None if None in seconds else sum(seconds)}
-        out.append({"device": of_device[0]["device"]} | known)
+        known = [one for one in seconds if one is not None]
+        both = {"fits": None if None in fits else all(fits), "seconds": None if None in seconds else sum(known)}
+        out.append({"device": of_device[0]["device"], **both, "known_seconds": sum(known), "unknown": len(seconds) - len(known)})
     return out
 
 
 def _sum_text(device: dict) -> str:
-    time = "a time that is not known" if device["seconds"] is None else duration(device["seconds"])
+    time = duration(device["known_seconds"])
+    if device["unknown"]:
+        time = (
+            f"{time} and the time of {count(device['unknown'], 'part')} whose data is not known"
+            if device["known_seconds"]
+            else "a time that is not known"
+        )
     return f"{time} on {device['device']}" + (" (does not fit)" if device["fits"] is False else "")
 
 
@@ -208,11 +244,16 @@ def _work_text(planned: Plan) -> str:
 
 
 def _device_rows(planned: Plan, wanted: Wanted) -> list[dict]:
+    return [_row(planned, wanted, one) for one in _devices(wanted)]
+
+
+def _devices(wanted: Wanted) -> list[Device]:
+    """Those that times are told of; this machine is the last."""
     named = [] if wanted.cpu else [wanted.gpu] if wanted.gpu else list(devices.GPUS.values())
-    rows = [_row(planned, wanted, one) for one in named]
-    return [*rows, _row(planned, wanted, _this_machine())]
+    return [*named, _this_machine()]
 
 
+@functools.cache  # so that all parts of a plan have one rate
 def _this_machine() -> Device:
     import torch
 

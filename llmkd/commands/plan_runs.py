@@ -1,4 +1,5 @@
-"""The runs that a file stands for, as `llmkd plan` takes them: a recipe's one, or the groups of a sweep's arms that train side by side."""
+"""The runs that a file stands for, as `llmkd plan` takes them: a recipe's one, the stages of a pipeline or a sweep, and the groups of a sweep's arms
+that train side by side."""
 
 import dataclasses
 import os
@@ -7,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.fields import as_tuple
-from ..config.loader import file_kind, load_recipe, load_sweep
+from ..config.loader import file_kind, load_pipeline, load_recipe, load_sweep
 from ..config.recipe import Recipe, Student
-from ..config.sweep import Sweep, expand
-from ..errors import UserError
+from ..config.sweep import Pipeline, Sweep, expand
 from ..model_folder.files import ModelFiles
 from ..planning.find import Found, find
 from ..planning.model_configs import Coming, student_config
 from ..planning.plan import Plan, plan
+from ..planning.work import Made
+from .pipeline import stage_recipes
 from .sweep import SweepRecipes, group_arms
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Students that train side by side before one teacher.
+    """Students that train side by side before one teacher, or a teacher whose cache is written.
 
     name      how to call them
     arms      of a sweep
@@ -32,6 +33,8 @@ class Runs:
     arms: list[str]
     recipes: Callable[[dict[str, Any]], list[Recipe]]
     found: Found
+    stage: str = ""  # of a pipeline or a sweep; "" for arms, and for a recipe by itself
+    caches: bool = False  # whether a cache is written, and nothing trains
 
     def plan(self, memory: float | None, gpu: bool, change: dict[str, Any] | None = None, processes: int = 1) -> Plan:
         """Their plan with some settings changed. Of fewer `students_per_teacher` the first part is planned, in which those that distil come first."""
@@ -43,46 +46,76 @@ class Runs:
         return plan(recipes, found, memory, gpu, processes)
 
 
-def runs_of(config: str, overrides: dict[str, Any]) -> list[Runs]:
-    """Of a recipe or a sweep. UserError for what cannot be planned."""
-    if file_kind(config) == "sweep":
-        return _of_sweep(config, overrides)
-    folder = Path(config).parent
+@dataclass(frozen=True)
+class Planned:
+    """All that a file stands for, in the order in which it runs.
+
+    kind   recipe, pipeline or sweep
+    made   stages whose data `llmkd make` writes, which is not planned
+    """
+
+    kind: str
+    runs: list[Runs]
+    made: list[str]
+
+
+def runs_of(config: str, overrides: dict[str, Any]) -> Planned:
+    """Of a recipe, a pipeline or a sweep. UserError for what cannot be planned."""
+    kind = file_kind(config)
+    if kind in ("pipeline", "sweep"):
+        return _of_stages(config, overrides, kind)
     load = lambda change: [load_recipe(config, overrides | change)]  # noqa: E731
-    return [Runs(config, [], load, find(load({}), folder))]
+    return Planned("recipe", [Runs(config, [], load, find(load({}), Path(config).parent))], [])
 
 
-def _of_sweep(config: str, overrides: dict[str, Any]) -> list[Runs]:
-    """Of each group of arms: those that the sweep would train together."""
+def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
+    """Of the stages, and of a sweep each group of arms that it would train together."""
+    where = Path(config)
+    if kind == "sweep":
+        whole, others = load_sweep(config, overrides), {}
+        folder = Path(whole.output_dir, "stages")
+    else:
+        others = dict(overrides)
+        whole = load_pipeline(config, others.pop("output_dir", None))
+        folder = Path(whole.output_dir)
+
+    def staged(change: dict[str, Any]) -> dict[str, Recipe]:
+        stages = {name: stage if stage.make else dataclasses.replace(stage, set=stage.set | change) for name, stage in whole.stages.items()}
+        changed = dataclasses.replace(whole, stages=stages)
+        if isinstance(changed, Pipeline):
+            return stage_recipes(changed, where, others, check_inputs=False)
+        load = SweepRecipes(changed, where, {})
+        return load.stages() | load.caches()
+
+    recipes = staged({})
+    stages = {name: (stage, recipes[name]) for name, stage in whole.stages.items() if not stage.make}
+    coming = {Path(os.path.abspath(one.output_dir)): (Path(stage.recipe), one.student) for stage, one in stages.values() if stage.recipe}
+    made = {Path(os.path.abspath(folder / name)): name for name, stage in whole.stages.items() if stage.make}
+    out = []
+    for name, (stage, recipe) in stages.items():
+        load = lambda change, name=name: [staged(change)[name]]  # noqa: E731
+        found = find([recipe], Path(stage.recipe or stage.cache).parent, coming, made)
+        out.append(Runs(f"{config} [stage {name}]", [], load, found, name, bool(stage.cache)))
+    if isinstance(whole, Sweep):
+        out += _groups(config, overrides, whole, coming, made)
+    return Planned(kind, out, list(made.values()))
+
+
+def _groups(config: str, overrides: dict[str, Any], sweep: Sweep, coming: Coming, made: Made) -> list[Runs]:
+    """Of a sweep: each group of arms that it would train together."""
 
     def recipes(change: dict[str, Any]) -> dict[str, Recipe]:
         sweep = load_sweep(config, overrides | change)
         return SweepRecipes(sweep, Path(config), {spec.name: spec for spec in expand(sweep)}).recipes()
 
-    sweep, arms = load_sweep(config, overrides), recipes({})
-    _refuse_unmade(sweep, arms)
-    stages = SweepRecipes(sweep, Path(config), {}).stages()
-    coming = {Path(os.path.abspath(one.output_dir)): (Path(sweep.stages[name].recipe), one.student) for name, one in stages.items()}
-    folder, out = Path(sweep.recipe).parent, []
+    arms, folder, out = recipes({}), Path(sweep.recipe).parent, []
     groups = group_arms(arms, None, sweep.students_per_teacher, lambda student: _files(student, folder, coming))
     for number, group in enumerate(groups, 1):
         load = lambda change, names=tuple(group.arms): [found[name] for found in [recipes(change)] for name in names]  # noqa: E731
         many = f"{len(group.arms)} arms side by side" if len(group.arms) > 1 else "one arm"
-        found = find([arms[name] for name in group.arms], folder, coming)
+        found = find([arms[name] for name in group.arms], folder, coming, made)
         out.append(Runs(f"{config} [{number}/{len(groups)}] {many} ({', '.join(group.arms)})", group.arms, load, found))
     return out
-
-
-def _refuse_unmade(sweep: Sweep, arms: dict[str, Recipe]) -> None:
-    """UserError where an arm trains on data that a stage has not made yet: their lengths are not known."""
-    made = {Path(sweep.output_dir, "stages", name): name for name, stage in sweep.stages.items() if stage.make}
-    for arm, recipe in arms.items():
-        for source in as_tuple(recipe.data.train):
-            path = Path(source.path)
-            if (stage := made.get(path.parent)) and not path.exists():
-                raise UserError(
-                    f"arm {arm}: {path} is made by the stage {stage}, which has not run yet; start the sweep, then plan what is left"
-                )
 
 
 def _files(student: Student, folder: Path, coming: Coming) -> ModelFiles | None:

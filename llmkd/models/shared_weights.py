@@ -68,9 +68,9 @@ def deduplicate_weights(models: Iterable[nn.Module], same: Callable[[Tensor, Ten
     Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
 
     models  transformers models, with PEFT's layers in them or not
-    same    whether two of one name are equal, where it is not to be found out by their values
+    same    whether two of one name are equal, where they have no values by which to find out
     """
-    same = same or _same
+    find, same = same is None, same or _same
     first: dict[str, list[nn.Parameter]] = {}
     for model in models:
         reshard(model)
@@ -79,8 +79,8 @@ def deduplicate_weights(models: Iterable[nn.Module], same: Callable[[Tensor, Ten
             other = next((one for one in first.setdefault(name, []) if same(parameter, one)), None)
             if other is None:
                 first[name].append(parameter)
-            elif is_part(parameter):
-                held, replaced = nn.Parameter(other.detach(), requires_grad=False), True
+            elif is_part(parameter) or not find:
+                held, replaced = nn.Parameter(other.detach(), requires_grad=False), replaced or is_part(parameter)
                 for module, own in owners[id(parameter)]:
                     module._parameters[own] = held
             else:
@@ -106,10 +106,15 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype, a.device, is_part(a)) != (b.shape, b.dtype, b.device, is_part(b)) or a.is_meta:
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one form, and are held in the same way."""
+    if (a.shape, a.dtype, a.device, is_part(a)) != (b.shape, b.dtype, b.device, is_part(b)):
         return False
-    if is_part(a) and (a.device_mesh, a.placements) != (b.device_mesh, b.placements):
+    return not is_part(a) or (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or not alike(a, b):
         return False
     a, b = local(a), local(b)  # each process may find its own: what a layer is gathered from has the same values either way
     if a.dtype.itemsize == 1:  # 8-bit floats, which torch does not compare everywhere

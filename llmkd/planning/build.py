@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..config.features import feature_teacher
-from ..config.recipe import Recipe, Teacher, distils, divergences_of
+from ..config.recipe import Recipe, distils, divergences_of
 from ..losses.terms import Term
-from ..model_folder.files import loaded_dtype
 from ..models.language_model import LanguageModel
-from ..models.shared_weights import copy_sharing_weights
+from ..models.shared_weights import alike, deduplicate_weights
 from ..signals import NO_TAPS
 from ..teachers.cache.records import HiddenFormat
 from ..teachers.live import LiveTeacher
@@ -21,8 +20,7 @@ from .cache_records import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .find import Found
 from .live_memory import local
-from .model_configs import ModelConfig
-from .models import Depth, build_students, build_teacher, empty_model
+from .models import Depth, build_students, build_teacher
 from .step import ON_CPU, OneProcess, Ready
 
 
@@ -42,7 +40,7 @@ def build(
     """
     recipe, device = recipes[0], accelerator.device
     packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
-    teachers, models, live, elsewhere, base = {}, [], {}, set(), None
+    teachers, models, live, elsewhere = {}, [], {}, set()
     learn = any(map(distils, recipes))
     for setting, one, config in found.teachers:
         if one.cache is not None or one.server:
@@ -51,18 +49,19 @@ def build(
                 models.append(format.head.on(device).project)
             teachers[setting] = RecordsWithoutValues(format, device)
             continue
-        layers, shared = of_teachers.pop(0), None
-        if base is None and _shares(recipe, found.student, one, config) and layers == depth.layers:
-            base = empty_model(found.student.config, "student.model", one.dtype, one.attention, layers)
-            shared = copy_sharing_weights(base)
-        model = build_teacher(one, config, setting, found.vocab, layers, packing, shared)
+        if one.ema is not None:
+            continue
+        live[setting] = build_teacher(one, config, setting, found.vocab, of_teachers.pop(0), packing)
         if one.device:
-            elsewhere.add(id(model))
-        models.append(model)
-        live[setting] = model
-    students = build_students([one.student for one in recipes], found.students, found.vocab, depth, packing, base)
+            elsewhere.add(id(live[setting]))
+    as_student = [one.student for one in recipes], found.students, found.vocab, depth, packing
+    students = build_students(*as_student)
+    for setting in found.averages:
+        live[setting] = build_students(*as_student)[0].requires_grad_(False).eval()
     for setting, model in [*live.items(), *(("student", one) for one in students)]:
         accelerator.shard(recipe, setting, model)
+    _share_bases(found, students[0], live)
+    models += live.values()
     strategy = accelerator.strategy(recipe)
     strategy.hold(students)
     chunk = None
@@ -97,9 +96,11 @@ def work_steps(recipe: Recipe) -> int:
     return recipe.train.max_steps or 1_000_000
 
 
-def _shares(recipe: Recipe, student: ModelConfig, teacher: Teacher, config: ModelConfig) -> bool:
-    """Whether teacher and student hold one base in memory once: in the same form. Of two forms a run also shares the tensors that are equal."""
-    mine, same = recipe.student, student.base == config.base
-    form = (loaded_dtype(student.config, mine.dtype), mine.attention, mine.quantization)
-    theirs = (loaded_dtype(config.config, teacher.dtype), teacher.attention, teacher.quantization)
-    return same and form == theirs and mine.method == "lora" and teacher.share_base and not teacher.device and not teacher.is_transformed
+def _share_bases(found: Found, student: LanguageModel, live: dict[str, LanguageModel]) -> None:
+    """Hold what is equal in models of one base once, as a run does. A merged adapter has changed its base: such a teacher is counted whole."""
+    on: dict[str, list[LanguageModel]] = {found.student.base: [student, *(live[setting] for setting in found.averages)]}
+    for setting, one, config in found.live:
+        if one.share_base and not one.device and not (config.adapter and one.merge_adapter):
+            on.setdefault(config.base, []).append(live[setting])
+    for models in on.values():
+        deduplicate_weights([model.base_model for model in models], same=alike)

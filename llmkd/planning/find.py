@@ -11,7 +11,7 @@ from ..data.encoding.tokenizer import shared_vocab
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import rows_of
 from .model_configs import Coming, ModelConfig, find_teachers, student_config
-from .work import KnownData, known_data
+from .work import KnownData, Made, known_data
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,14 @@ class Found:
     @property
     def live(self) -> list[tuple[str, Teacher, ModelConfig]]:
         """The teachers whose models are loaded."""
-        return [(setting, one, config) for setting, one, config in self.teachers if one.cache is None and not one.server]
+        return [
+            (setting, one, config) for setting, one, config in self.teachers if one.cache is None and not one.server and one.ema is None
+        ]
+
+    @property
+    def averages(self) -> list[str]:
+        """The settings of teachers that are the average of the student's weights."""
+        return [setting for setting, one, _ in self.teachers if one.ema is not None]
 
     def with_teachers(self, recipe: Recipe) -> "Found":
         """The same for a recipe whose teachers are the same models, perhaps held otherwise."""
@@ -42,8 +49,11 @@ class Found:
         return dataclasses.replace(self, teachers=[(setting, one, configs.get(setting)) for setting, one in used_teachers(recipe)])
 
 
-def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = MappingProxyType({})) -> Found:
+def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = MappingProxyType({}), made: Made = MappingProxyType({})) -> Found:
     """The models and data of a recipe, or of several whose students train before one teacher: data and teacher are the first one's.
+
+    coming   runs before it, which may write its models
+    made     folders that are written before it, which may have its data
 
     UserError for what a plan does not know, with its name.
     """
@@ -55,7 +65,7 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
     student = students[0]
     teachers = find_teachers(used_teachers(recipe), recipe_folder, coming)
     rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
-    data = known_data(recipe, student)
+    data = known_data(recipe, student, made)
     known = [count for count in rows.values() if count]
     if data.tokenizer is not None:
         vocab = shared_vocab(data.tokenizer, rows)
@@ -74,8 +84,3 @@ def refuse_unplanned(recipe: Recipe) -> None:
         raise UserError(
             f"task: found {recipe.task}, and llmkd plan is for language models; llmkd train --train.max_steps 2 shows speed and memory"
         )
-    for setting, one in used_teachers(recipe):
-        if one.ema is not None:
-            raise UserError(
-                f"{setting}.ema: set, and a plan does not know a teacher that is an average of the student yet; leave it out for a plan"
-            )

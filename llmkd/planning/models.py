@@ -96,13 +96,13 @@ def _layer_sizes(config: str, setting: str) -> tuple[int, ...]:
 
 
 def build_students(
-    settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int, base: nn.Module | None = None
+    settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int
 ) -> list[LanguageModel]:
     """Several students share one base, each with its adapter; a single one may use any method. As `models.load.load_students`."""
     from ..models.lora_product import add_in_place
 
     first = settings[0]
-    model = base or empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers)
+    model = empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers)
     if first.quantization:
         quantize(model, first.quantization)
     if first.method == "full":
@@ -132,11 +132,9 @@ def _lora(settings: Student, found: ModelConfig) -> Lora:
     return found.adapter or settings.lora or Lora()
 
 
-def build_teacher(
-    settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int, packing: int, base: nn.Module | None = None
-) -> LanguageModel:
+def build_teacher(settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int, packing: int) -> LanguageModel:
     """A live teacher, frozen. As `models.load.load_teacher`; one whose adapter is merged is its base."""
-    model = base or empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers)
+    model = empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers)
     if settings.loaded_in:
         quantize(model, settings.loaded_in)
     if found.adapter and not settings.merge_adapter:

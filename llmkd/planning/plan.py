@@ -93,7 +93,8 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
         depth_of(found.student.config, "student.model") * 3
         + full_depth(found.student.config, student.recomputed, "student.model").recomputed
     )
-    layers += sum(depth_of(config.config, f"{name}.model") for name, _, config in found.live) if any(map(distils, recipes)) else 0
+    teachers = [*((config, f"{name}.model") for name, _, config in found.live), *[(found.student, "student.model")] * len(found.averages)]
+    layers += sum(depth_of(config.config, name) for config, name in teachers) if any(map(distils, recipes)) else 0
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)
     of_teacher = next((loaded_dtype(config.config, one.dtype) for _, one, config in found.teachers if config), dtype)
     notes = list(_notes(recipe, found, gpu, ranks))

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -25,6 +28,10 @@ from .writing import as_written, with_samples
 
 _ANY = 1 << 31  # entries of a vocabulary: whether the models have a row for each token is seen when the run starts
 ASSUMED = 64  # examples of assumed data: micro-batches of more are planned with as many as they hold
+
+
+#: Folders of data that `llmkd make` is still to write, as absolute paths, each with the name of the stage that does.
+Made = Mapping[Path, str]
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ class Work:
         return self.batch.student.size
 
 
-def known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
+def known_data(recipe: Recipe, student: ModelConfig, made: Made = MappingProxyType({})) -> KnownData:
     """The data of a recipe; where answers are written while it trains, they are taken to be as long as they may be."""
-    known = _known_data(recipe, student)
+    known = _known_data(recipe, student, made)
     if not writes(recipe.on_policy):
         return known
     written = as_written(known.examples, recipe.on_policy, recipe.data.max_length)
@@ -82,13 +89,16 @@ def known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
     return dataclasses.replace(known, examples=written, assumed="; ".join(filter(None, (known.assumed, assumed))))
 
 
-def _known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
+def _known_data(recipe: Recipe, student: ModelConfig, made: Made) -> KnownData:
     """The recipe's training data as examples, if it and a tokenizer are on this machine; otherwise examples as long as data.max_length."""
     sources = as_tuple(recipe.data.train)
     remote = [source.path for source in sources if not is_local(source.path, "data") and not source.path.startswith("builtin:")]
+    unmade = [path for path in (Path(os.path.abspath(source.path)) for source in sources) if path.parent in made and not path.exists()]
     tokenizer = _tokenizer_here(recipe, student)
-    if remote or tokenizer is None:
+    if unmade or remote or tokenizer is None:
         lacking = f"{remote[0]} is not on this machine" if remote else "the student's tokenizer is not on this machine"
+        if unmade:
+            lacking = f"{unmade[0]} is made by the stage {made[unmade[0].parent]}, which has not run yet"
         length = recipe.data.max_length
         assumed = f"{lacking}: every example is taken to have {length:,} tokens (data.max_length), all of them supervised"
         return KnownData(assumed_examples(max(ASSUMED, recipe.train.batch_size), length), tokenizer, False, assumed)

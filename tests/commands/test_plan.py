@@ -40,24 +40,63 @@ def test_a_recipe_that_does_not_fit_is_told_what_would_save_memory(planned, monk
 
 
 def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, capsys):
-    """Two adapters on one base before one teacher, then a full student alone; the teacher is what a stage is still to train."""
+    """Two adapters on one base before one teacher, then a full student alone, twice; the teacher is what a stage is still to train, one stage writes
+    its cache, and one makes data that nothing reads."""
     recipe = plain_recipe(world, tmp_path / "out")
     (tmp_path / "teacher.yaml").write_text(json.dumps(recipe | {"student": {"model": str(world / "teacher")}, "teacher": None}))
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "r.yaml", "stages": {"first": {"recipe": "teacher.yaml"}}}
+    cached = {"teacher.model": "{output_dir}/stages/first/adapter", "teacher.cache.path": str(tmp_path / "cache")}
+    sweep["stages"] |= {"made": {"make": "make.yaml"}, "kept": {"cache": "r.yaml", "set": cached}}
+    make = {
+        "output_dir": str(tmp_path / "made"),
+        "seeds": {"path": str(world / "train.jsonl"), "format": "chat"},
+        "stages": [{"do": "keep"}],
+    }
+    (tmp_path / "make.yaml").write_text(json.dumps(make))
     sweep["set"] = {"teacher.model": "{output_dir}/stages/first/adapter"}
     sweep["arms"] = {"kd": {}, "ce": {"loss.kd_ratio": 0}, "full": {"student.method": "full", "student.lora": None}}
+    sweep["arms"]["slow"] = sweep["arms"]["full"] | {"optim.lr": 1e-6}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     code = main(["plan", "--config", str(tmp_path / "sweep.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
-    assert code == 0 and "whose run is still to come" in said and "all 2 groups one after another" in said
-    both, alone = numbers["groups"]
-    assert both["arms"] == ["kd", "ce"] and alone["arms"] == ["full"]
+    assert code == 0 and "whose run is still to come" in said and "2 stages and 3 groups one after another" in said
+    assert "not planned: what llmkd make writes (made)" in said and "one arm (slow): as " in said and said.count("llmkd cache writes") == 1
+    first, kept = numbers["stages"]
+    assert first["stage"] == "first" and kept["caches"][0]["targets"] == 1180 and numbers["made"] == ["made"]
+    both, alone, slow = numbers["groups"]
+    assert both["arms"] == ["kd", "ce"] and alone["arms"] == ["full"] and slow == alone | {"arms": ["slow"]}
     adapter = 8 * 2 * 4 * (4 * (16 + 16) + 3 * (16 + 32))  # float64, two layers, rank 4 on seven matrices
     assert both["memory"]["parts"]["trained"] == 2 * adapter
     assert both["memory"]["parts"]["teacher's weights"] == pytest.approx(alone["memory"]["parts"]["teacher's weights"])
-    (of_both,), (of_alone,), (of_all,) = both["devices"], alone["devices"], numbers["devices"]
-    assert of_all["seconds"] == pytest.approx(of_both["seconds"] + of_alone["seconds"]) and of_both["seconds"] > 0
+    (of_all,) = numbers["devices"]
+    each = [one["devices"][0]["seconds"] for one in (first, kept, both, alone, slow)]
+    assert of_all["seconds"] == pytest.approx(sum(each)) and all(each)
+
+
+def test_a_pipeline_is_planned_stage_by_stage_and_data_that_a_stage_makes_is_assumed(world, tmp_path, capsys):
+    recipe = plain_recipe(world, tmp_path / "out") | {"teacher": None, "loss": {"kd_ratio": 0}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    make = {
+        "output_dir": str(tmp_path / "made"),
+        "seeds": {"path": str(world / "train.jsonl"), "format": "chat"},
+        "stages": [{"do": "keep"}],
+    }
+    (tmp_path / "make.yaml").write_text(json.dumps(make))
+    held_out = {"data.validation": {"path": str(world / "held.jsonl"), "format": "chat"}}
+    later = {"recipe": "r.yaml", "set": held_out | {"data.train.path": "{output_dir}/rows/train.jsonl", "data.max_length": 40}}
+    stages = {"rows": {"make": "make.yaml"}, "one": {"recipe": "r.yaml"}, "two": later}
+    (tmp_path / "all.yaml").write_text(
+        json.dumps({"output_dir": str(tmp_path / "all"), "stages": stages, "teacher": "one", "students": ["two"]})
+    )
+    code = main(["plan", "--config", str(tmp_path / "all.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
+    numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert (
+        code == 0 and "rows/train.jsonl is made by the stage rows, which has not run yet: every example is taken to have 40 tokens" in said
+    )
+    one, two = numbers["stages"]
+    assert one["run"]["targets"] == 1180 and two["run"]["targets"] is None and two["micro_batch"]["targets"] == 4 * 39
+    assert "the time of 1 part whose data is not known" in said and numbers["devices"][0]["unknown"] == 1
 
 
 def test_real_steps_are_printed_with_the_plan(planned):

@@ -23,6 +23,7 @@ RECIPES = {
     "packed": {"data__packing": True} | LESS_LOSS,
     "without a teacher, one micro-batch a step": {"teacher": None, "train__micro_batch_size": 8} | FULL,
     "one layer, half of the targets": {"student__layers": [0], "loss__keep": 0.5} | FULL,
+    "its own average as the teacher": {"teacher": {"ema": 0.9}} | LESS_LOSS,
     "weights by a rule": {"loss__target_weights": {"by": "student_entropy"}, "loss__normalize": "weights"},
 }
 #: What others train with side by side with the plain recipe.

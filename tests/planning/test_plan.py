@@ -205,10 +205,35 @@ def test_a_model_that_is_not_here_is_named(tmp_path, name, words):
     assert all(word in str(info.value) for word in words)
 
 
-def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path):
-    with pytest.raises(UserError, match="^teacher.ema: set, and a plan does not know"):
-        recipe = make_recipe()
-        find([dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, ema=0.9))], tmp_path)
+def test_a_base_of_student_and_teacher_is_counted_once(configs_only):
+    """Wherever one has more layers than the other, as where a few stand for all; in float64. In 4 and 64 bit the layers are apart, and embeddings, norms
+    and head are not. A full student, a copy of the teacher's own and a merged adapter have a base of their own."""
+    path, adapted = configs_only.parent / "teacher" / "config.json", configs_only.parent / "adapter" / "adapter_config.json"
+    vocab = json.loads(path.read_text())["vocab_size"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
+    adapted.write_text(json.dumps(json.loads(adapted.read_text()) | {"target_modules": "all-linear"}))
+    matrices, adapter, rest = 4 * 24 * 24 + 3 * 24 * 48, 4 * (4 * 48 + 3 * 72), (2 * vocab + 1) * 24
+
+    def weights(student: int, teacher: int, **changes) -> float:
+        one = {"student.model": str(path.parent)} | {name.replace("__", "."): value for name, value in changes.items()}
+        recipe = loader.load_recipe(configs_only, one)
+        with fake_tensors(False):
+            ready = build([recipe], find([recipe], configs_only.parent), Depth(student), [teacher], None, False)
+            models, states = [*ready.student_models, *ready.teacher_models], [state.distiller for state in ready.students]
+            storages = {x.untyped_storage()._cdata: x.untyped_storage() for model in (*models, *states) for x in model.parameters()}
+        return sum(one.nbytes() for one in storages.values())
+
+    def base(layers: int) -> int:
+        return 8 * (layers * (matrices + 48) + rest)
+
+    for student, teacher in (3, 2), (2, 3):
+        adapters = 8 * (student + teacher) * adapter
+        assert weights(student, teacher) == base(3) + adapters
+        assert weights(student, teacher, teacher__share_base=False) == base(2) + base(3) + adapters
+    assert weights(3, 2, teacher__merge_adapter=True) == base(2) + base(3) + 8 * 3 * adapter
+    assert weights(3, 2, student__method="full", student__lora=None) == base(2) + base(3) + 8 * 2 * adapter
+    four = weights(3, 2, student__quantization={"type": "nf4", "double_quant": False})
+    assert four == base(2) + 8 * 48 + 3 * matrices // 2 + 8 * 5 * adapter  # scales are buffers
 
 
 def test_a_written_answer_is_as_long_as_it_may_be():
