@@ -12,6 +12,7 @@ from .fields import as_tuple, with_setting_names
 from .media import media_contradictions, reads_files
 from .on_policy import writes
 from .on_policy_contradictions import long_horizon_contradictions, on_policy_contradictions
+from .prompt_edits import prompt_contradictions
 from .recipe import OF_THE_STUDENT, Loss, PartLayers, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .sharding import sharding_contradictions
@@ -45,6 +46,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from sharding_contradictions(recipe)
     yield from task_contradictions(recipe)
     yield from media_contradictions(recipe)
+    yield from prompt_contradictions(recipe)
     yield from view_contradictions(recipe)
 
 

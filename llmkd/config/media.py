@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .fields import as_tuple, config_dataclass, fixed, with_setting_names
 from .formats import FORMATS
+from .prompt_edits import PROMPT_FORMATS
 
 Transforms = tuple[dict[str, Any], ...]
 
@@ -40,6 +41,10 @@ class Augment:
         (),
         description="Of format image: transforms of albumentations likewise: [{HorizontalFlip: {p: 0.5}}].",
     )
+    prompt: Transforms = fixed(
+        (),
+        description="Of language models: edits of the users' texts, each with the share of words that it changes: [{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. Targets stay as they are.",
+    )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",
         description="What the teacher reads of an example that was augmented for the student: the same, or the clean one, which a teacher's cache needs.",
@@ -47,7 +52,7 @@ class Augment:
 
 
 #: What is augmented, by its setting: rows of these formats.
-AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",)}
+AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",), "prompt": PROMPT_FORMATS}
 
 
 def reads_files(data: Any) -> bool:

@@ -26,6 +26,7 @@ from ..data.dataset import (
     teacher_index,
 )
 from ..data.encoding import template_process, token_cache
+from ..data.encoding.edited_prompts import with_edits
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.same_tokenizer import refuse_other_ends, refuse_other_tokens, report_chosen
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
@@ -146,7 +147,10 @@ def encode_data(
         report_notes(dataclasses.replace(train, name="train, the first step"))
         refuse_unknown_tokens(vocab, train, tokenizer)
     else:
-        train = joined("train", encode_sources(rows["data.train"], data.train, "data.train", *how))
+        parts = encode_sources(rows["data.train"], data.train, "data.train", *how)
+        if data.augment:
+            parts = _with_edits(parts, rows["data.train"], data, tokenizer)
+        train = joined("train", parts)
         content = "\n".join(read.content for read in rows["data.train"])
         refuse_unknown_tokens(vocab, train, tokenizer)
         source, train, drawn = planned(train, data, batching)
@@ -165,6 +169,12 @@ def encode_data(
         template_process.close()
     validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
     return EncodedData(source, train.examples, train.places, validation, places, questions, identity, ends, origins)
+
+
+def _with_edits(parts: list[Dataset], rows: list[Rows], data: Data, tokenizer) -> list[Dataset]:
+    """Data sets of the training sources, whose prompts are edited in every epoch."""
+    every = zip(parts, rows, as_tuple(data.train), strict=True)
+    return [dataclasses.replace(part, examples=with_edits(part.examples, read, source, data, tokenizer)) for part, read, source in every]
 
 
 def generation_before(student: Student, files: ModelFiles | None) -> dict:

@@ -289,6 +289,12 @@ REFUSED = [
         {"data.augment.audio": ([{"Shift": {}}], [{"Normalize": {}}]), "data.augment.teacher_sees": ("same", "clean")},
     ),
     (IMAGES | {"data.features.kind": "pixels", "data.features.size": 32}, {"data.features.size": (32, 64)}),
+    (SOUNDS, {"teacher.reads": (None, "text")}),
+    (
+        IMAGES | {"data.features.kind": "pixels", "data.features.size": 32, "data.augment.image": [{"HorizontalFlip": {}}]},
+        {"data.augment.image": ([{"HorizontalFlip": {}}], [{"VerticalFlip": {}}])},
+    ),
+    ({"data.augment.prompt": [{"swap": 0.1}]}, {"data.augment.prompt": ([{"swap": 0.1}], [{"swap": 0.2}])}),
     (
         {"data.train.format": "prompt_completion", "data.validation.format": "prompt_completion"},
         {"task": ("causal_lm", "text_to_text")},

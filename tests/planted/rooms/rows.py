@@ -6,8 +6,35 @@ ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "dat
 SHAPES, LONG, MARKS = "data/test_recognise.py", "data/test_long_texts.py", "data/test_turn_marks.py"
 LAYOUTS = "data/test_public_layouts.py"
 
+EDITED = "data/test_edited_prompts.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/data/encoding/edited_prompts.py",
+        (
+            "targets-edited",
+            "an edit with which the targets are others is made",
+            "        return views if same else as_it_is",
+            "        return views",
+            EDITED,
+        ),
+        (
+            "clean-is-edited",
+            "a teacher that is to read clean prompts reads edited ones",
+            "theirs if self.clean else",
+            "theirs if False else",
+            EDITED,
+        ),
+        ("one-edit-for-all-epochs", "a prompt is edited alike in every epoch", "draw.seed, draw.epoch, f", "draw.seed, 0, f", EDITED),
+        ("answers-edited", "answers and system messages are edited too", 'if one["role"] == "user" else one', "", EDITED),
+        (
+            "origin-of-another",
+            "chosen examples are edited from the rows of others",
+            "self.origins[chosen])",
+            "self.origins[: len(chosen)])",
+            EDITED,
+        ),
+    ),
     *in_file(
         "llmkd/data/encoding/end_tokens.py",
         ("ends-of-cut-examples", "a token at which an example was cut is an end", 'in ("truncate", "split")', 'in ("split",)', ENDS),
