@@ -30,6 +30,7 @@ OF_THE_HUB = [
         "on_policy",
         "imitation_smollm2",
         "studies",
+        "books",
         "classifier",
         "sounds",
         "digits",
