@@ -26,7 +26,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DIS
 cd "$here/../.." || exit 1
 begun=$(date +%s) child=
 : >"$out/parts.tsv"
-rm -f "$out"/*_gpu.md "$out"/*.log "$out/table.md" # of an earlier run
+rm -f "$out/table.md"
 table() { python3 eval/speed/gpu_facts.py table "$out" | tee "$out/table.md"; }
 stopped() { # the part that runs gets the signal too
     [ -z "$child" ] || kill "$child" 2>/dev/null
@@ -45,6 +45,7 @@ fi
 part() { # seconds, name, command: its output to OUT/NAME.log, how it ended to OUT/parts.tsv
     limit=$1 name=$2 since=$(date +%s)
     shift 2
+    rm -f "$out/$name.log" "$out"/*"${name}_gpu.md" # of an earlier run
     left=$((all - since + begun))
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 5 ]; then

@@ -121,7 +121,7 @@ class ReflectResponse:
 
 @config_dataclass
 class Transcribe:
-    """The writer, a model of speech recognition, writes what is said in each sound (seeds of format speech)."""
+    """The writer, a model of speech recognition, writes a transcript of each sound (seeds of format speech)."""
 
 
 STAGES: dict[str, type] = {

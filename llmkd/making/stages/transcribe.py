@@ -1,4 +1,4 @@
-"""*transcribe*: the writer writes what is said in each sound: the pseudo-labels of Distil-Whisper (arXiv:2311.00430)."""
+"""*transcribe*: the writer writes a transcript of each sound: the pseudo-labels of Distil-Whisper (arXiv:2311.00430)."""
 
 from collections.abc import Sequence
 
