@@ -6,7 +6,7 @@ tensors are frozen, so no model changes them for the others.
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +62,15 @@ def _held(module: nn.Module) -> Iterator[object]:
         yield from (held for held in kept if held is not None)
 
 
-def deduplicate_weights(models: Iterable[nn.Module], same: Callable[[Tensor, Tensor], bool] | None = None) -> None:
+def deduplicate_weights(models: Iterable[nn.Module], without_values: bool = False) -> None:
     """Make frozen parameters that have the same name and are bitwise equal in several models one tensor in memory.
 
     Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
 
-    models  transformers models, with PEFT's layers in them or not
-    same    whether two of one name are equal, where they have no values by which to find out
+    models          transformers models, with PEFT's layers in them or not
+    without_values  they are of one base, and their tensors, which have no values, are equal where they are alike
     """
-    find, same = same is None, same or _same
+    same = alike if without_values else _same
     first: dict[str, list[nn.Parameter]] = {}
     for model in models:
         reshard(model)
@@ -79,7 +79,7 @@ def deduplicate_weights(models: Iterable[nn.Module], same: Callable[[Tensor, Ten
             other = next((one for one in first.setdefault(name, []) if same(parameter, one)), None)
             if other is None:
                 first[name].append(parameter)
-            elif is_part(parameter) or not find:
+            elif is_part(parameter) or without_values:  # neither takes the data of another
                 held, replaced = nn.Parameter(other.detach(), requires_grad=False), replaced or is_part(parameter)
                 for module, own in owners[id(parameter)]:
                     module._parameters[own] = held

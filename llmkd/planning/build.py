@@ -7,7 +7,7 @@ from ..config.features import feature_teacher
 from ..config.recipe import Recipe, distils, divergences_of
 from ..losses.terms import Term
 from ..models.language_model import LanguageModel
-from ..models.shared_weights import alike, deduplicate_weights
+from ..models.shared_weights import deduplicate_weights
 from ..signals import NO_TAPS
 from ..teachers.cache.records import HiddenFormat
 from ..teachers.live import LiveTeacher
@@ -21,6 +21,7 @@ from .devices import CONTEXT
 from .find import Found
 from .live_memory import local
 from .models import Depth, build_students, build_teacher
+from .quantized import share_scales
 from .step import ON_CPU, OneProcess, Ready
 
 
@@ -97,10 +98,13 @@ def work_steps(recipe: Recipe) -> int:
 
 
 def _share_bases(found: Found, student: LanguageModel, live: dict[str, LanguageModel]) -> None:
-    """Hold what is equal in models of one base once, as a run does. A merged adapter has changed its base: such a teacher is counted whole."""
+    """Hold what is equal in models of one base once, as a run does, quantised weights with their scales. A merged adapter has changed its base: such
+    a teacher is counted whole."""
     on: dict[str, list[LanguageModel]] = {found.student.base: [student, *(live[setting] for setting in found.averages)]}
     for setting, one, config in found.live:
         if one.share_base and not one.device and not (config.adapter and one.merge_adapter):
             on.setdefault(config.base, []).append(live[setting])
     for models in on.values():
-        deduplicate_weights([model.base_model for model in models], same=alike)
+        bases = [model.base_model for model in models]
+        deduplicate_weights(bases, without_values=True)
+        share_scales(bases)

@@ -1,5 +1,7 @@
 """Linear layers in 4 and 8 bit as bitsandbytes holds them, for fake tensors, on which its kernels do not run: bytes by formula."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,15 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x, self)
         return y if self.bias is None else y + self.bias
+
+
+def share_scales(models: Sequence[nn.Module]) -> None:
+    """Let layers that have one quantised weight have its scales once."""
+    first: dict[int, QuantizedLinear] = {}
+    for model in models:
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.scales = first.setdefault(layer.held.untyped_storage()._cdata, layer).scales
 
 
 class _Product(torch.autograd.Function):

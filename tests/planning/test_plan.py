@@ -220,7 +220,10 @@ def test_a_base_of_student_and_teacher_is_counted_once(configs_only):
         with fake_tensors(False):
             ready = build([recipe], find([recipe], configs_only.parent), Depth(student), [teacher], None, False)
             models, states = [*ready.student_models, *ready.teacher_models], [state.distiller for state in ready.students]
-            storages = {x.untyped_storage()._cdata: x.untyped_storage() for model in (*models, *states) for x in model.parameters()}
+            tensors = [
+                x for model in (*models, *states) for x in (*model.parameters(), *model.buffers()) if x.numel() > 8
+            ]  # not of the rotary part
+            storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
         return sum(one.nbytes() for one in storages.values())
 
     def base(layers: int) -> int:
@@ -232,8 +235,12 @@ def test_a_base_of_student_and_teacher_is_counted_once(configs_only):
         assert weights(student, teacher, teacher__share_base=False) == base(2) + base(3) + adapters
     assert weights(3, 2, teacher__merge_adapter=True) == base(2) + base(3) + 8 * 3 * adapter
     assert weights(3, 2, student__method="full", student__lora=None) == base(2) + base(3) + 8 * 2 * adapter
-    four = weights(3, 2, student__quantization={"type": "nf4", "double_quant": False})
-    assert four == base(2) + 8 * 48 + 3 * matrices // 2 + 8 * 5 * adapter  # scales are buffers
+    four = {"type": "nf4", "double_quant": False}
+    held = {n: bytes_of(n, 1, Quantization(**four)) for n in (24 * 24, 24 * 48)}
+    layer = 4 * held[24 * 24] + 3 * held[24 * 48]
+    assert weights(3, 2, student__quantization=four) == base(2) + 8 * 48 + 3 * layer + 8 * 5 * adapter
+    both = weights(3, 2, student__quantization=four, teacher__quantization=four)
+    assert both == 8 * (3 * 48 + rest) + 3 * layer + 8 * 5 * adapter
 
 
 def test_a_written_answer_is_as_long_as_it_may_be():

@@ -11,10 +11,11 @@ FAULTS = [
         (
             "bases-apart",
             "a base of student and teacher is counted twice",
-            "        deduplicate_weights([",
-            "        0 and deduplicate_weights([",
+            "        deduplicate_weights(bases, without_values=True)\n",
+            "",
             PLAN,
         ),
+        ("scales-apart", "scales of a base that two models hold are counted twice", "        share_scales(bases)\n", "", PLAN),
         (
             "merged-shares",
             "a merged teacher is taken to share its base",
