@@ -96,14 +96,60 @@ def build_setup(
     """
     recipes = [dataclasses.replace(one, student=prepared.resolved(one.student)) for one in recipes]
     device, recipe = accelerator.device, recipes[0]
-    data, train = recipe.data, recipe.train
     served = open_served(prepared.teachers, device, prepared.vocab, stop_asked)
     on_main_process(accelerator, functools.partial(check_servers, served.values(), prepared))
     base = on_main_process(accelerator, functools.partial(find_base, recipe.on_policy, prepared.prompts, prepared.vocab))
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
+    strategy = strategy_of(recipe.train.shard, accelerator)
+    models, teacher_models, sharded, watch = _load_all(recipes, prepared, live, strategy, accelerator, stop_asked)
+    strategy.hold(models)
+    fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
+    source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
+    own_text = None
+    if prepared.prompts:
+        source, own_text = on_policy_source(source, prepared, recipe.on_policy, recipe.mixture, models[0], teacher_models)
+    engine = base and let_it_write(source, base, models[0], folders[0].path, prepared.vocab, accelerator, stop_asked)
+    if served:
+        source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
+    teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
+    students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
+    for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
+        with attribute_to_student(k):
+            divergences = divergences_of(own.loss, own.data)
+            terms = [
+                *feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed),
+                *attention_terms(own.loss.attention, model, teacher_models),
+                *long_horizon_terms(own.on_policy, own.loss, chunk_size, source.total_steps, divergences),
+            ]
+            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences, strategy)
+            own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
+            students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
+    average_students(students, teachers_by_setting, with_setting_names(recipe.teacher, "teacher"))
+    taps = teacher_taps(recipes, [s.state for s in students])
+    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
+    lock_folders(students, accelerator)
+    done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
+    if engine:
+        check_engine(engine, source, done, accelerator)
+    for k, student in enumerate(students if not done else ()):
+        with attribute_to_student(k):
+            start_terms(student, teacher, recipe.validation.micro_batch_size, device)
+    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text, bool(sharded))
+
+
+def _load_all(
+    recipes: list[Recipe],
+    prepared: Prepared,
+    live: list[tuple[str, TeacherSettings]],
+    strategy: Replicated,
+    accelerator,
+    stop_asked: Callable[[], bool],
+) -> tuple[list[Model], list[Model], dict, ModelWatch]:
+    """Students, the teachers of `live`, those of them that are sharded by their settings, and what notices that their files change."""
+    device, recipe = accelerator.device, recipes[0]
+    data, train = recipe.data, recipe.train
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
     packing = data.packing * longest_row(train, data)
-    strategy = strategy_of(train.shard, accelerator)
     sharded = sharded_models(strategy, {name: sharded_teacher(train, own) for name, own in live}, accelerator)
     context = LoadContext(
         prepared.vocab,
@@ -122,45 +168,11 @@ def build_setup(
         settings = [one.student for one in recipes], live, context, data.share_prefixes, train.compile
         models, teacher_models = load(*settings, [one.loss.attention for one in recipes])
         with report_from_any_rank():
-            watch = ModelWatch(prepared)
+            return models, teacher_models, sharded, ModelWatch(prepared)
     except UserError:
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
         raise
-    strategy.hold(models)
-    fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
-    source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
-    own_text = None
-    if prepared.prompts:
-        source, own_text = on_policy_source(source, prepared, recipe.on_policy, recipe.mixture, models[0], teacher_models)
-    engine = base and let_it_write(source, base, models[0], folders[0].path, prepared.vocab, accelerator, stop_asked)
-    if served:
-        source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
-    teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
-    students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
-    for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
-        with attribute_to_student(k):
-            divergences = divergences_of(own.loss, own.data)
-            states = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed)
-            terms = [
-                *states,
-                *attention_terms(own.loss.attention, model, teacher_models),
-                *long_horizon_terms(own.on_policy, own.loss, chunk_size, source.total_steps, divergences),
-            ]
-            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences, strategy)
-            own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
-            students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
-    average_students(students, teachers_by_setting, with_setting_names(recipe.teacher, "teacher"))
-    taps = teacher_taps(recipes, [s.state for s in students])
-    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
-    lock_folders(students, accelerator)
-    done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
-    if engine:
-        check_engine(engine, source, done, accelerator)
-    for k, student in enumerate(students if not done else ()):
-        with attribute_to_student(k):
-            start_terms(student, teacher, recipe.validation.micro_batch_size, device)
-    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text, bool(sharded))
 
 
 def average_students(students: list[StudentRun], models: dict[str, Model], teachers: list[tuple[str, TeacherSettings]]) -> None:
