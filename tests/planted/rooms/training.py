@@ -1,82 +1,14 @@
-"""Faults in the loop, the optimizer and its schedule, checkpoints, best steps, validation and the trainer."""
+"""Faults in the loop, the optimizer and its schedule, and how a run is built."""
 
 from tests.planted.fault import in_file
 
-HAND, GOLDEN, BEST = "training/test_by_hand.py", "training/test_golden_losses.py", "training/test_best.py"
-PASSES, RESUME, RESULT = "training/test_accumulation.py", "training/test_resume.py", "training/test_step_result.py"
-CHECKPOINT = "training/test_checkpoint.py"
-
-PARALLEL = "training/test_parallel.py::test_sharded_models_train_as_whole_ones"
+HAND = "training/test_by_hand.py"
+GOLDEN = "training/test_golden_losses.py"
+PASSES = "training/test_accumulation.py"
+RESUME = "training/test_resume.py"
+RESULT = "training/test_step_result.py"
 
 FAULTS = [
-    *in_file(
-        "llmkd/training/parallel.py",
-        (
-            "no-sync-swapped",
-            "DDP exchanges gradients with every micro-batch but the last",
-            "if now else accelerator.no_sync",
-            "if not now else accelerator.no_sync",
-            PASSES,
-        ),
-        (
-            "sharded-never-exchanged",
-            "sharded gradients are not exchanged with the last micro-batch",
-            "set_requires_gradient_sync(now)",
-            "set_requires_gradient_sync(not now)",
-            PARALLEL,
-        ),
-        (
-            "maps-never-exchanged",
-            "the gradients of maps of hidden states stay with the processes of a sharded student",
-            "                    fully_shard(module, mesh=self.mesh, reshard_after_forward=True)",
-            "                    pass",
-            PARALLEL,
-        ),
-        (
-            "teacher-whole",
-            "a sharded teacher is held whole",
-            'dict.fromkeys([*(["student"] if strategy.mesh else []), *asked], mesh)',
-            'dict.fromkeys(["student"] if strategy.mesh else [], mesh)',
-            "training/test_parallel.py::test_each_process_holds_its_rows_and_no_more",
-        ),
-    ),
-    *in_file(
-        "llmkd/models/sharding.py",
-        (
-            "head-by-itself",
-            "the root's weights are let go of after the body, before the head has read them",
-            "reshard_after_forward=unit is not base",
-            "reshard_after_forward=True",
-            PARALLEL,
-        ),
-        (
-            "cut-as-stored",
-            "a sharded model keeps the type of its files",
-            "p.data = p.data.to(types_of[id(p)])",
-            "pass",
-            PARALLEL,
-        ),
-    ),
-    *in_file(
-        "llmkd/models/pretrained.py",
-        (
-            "buffers-as-stored",
-            "a model that is cast when it is sharded keeps the buffers of its files' type",
-            "            held[which] = module._buffers[which]",
-            "            continue",
-            "models/test_sharding.py",
-        ),
-    ),
-    *in_file(
-        "llmkd/models/load.py",
-        (
-            "cast-whole",
-            "a teacher is cast to another type before it is cut",
-            "base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto)",
-            "base = pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, None)",
-            "training/test_parallel.py::test_no_process_loads_a_whole_model",
-        ),
-    ),
     *in_file(
         "llmkd/training/step_result.py",
         (
@@ -85,16 +17,6 @@ FAULTS = [
             "asked = Asked(teacher, micro) if teacher else None",
             "asked = teacher",
             f"{RESULT}::test_a_nan_on_one_rank_stops_them_all",
-        ),
-    ),
-    *in_file(
-        "llmkd/training/fsdp_variables.py",
-        (
-            "fsdp1-passes",
-            "FSDP1 runs as FSDP2",
-            '"FSDP_VERSION": (("2",)',
-            '"FSDP_VERSION": (("1", "2")',
-            "training/test_launched.py",
         ),
     ),
     *in_file(
@@ -336,160 +258,6 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/training/trainer.py",
-        (
-            "alike-for-ever",
-            "students side by side are measured as one after they have trained, too",
-            "if student.is_untouched()] if len(students) > 1 else []",
-            "] if len(students) > 1 else []",
-            "commands/test_sweep.py::test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures",
-        ),
-        (
-            "good-steps-lost",
-            "the steps before a value that is not finite are not saved",
-            "if good > self.written:",
-            "if False:",
-            f"{RESULT}::test_the_steps_before_a_failure_are_saved_and_the_run_goes_on_from_them",
-        ),
-        (
-            "infinite-result",
-            "weights that are not finite are the result",
-            "            if not student.state.strategy.is_finite(student.state",
-            "            if False and not student.state.strategy.is_finite(student.state",
-            f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
-        ),
-        ("best-not-saved", "the best step has no checkpoint", "if self.settings.checkpoint.best_by and step:", "if False:", BEST),
-        (
-            "due-a-step-late",
-            "what is due every N steps comes a step late",
-            "step % every == 0",
-            "step % every == 1 % every",
-            f"{RESUME} training/test_run.py",
-        ),
-        (
-            "stop-without-saving",
-            "a run that is asked to stop saves nothing",
-            "        self.save(step)\n        if change :=",
-            "        if change :=",
-            f"{RESUME}::test_a_signal_saves_and_stops",
-        ),
-        (
-            "teacher-check-again",
-            "a resumed run checks its teacher again",
-            "            if self.done == 0:\n                for student",
-            "            if True:\n                for student",
-            "training/test_teacher_check.py::test_a_resumed_run_does_not_pass_it_again",
-        ),
-        (
-            "validated-twice",
-            "a step that was validated is validated again",
-            "for student in self.active if student.validated != step]",
-            "for student in self.active]",
-            f"{RESUME} training/test_run.py commands/test_sweep_resume.py::test_a_signal_in_the_last_step_does_not_lose_the_last_validation",
-        ),
-    ),
-    *in_file(
-        "llmkd/training/student_run.py",
-        (
-            "infinite-checkpoint",
-            "weights that are not finite are saved",
-            "if not learnt.is_finite():",
-            "if False and not learnt.is_finite():",
-            f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
-        ),
-        (
-            "best-agreement-is-the-lowest",
-            "the lowest agreement is the best",
-            "sign = -1 if by in HIGHER_IS_BETTER else 1",
-            "sign = 1",
-            BEST,
-        ),
-        (
-            "best-ce-is-the-highest",
-            "the highest cross-entropy is the best",
-            "sign = -1 if by in HIGHER_IS_BETTER else 1",
-            "sign = -1",
-            BEST,
-        ),
-        (
-            "best-forgotten",
-            "a resumed run forgets the best step",
-            'self.best, self.validated = saved.state["best"]',
-            "self.best, self.validated = None",
-            BEST,
-        ),
-        ("best-is-the-last", "every validated step is the best", 'sign * values[by] < sign * self.best["value"]', "True", BEST),
-        ("best-pruned", "the best checkpoint is removed with the old ones", 'self.best["step"] if self.best else None', "None", BEST),
-        (
-            "before-is-after",
-            "the summary's values before training are those after it",
-            "in held_out if step == 0)",
-            "in held_out[::-1])",
-            BEST,
-        ),
-        (
-            "after-is-before",
-            "the summary's values are those before training",
-            "(held_out[-1][1] if held_out",
-            "(held_out[0][1] if held_out",
-            BEST,
-        ),
-    ),
-    *in_file(
-        "llmkd/training/checkpoint.py",
-        (
-            "moments-not-saved",
-            "the optimizer's state is not saved",
-            "optimizer.state.get(p, {}).items()",
-            "{}.items()",
-            f"{RESUME}::test_resume_at_every_step",
-        ),
-        ("one-more-is-kept", "one checkpoint more is kept than asked", "[:-keep]:", "[: -keep - 1]:", BEST),
-        (
-            "step-not-compared",
-            "a checkpoint that was renamed is used",
-            'if path.name != f"step-{step}":',
-            "if False:",
-            CHECKPOINT,
-        ),
-        (
-            "run-not-compared",
-            "a checkpoint of another run is used",
-            "if differing := [what for what in run if of.get(what) != run[what]]:",
-            "if differing := []:",
-            CHECKPOINT,
-        ),
-        ("beyond-the-end", "a checkpoint beyond the last step is used", "if step > last:", "if False:", CHECKPOINT),
-        (
-            "moments-not-verified",
-            "the optimizer's state is not verified",
-            "for name in dict.fromkeys((WEIGHTS, MOMENTS, STATE, *files)):",
-            "for name in (WEIGHTS, STATE):",
-            CHECKPOINT,
-        ),
-        (
-            "run-made-again",
-            "a checkpoint brings back a run's folder that was removed",
-            "    folder.mkdir(exist_ok=True)\n",
-            "    folder.mkdir(parents=True, exist_ok=True)\n",
-            CHECKPOINT,
-        ),
-        (
-            "hash-not-compared",
-            "a flipped bit in a checkpoint is not noticed",
-            "if sha256_file(path) != expected[",
-            "if False and sha256_file(path) != expected[",
-            f"{RESUME}::test_a_damaged_checkpoint_is_passed_over_by_name",
-        ),
-        (
-            "oldest-first",
-            "a run resumes from the oldest checkpoint",
-            "for step in sorted(common, reverse=True):",
-            "for step in sorted(common):",
-            f"{RESUME}::test_resume_at_every_step",
-        ),
-    ),
-    *in_file(
         "llmkd/training/step_result.py",
         (
             "mean-over-micro-batches",
@@ -521,65 +289,6 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/training/validate.py",
-        (
-            "validation-with-dropout",
-            "validation is in training mode",
-            "            student.eval()\n",
-            "            pass\n",
-            "training/test_resume.py::test_a_validation_has_no_dropout",
-        ),
-        (
-            "left-in-eval-mode",
-            "training goes on in evaluation mode",
-            "student.train(mode)",
-            "student.train(False)",
-            f"{RESUME}::test_validation_changes_nothing training/test_run.py::test_only_the_students_own_parameters_train",
-        ),
-        (
-            "kl-the-other-way",
-            "the held-out KL is the other one",
-            '"forward_kl": forward_kl(log_q_nV, log_p_nV)',
-            '"forward_kl": reverse_kl(log_q_nV, log_p_nV)',
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
-        ),
-        (
-            "mean-of-examples",
-            "held-out values are means of the examples' means",
-            "float(sums.sum()) / float(targets.sum())",
-            "float((sums / targets).mean())",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
-        ),
-        (
-            "agreement-with-the-label",
-            "agreement is the student's accuracy",
-            "(log_q_nV.argmax(-1) == log_p_nV.argmax(-1))",
-            "(log_q_nV.argmax(-1) == labels_n)",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
-        ),
-        (
-            "least-likely-choice",
-            "the least likely choice is the answer",
-            "totals[end - n : end].argmin()",
-            "totals[end - n : end].argmax()",
-            "training/test_validate.py",
-        ),
-        (
-            "accuracy-stderr",
-            "the standard error divides by n",
-            "share * (1 - share) / max(1, n - 1)",
-            "share * (1 - share) / n",
-            "training/test_validate.py",
-        ),
-        (
-            "entropy-sign",
-            "the entropy is negative",
-            "return -torch.where(log_p_nV == -math.inf",
-            "return torch.where(log_p_nV == -math.inf",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
-        ),
-    ),
-    *in_file(
         "llmkd/training/distiller.py",
         (
             "terms-parameters-do-not-train",
@@ -597,33 +306,6 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/tasks/planned.py",
-        (
-            "batch-seed",
-            "the order does not depend on the seed",
-            "seed=batching.seed,",
-            "seed=0,",
-            "training/test_resume.py::test_another_seed_gives_another_order",
-        ),
-        (
-            "weights-of-sources",
-            "a source's weight is ignored",
-            "        weights=weights,",
-            "        weights=(1.0,) * len(weights),",
-            "data/test_runs.py",
-        ),
-    ),
-    *in_file(
-        "llmkd/training/prepare.py",
-        (
-            "cache-not-checked",
-            "a teacher cache of another teacher is used",
-            "            check_cache(teacher, recipe.data, signal_use(recipe), processor.provenance, vocab)\n",
-            "            pass\n",
-            "commands/test_cache_refused.py::test_another_run_than_the_cache_was_made_for_is_refused_with_what_differs",
-        ),
-    ),
-    *in_file(
         "llmkd/models/model.py",
         (
             "moments-of-gathered-weights",
@@ -631,16 +313,6 @@ FAULTS = [
             "        reshard(self.model)\n        own = re",
             "        own = re",
             "training/test_parallel.py::test_a_checkpoint_is_the_same_file_and_is_resumed_by_any_strategy",
-        ),
-    ),
-    *in_file(
-        "llmkd/tasks/causal_lm.py",
-        (
-            "perplexity-in-bits",
-            "the perplexity is a power of 2",
-            "math.exp(min(",
-            "2 ** (min(",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
         ),
     ),
 ]
