@@ -10,7 +10,7 @@ from ..errors import UserError, brief
 from ..signals import AttentionInputs
 from .language_model import LanguageModel
 from .outline import listed_layers, show_attention
-from .probe import probe_ids, relative_gap
+from .probe import evaluating, probe_ids, relative_gap
 from .startup_checks import tolerance
 from .taps import watched
 
@@ -19,7 +19,8 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
     """Give a `LanguageModel` llmkd's attention, from which the inputs are taken. Returns those of a small batch, by layer.
 
     A family with soft caps keeps its own. UserError for a layer that it does not have, and where the inputs of a layer do not explain its
-    output: where there is a bias of positions, or anything else than a softmax of scaled products, capped or not.
+    output: where there is a bias of positions, or anything else than a softmax of scaled products, capped or not. The batch is computed without
+    autocast, whose rounding would hide as much.
 
     setting   the model's name in the recipe, for messages
     packing   whether rows are packed
@@ -32,15 +33,12 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
     show_attention(base, setting, not packing or model.capabilities.packed_attention)
     found: dict[int, list[tuple[AttentionInputs, Tensor]]] = {number: [] for number in layers}
     ids_BT = probe_ids(model.head.vocab, model.device)
-    view, training = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device)), model.training
-    model.eval()
+    view = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device))
     try:
-        with torch.no_grad(), watched(base, layers, lambda number, *call: found[number].append(call)):
-            model.hidden(view)
+        with evaluating(model), watched(base, layers, lambda number, *call: found[number].append(call)):
+            model.replaced(autocast=None).hidden(view)
     except Exception as error:
         raise UserError(f"loss.attention: {family}: {brief(error)}; {leave}, or use another model") from error
-    finally:
-        model.train(training)
     for number, calls in found.items():
         if len(calls) != 1:
             raise UserError(f"loss.attention.layers: {family}: layer {number} has {len(calls) or 'no'} attention; name another layer")

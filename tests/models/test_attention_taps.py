@@ -1,6 +1,7 @@
 """Attention as it is read inside a model against transformers' own weights (eager, output_attentions)."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from llmkd.models import compile as compilation
 from llmkd.models.attention_taps import enable_taps
 from llmkd.models.language_model import Capabilities, LanguageModel
 from llmkd.models.load import LoadContext, checked, load_models
-from llmkd.models.taps import attention_tapped
+from llmkd.models.taps import attention_tapped, watched
 from llmkd.signals import Taps
 from llmkd.teachers.live import LiveTeacher
 from tests.kit.families import V, tiny
@@ -104,15 +105,45 @@ def test_a_family_with_more_than_a_softmax_is_refused(family, words):
         enable_taps(model, (1,), "teacher.model")
 
 
-def test_what_does_not_explain_a_layers_output_is_refused(monkeypatch):
-    """A bias that nobody names, here in the mask."""
+def under_autocast(**changes) -> LanguageModel:
+    model = LanguageModel(tiny("llama", num_key_value_heads=2, **STILL, **changes).float(), 90, autocast=torch.bfloat16)
+    return checked(model, "student.model")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.003])
+def test_what_does_not_explain_a_layers_output_is_refused(monkeypatch, autocast, slope):
+    """A bias of positions that nobody names, which moves the output by less than bfloat16's rounding may; and the same mask without one."""
     from transformers.integrations import sdpa_attention
 
     real = sdpa_attention.sdpa_attention_forward
-    with monkeypatch.context() as patched:
-        patched.setattr(sdpa_attention, "sdpa_attention_forward", lambda *given, **more: (real(*given, **more)[0] * 1.01, None))
-        with pytest.raises(UserError, match="the attention of layer 2 is more than a softmax"):
-            enable_taps(LanguageModel(tiny("llama"), 90), (2,), "teacher.model")
+
+    def biased(module, query, key, value, mask, *rest, **more):
+        back = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+        mask = torch.where(back < 0, -torch.inf, -slope * back).to(query.dtype)[None, None]
+        return real(module, query, key, value, mask, *rest, **more)
+
+    model = under_autocast() if autocast else LanguageModel(tiny("llama"), 90)
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", biased)
+    with pytest.raises(UserError, match="the attention of layer 2 is more than a softmax") if slope else nullcontext():
+        enable_taps(model, (2,), "teacher.model")
+
+
+def test_under_autocast_a_layer_is_accepted_and_explained_to_the_rounding_of_bfloat16():
+    """By the formula in float64, head by head."""
+    model, calls = under_autocast().train(), []
+    enable_taps(model, (1, 2), "student.model")
+    assert model.training and model.autocast == torch.bfloat16
+    with torch.no_grad(), watched(model.base_model, (2,), lambda _, *call: calls.append(call)):
+        model.hidden(view())
+    ((inputs, out_BThd),) = calls
+    query, key, value = (x.double() for x in (inputs.query, inputs.key, inputs.value))
+    unseen, expected = torch.ones(query.shape[2], query.shape[2]).triu(1).bool(), torch.empty(out_BThd.shape, dtype=torch.float64)
+    for head in range(query.shape[1]):
+        mine = head // (query.shape[1] // 2)  # of two key heads
+        scores = query[:, head] @ key[:, mine].mT / query.shape[3] ** 0.5
+        expected[:, :, head] = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ value[:, mine]
+    assert 1e-4 < ((out_BThd - expected).abs().max() / expected.abs().max()).item() < 0.02
 
 
 @pytest.mark.parametrize(

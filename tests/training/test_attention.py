@@ -57,6 +57,15 @@ def test_micro_batches_packing_and_recomputed_layers_change_nothing(term, traine
     assert distance(whole, trained("packed", **how, **packed)) < 2e-6  # rotations and norms round in float32
 
 
+@EITHER
+def test_under_autocast_it_is_nearly_the_same(term, trained, tmp_path):
+    how = {"train__max_steps": 1, "optim__warmup_steps": 0, "student__dtype": "float32", "teacher__dtype": "float32", **term}
+    for name in ("no", "bf16"):
+        trained(name, **how, student__mixed_precision=name)
+    exact, rounded = (steps(tmp_path / name)[0]["attention"] for name in ("no", "bf16"))
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
+
+
 def test_it_resumes_bit_for_bit(trained, make_recipe, tmp_path):
     term = MAPS
     whole = trained("whole", **LONG, **term)

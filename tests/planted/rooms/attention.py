@@ -151,6 +151,20 @@ FAULTS = [
     *in_file(
         "llmkd/models/attention_taps.py",
         ("outputs-unchecked", "what explains no output is used", "<= tolerance(model, *rounds):", "<= float('inf'):", READ),
+        (
+            "bias-under-a-rounding",
+            "a bias as small as the rounding of bfloat16 is no bias",
+            "<= tolerance(model, *rounds):",
+            "<= tolerance(model, *rounds, torch.bfloat16):",
+            f"{READ}::test_what_does_not_explain_a_layers_output_is_refused",
+        ),
+        (
+            "autocast-is-a-bias",
+            "the rounding of autocast is taken for more than a softmax",
+            "            model.replaced(autocast=None).hidden(view)\n",
+            "            model.hidden(view)\n",
+            f"{READ}::test_under_autocast_a_layer_is_accepted_and_explained_to_the_rounding_of_bfloat16 {RUNS}::test_under_autocast_it_is_nearly_the_same",
+        ),
     ),
     *in_file(
         "llmkd/batch.py",
