@@ -4,11 +4,14 @@ import contextlib
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from .console import first_process, printable
 from .process import rank_messages
 from .process.machine_errors import MachineError, machine_error
+
+T = TypeVar("T")
 
 #: In the texts of errors the words after which the step belongs.
 _RESUME = "continue with --resume"
@@ -71,6 +74,13 @@ def attribute_to_student(student: int):
         # Oddity: an attribute set on any exception, so that its type and its text stay those of where it was raised.
         error.student = student
         raise
+
+
+def for_each_student(recipes: Iterable[T], check: Callable[[T], object]) -> None:
+    """Call `check` with every student's recipe; what it raises is marked with the student's index, as by `attribute_to_student`."""
+    for k, recipe in enumerate(recipes):
+        with attribute_to_student(k):
+            check(recipe)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config.recipe import LayerChoice, Lora, Recipe, Train, distils, used_teachers
 from ..console import duration
+from ..errors import UserError
 from ..model_folder.files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
@@ -26,14 +27,22 @@ class Cost:
 
 
 def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
-    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream, for new random weights, and for other tasks than language models."""
+    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream, for new random weights, and for other tasks than language models.
+
+    UserError for what ends all of them. A student that is refused for what is its own will not train, and is not counted.
+    """
     recipe = recipes[0]
     if recipe.task != "causal_lm":
         return None
     files, train = student_files(recipe.student), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
-        prepared, sizes[key] = prepare(recipe), None
+        try:
+            prepared, sizes[key] = prepare(recipe), None
+        except UserError as error:
+            if getattr(error, "student", None) is None:
+                raise
+            return estimate(recipes[1:], sizes) if recipes[1:] else None
         encoded = prepared.train
         if prepared.source.complete:
             sizes[key] = encoded.lengths, int(encoded.num_targets.sum()), int(encoded.max_lengths.sum())

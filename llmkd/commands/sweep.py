@@ -277,9 +277,12 @@ def group_arms(
     for name in sorted(waiting, key=lambda name: not distils(recipes[name])):  # stable
         recipe = recipes[name]
         named = (recipe.student.model, recipe.student.revision, recipe.student.base, recipe.student.layers)
-        if named not in files:
-            files[named] = files_of(recipe.student)
-        why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)
+        try:
+            if named not in files:
+                files[named] = files_of(recipe.student)
+            why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)
+        except UserError as error:
+            raise UserError(*(f"arm {name}: {problem}" for problem in error.problems)) from error.__cause__
         if why:
             alone.append(Group([name], why))
         else:

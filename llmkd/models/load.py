@@ -231,11 +231,13 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
         held = resolve_device(setting, teacher.device, context.device)
         if teacher.float8:
             refuse_without_products(held, setting)
-    own = [files for one in students if (files := context.find(one))]
-    theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
-    for k, (student, files) in enumerate(zip(students, own, strict=False)):
+    own: list[ModelFiles] = []
+    for k, student in enumerate(students):
         with attribute_to_student(k):
-            refuse_missing_modules(student, files)
+            if files := context.find(student):
+                refuse_missing_modules(student, files)
+                own.append(files)
+    theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
     keys = _keys(students, own, teachers, theirs)
     waiting = Counter(key for key in keys if key)
     users = [("student", students[0]), *teachers] if students else [("", None), *teachers]

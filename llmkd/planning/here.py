@@ -62,7 +62,7 @@ def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
         if one.server and one.cache is None:
             raise UserError(f"--measure: the teacher is on a server ({setting}.server), which is not asked for a plan; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ready = ready_here(recipes, prepare(recipes[0]), device)
+    ready = ready_here(recipes, prepare(recipes[0], others=recipes[1:]), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     watched = [watched_step(ready, batch.to(device), gradients, OneProcess(device)) for batch, gradients in work.cases]

@@ -49,7 +49,7 @@ from .model_watch import ModelWatch
 from .optim import learning_rate
 from .own_text import OwnText
 from .parallel import REPLICATED, Replicated, sharded_models, strategy_of
-from .prepare import Prepared, check_terms, micro_batch_size
+from .prepare import Prepared, micro_batch_size
 from .recipe_checks import refuse_long_warmup
 from .student_run import StudentRun
 from .writing import on_policy_source
@@ -88,7 +88,7 @@ def build_setup(
 
     Whole recipes are taken here, and each part gets the sections that it needs.
 
-    prepared   made of the first recipe, whose data and teacher are all students'
+    prepared   made of the first recipe, whose data and teacher are all students', with the others
 
     The order of construction: servers are asked for some examples; models, all at once, since they may share weights; this process's batch
     source; each student's terms, optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it;
@@ -161,9 +161,6 @@ def _load_all(
         prepared.kind,
         prepared.files_of,
     )
-    for k, own in enumerate(recipes[1:], 1):
-        with attribute_to_student(k):
-            check_terms(own, prepared.configs, prepared.train)
     try:
         settings = [one.student for one in recipes], live, context, data.share_prefixes, train.compile
         models, teacher_models = load(*settings, [one.loss.attention for one in recipes])
@@ -258,12 +255,13 @@ def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> i
     folders = [student.folder for student in students]
     saved = checkpoint.newest([folder.checkpoints for folder in folders], [folder.run for folder in folders], source.total_steps, info)
     done = saved[0].step if saved else 0
-    for student, one in zip(students, saved, strict=False):
-        student.restore(one)
-        try:
-            source.restore(one.state)
-        except ValueError as error:
-            raise UserError(f"{one.path}: {error}; resume with the recipe and the data that wrote it, or start again") from None
+    for k, (student, one) in enumerate(zip(students, saved, strict=False)):
+        with attribute_to_student(k):
+            student.restore(one)
+            try:
+                source.restore(one.state)
+            except ValueError as error:
+                raise UserError(f"{one.path}: {error}; resume with the recipe and the data that wrote it, or start again") from None
     for folder in folders if main and saved else ():
         checkpoint.drop_after(folder.checkpoints, done)
     where = f"resuming after step {done} of {source.total_steps}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, attribute_to_student
 from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
 from ..models.parts import sharded_like
 from ..process.machine_errors import machine_error
@@ -104,28 +104,37 @@ def newest(folders: list[Path], runs: list[dict[str, str]], last: int, info: Cal
     """The newest checkpoint that is whole, at a step up to `last` that all the folders have; those passed over are named. Empty if there is none.
 
     runs   of each folder the run that its checkpoints are to be of
+
+    UserError where there are some and none can be used; marked with a student (`attribute_to_student`) of whose own no step can be, while others have one.
     """
-    passed, common = [], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
+    passed, common = [[] for _ in folders], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
     for step in sorted(common, reverse=True):
         found = []
-        for folder, run in zip(folders, runs, strict=True):
+        for folder, run, over in zip(folders, runs, passed, strict=True):
             path = folder / f"step-{step}"
             try:
                 if step > last:
                     raise Unusable(f"it is beyond the run's last step, {last}")
                 found.append(verified(path, run))
             except Unusable as error:
-                passed.append(f"{path} ({error})")
+                over.append(f"{path} ({error})")
         if len(found) == len(folders):
-            for p in passed:
+            for p in sum(passed, []):
                 info(f"passing over the checkpoint {p}")
             return found
-    if passed:
-        where = folders[0] if len(folders) == 1 else folders[0].parent.parent
-        raise UserError(
-            *(f"the checkpoint {p}" for p in passed), f"no usable checkpoint is left in {where}; start again in another output_dir"
-        )
-    return []
+    if not any(passed):
+        return []
+    lost = [k for k, over in enumerate(passed) if len(over) == len(common)]
+    if 0 < len(lost) < len(folders):
+        with attribute_to_student(lost[0]):
+            raise _none_left(passed[lost[0]], folders[lost[0]])
+    raise _none_left(sum(passed, []), folders[0] if len(folders) == 1 else folders[0].parent.parent)
+
+
+def _none_left(passed: list[str], where: Path) -> UserError:
+    return UserError(
+        *(f"the checkpoint {p}" for p in passed), f"no usable checkpoint is left in {where}; start again in another output_dir"
+    )
 
 
 def drop_after(folder: Path, step: int) -> None:

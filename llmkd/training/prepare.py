@@ -20,7 +20,7 @@ from ..data.batching import MOST_TOKENS, Batching, TokenBudget
 from ..data.dataset import Questions, read_data, refuse_uncounted
 from ..data.examples import Examples
 from ..data.written import Prompts, held_out_prompts_for, prompts_for, refuse_mix, refuse_replay
-from ..errors import UserError
+from ..errors import UserError, attribute_to_student, for_each_student
 from ..model_folder.files import ModelFiles, find
 from ..model_folder.identity import identity_of, verify
 from ..output.run_files import LAYERS
@@ -92,18 +92,20 @@ class Prepared:
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
 
-def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | None = None) -> Prepared:
+def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | None = None, others: Sequence[Recipe] = ()) -> Prepared:
     """Read and check data, model folders, tokenizers and teacher caches. No weights are loaded, unless the student's layers are to be measured.
 
     Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
+    `others`: the recipes of students that train side by side with the first, of which what is their own is checked. A refusal of what is one
+    student's own is marked with that student (`attribute_to_student`), and one of what all share is not.
     """
-    check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
+    many = recipe, *others
+    for_each_student(many, lambda one: check_packages(one.student, one.optim, with_setting_names(one.teacher, "teacher")))
     report_large_micro_batch(recipe.train)
     refuse_absent(used_teachers(recipe), recipe.data)
     rows = read_data(recipe.data, views_of(one for _, one in used_teachers(recipe)))
     models = find_models(recipe.student, used_teachers(recipe), open_caches)
-    if recipe.loss.attention:
-        refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])
+    for_each_student(many, lambda one: check_attention(one, models.configs))
     task = task_named(recipe.task)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
     task.measures(processor, recipe.validation)  # refuses what cannot be measured
@@ -124,7 +126,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     task.report(data, recipe.student, models.student, processor)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
     configs = models.configs | ({"student.model": student.config} if student else {})
-    check_terms(recipe, configs, data.train)
+    for_each_student(many, lambda one: check_terms(one, configs, data.train))
     identity = data.identity | processor.identity | model_identity(student, models.teachers)
     identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
@@ -145,17 +147,24 @@ def check_early(recipe: Recipe) -> None:
     refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
 
 
+def check_attention(recipe: Recipe, configs: dict[str, dict]) -> None:
+    """UserError where models of such configurations do not have what `loss.attention` compares. `configs`: by setting."""
+    if recipe.loss.attention:
+        teacher = with_setting_names(recipe.teacher, "teacher")[0][0]
+        refuse_attention(recipe.loss.attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
+
+
 def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> None:
     """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what terms that compare
     layers need. `configs`: by setting."""
     features, attention = recipe.loss.features, recipe.loss.attention
+    check_attention(recipe, configs)
     if attention:
-        teacher = with_setting_names(recipe.teacher, "teacher")[0][0]
-        refuse_attention(attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
         refuse_second_view(train)
     check_features(features, feature_teacher(features, recipe.teacher), configs, train)
     if (features or attention) and recipe.task == "causal_lm":  # others are not built from their configurations
-        refuse_by_outline(features, attention, feature_teacher(features, recipe.teacher) or teacher, configs)
+        teacher = feature_teacher(features, recipe.teacher) or with_setting_names(recipe.teacher, "teacher")[0][0]
+        refuse_by_outline(features, attention, teacher, configs)
 
 
 def with_layers(
@@ -197,8 +206,9 @@ def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]
     """
     found = {}
     if student:
-        verify(student.base, student.adapter, "student.model")
-        found |= identity_of("the student", "student.model", student.base, student.adapter)
+        with attribute_to_student(0):
+            verify(student.base, student.adapter, "student.model")
+            found |= identity_of("the student", "student.model", student.base, student.adapter)
     for teacher in teachers:
         found |= teacher.identities
     return found
@@ -206,7 +216,9 @@ def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]
 
 def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], open_caches: bool) -> FoundModels:
     """The files of student and teachers, and the teachers' caches. UserError where one is missing."""
-    student, teachers = student_files(student_settings), resolve_teachers(named_teachers, open_caches)
+    with attribute_to_student(0):
+        student = student_files(student_settings)
+    teachers = resolve_teachers(named_teachers, open_caches)
     configs = {"student.model": student.config if student else student_settings.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
     return FoundModels(student, teachers, configs)

@@ -6,7 +6,7 @@ import dataclasses
 from ..config.recipe import Recipe
 from ..config.sharding import sharding_contradictions
 from ..console import first_process, info
-from ..errors import NonFinite, Stopped, UserError, attribute_to_student, name_last_checkpoint
+from ..errors import NonFinite, Stopped, UserError, attribute_to_student, for_each_student, name_last_checkpoint
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
@@ -56,13 +56,11 @@ def as_launched(recipe: Recipe) -> Recipe:
 def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
     """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
     with unseen():
-        for k, recipe in enumerate(recipes):
-            with attribute_to_student(k):
-                check_early(recipe)
-        prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
-        for k, recipe in enumerate(recipes):
-            with attribute_to_student(k):
-                refuse_long_schedules(recipe.loss, recipe.optim, prepared.source.total_steps)
+        for_each_student(recipes, check_early)
+        with attribute_to_student(0):
+            layers = recorded_layers(folders[0].path) if folders[0].resume else None
+        prepared = prepare(recipes[0], layers=layers, others=recipes[1:])
+        for_each_student(recipes, lambda one: refuse_long_schedules(one.loss, one.optim, prepared.source.total_steps))
         if stop():
             raise Stopped("stopped by a signal before anything was trained; continue with --resume")
         from .build import build_setup

@@ -31,6 +31,12 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     assert [g.arms[0][-1] for g in one] == ["1"] * 6 + ["2"] * 6  # what is stopped early has compared all arms of a seed
 
 
+def test_an_arm_whose_base_cannot_be_found_is_named(make_recipe, world):
+    recipes = {"good": make_recipe(), "bad": make_recipe(**{"student.model": str(world / "nothing")})}
+    with pytest.raises(UserError, match="^arm bad: student.model: "):
+        group_arms(recipes)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -42,6 +42,15 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
     assert "[1/1] 2 arms side by side: worse, late\n" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 
+def test_an_arm_whose_own_loss_its_data_do_not_carry_leaves_the_others(sweep):
+    """The first of a group is what the data are read for. With 2 rows there are too few targets for a map of hidden states."""
+    arms = {"few": {"loss.features.weight": 0.5}, "plain": {}, "last": {"optim.lr": 1e-3}}
+    path = sweep(grid={}, arms=arms, set={"data.train.limit": 2, "train.batch_size": 2, "train.max_steps": 1})
+    found = state(run_sweep(path, {}, False))["arms"]
+    assert [found[name]["status"] for name in arms] == ["failed", "done", "done"]
+    assert found["few"]["reason"].startswith("loss.features.init: found least_squares, and a map")
+
+
 @pytest.mark.slow
 def test_a_folder_that_one_process_cannot_have_does_not_leave_the_others_waiting(sweep, tmp_path):
     """Only the first process takes folders. The arm is left out on both, and the others train, also in the group that follows."""

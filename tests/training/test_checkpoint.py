@@ -134,6 +134,20 @@ def test_students_side_by_side_take_the_newest_step_that_is_usable_for_all(tmp_p
     assert said == [f"passing over the checkpoint {folders[1]}/step-2 (it is of another run, with other settings)"]
 
 
+def test_students_of_whose_own_no_step_is_usable_are_named_one_by_one(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder, run in zip(folders, (RUN, OTHER, OTHER), strict=True):
+        for step in (1, 2):
+            save(folder, step, run)
+    reseal(folders[0] / "step-2", run=OTHER)
+    with pytest.raises(UserError) as refused:
+        checkpoint.newest(folders, [RUN] * 3, 9)
+    assert refused.value.student == 1 and all(str(folders[1]) in problem for problem in refused.value.problems)
+    with pytest.raises(UserError) as refused:
+        checkpoint.newest(folders[1:], [RUN] * 2, 9)
+    assert not hasattr(refused.value, "student") and len(refused.value.problems) == 5
+
+
 def test_a_step_that_one_student_has_not_reached_is_none_to_resume_from(tmp_path):
     folders, said = [tmp_path / name for name in "ab"], []
     for folder, steps in zip(folders, [(1, 2), (1,)], strict=True):
