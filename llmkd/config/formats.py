@@ -55,6 +55,17 @@ class RowFormat:
         return (*self.columns, *self.views, *in_message, *(("choices", "answer") if choices else ()))
 
 
+def _of_classes(reads: Literal["text", "audio", "image"], **more: Column) -> RowFormat:
+    """Rows with a class each: a column that the student reads, `more` of it, and the other columns that a teacher may read."""
+    return RowFormat(
+        {reads: Column(reads), **more, "label": Column("label")},
+        supervised="label",
+        file=None if reads == "text" else reads,
+        reads=reads,
+        views={kind: Column(kind, optional=True) for kind in ("text", "audio", "image") if kind != reads},
+    )
+
+
 FORMATS = {
     "alpaca": RowFormat(
         {"instruction": Column(), "input": Column(optional=True), "output": Column(), "system": Column(optional=True)},
@@ -93,26 +104,9 @@ FORMATS = {
         supervised="marked",
         notes=("prompt", "answer", "finished", "key", "row_checksum"),
     ),
-    "labelled": RowFormat(
-        {"text": Column(), "text_pair": Column(optional=True), "label": Column("label")},
-        supervised="label",
-        reads="text",
-        views={"audio": Column("audio", optional=True), "image": Column("image", optional=True)},
-    ),
-    "audio": RowFormat(
-        {"audio": Column("audio"), "label": Column("label")},
-        supervised="label",
-        file="audio",
-        reads="audio",
-        views={"text": Column(optional=True), "image": Column("image", optional=True)},
-    ),
-    "image": RowFormat(
-        {"image": Column("image"), "label": Column("label")},
-        supervised="label",
-        file="image",
-        reads="image",
-        views={"text": Column(optional=True), "audio": Column("audio", optional=True)},
-    ),
+    "labelled": _of_classes("text", text_pair=Column(optional=True)),
+    "audio": _of_classes("audio"),
+    "image": _of_classes("image"),
     "speech": RowFormat(
         {"audio": Column("audio"), "text": Column()},
         supervised="transcript",
