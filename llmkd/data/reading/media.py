@@ -13,9 +13,9 @@ from ...config.formats import FORMATS
 from ...errors import UserError
 from .files import BadRow, Records
 from .problems import ErrorCollector
-from .row_checks import check_is_text
+from .row_checks import check_is_text, check_label
 from .turn_marks import row_mark
-from .values import check_text, kind, opened
+from .values import kind, opened
 
 #: Endings of the files that folders are searched for, by the column of the format.
 ENDINGS = {
@@ -100,8 +100,8 @@ def media_of(value: Any, place: str) -> Path | bytes:
 def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter, views: Collection[str] = ()) -> Any:
     """The row's file and label under the format's own names, and `train: False` where it is marked as not trained on.
 
-    Its errors are added to `problems`, the columns that are not read to `unread`. A label is a text or a whole number. `views`: columns that
-    teachers read in place of the student's.
+    Its errors are added to `problems`, the columns that are not read to `unread`. `views`: columns that teachers read in place of the
+    student's.
     """
     row_format = FORMATS[source.format]
     if not isinstance(row, dict):
@@ -122,15 +122,9 @@ def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollect
         trained, marks = row_mark(row, set(theirs.values()), source, place, problems)
         unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where, *marks} if row[name] is not None)
         found |= {"train": False} if trained is False else {}
-    for column, value in found.items():
-        if column not in columns or columns[column].kind != "label":
-            if column in columns and columns[column].kind == "text":
-                check_is_text(value, f"{place}: {theirs[column]}", problems)
-            continue
-        if isinstance(value, str) and value.strip():
-            check_text(value, f"{place}: {theirs[column]}", problems)
-        elif type(value) is not int:
-            problems.add(
-                f"{place}: {theirs[column]} is {'an empty text' if value == '' else kind(value)}, expected the name of a class; label it, or leave the row out"
-            )
+    for column, name in theirs.items():
+        if columns[column].kind == "label":
+            check_label(found[column], f"{place}: {name}", problems)
+        elif columns[column].kind == "text":
+            check_is_text(found[column], f"{place}: {name}", problems)
     return found

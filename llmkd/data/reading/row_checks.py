@@ -84,7 +84,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
         elif value_kind == "label":
-            _check_label(value, f"{place}: {name}", problems)
+            check_label(value, f"{place}: {name}", problems)
         elif value_kind not in ("numbers", "audio", "image"):  # the first are read together, below, and files where they are decoded
             check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
@@ -120,7 +120,7 @@ def check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
     problems.add(f"{where} is {kind(value)}, expected text{fix}")
 
 
-def _check_label(value: Any, where: str, problems: ErrorCollector) -> None:
+def check_label(value: Any, where: str, problems: ErrorCollector) -> None:
     """A class is text or a whole number."""
     if isinstance(value, str) and value.strip():
         return check_text(value, where, problems)
