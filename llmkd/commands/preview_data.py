@@ -62,7 +62,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     if not all(FORMATS[source.format].is_text for source in (*as_tuple(recipe.data.train), *as_tuple(recipe.data.validation))):
         print(f"the student's tokenizer, as rows of tokens name it: {vocabulary_hash(tokenizer)}", file=out)
     report_end_tokens(end_tokens(examples, recipe.data, tokenizer), settings, tokenizer)
-    for i in _chosen(examples, count, example, recipe.seed):
+    for i in chosen(len(examples), count, example, recipe.seed):
         ids, loss_mask = examples.example(i)
         head = f"example {i} of {len(examples)}  {train.places[i]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
         print(f"\n{head}\n{mark_supervised(ids, loss_mask, tokenizer, uses_colour(out))}", file=out)
@@ -105,11 +105,12 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
     return join(setting, parts)
 
 
-def _chosen(whole: Examples, count: int, example: int | None, seed: int) -> list[int]:
+def chosen(every: int, count: int, example: int | None, seed: int) -> list[int]:
+    """The numbers of the examples to be shown, of `every`: that of `example`, or `count` of them drawn by seed."""
     if example is None:
-        return sorted(random.Random(f"show {seed}").sample(range(len(whole)), min(count, len(whole))))
-    if not 0 <= example < len(whole):
-        raise UserError(f"--example: found {example}, and there are examples 0 to {len(whole) - 1}")
+        return sorted(random.Random(f"show {seed}").sample(range(every), min(count, every)))
+    if not 0 <= example < every:
+        raise UserError(f"--example: found {example}, and there are examples 0 to {every - 1}")
     return [example]
 
 

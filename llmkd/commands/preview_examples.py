@@ -1,34 +1,33 @@
 """`llmkd data` for tasks other than language models: counts, and examples as the student reads them, with their targets. Loads no model."""
 
-import random
 import sys
 from typing import Any, TextIO
 
 from ..config.fields import as_tuple
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, used_teachers
 from ..config.tasks import SEQUENCES
 from ..config.views import views_of
 from ..console import printable, table
 from ..data.dataset import read_data
 from ..data.examples import Examples
-from ..errors import UserError
 from ..tasks.registry import task_named
 from ..training.prepare import batching, find_models
-from .preview_data import mark_supervised, uses_colour
+from .preview_data import chosen, mark_supervised, uses_colour
 
 
 def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> dict[str, list[dict[str, Any]]]:
     """Print counts of training and held-out rows, of classes by their names, then `count` examples drawn by the recipe's seed, or the one numbered
     `example`. Returns the counts."""
     out, task, sequences = out or sys.stdout, task_named(recipe.task), recipe.task in SEQUENCES
-    rows, models = read_data(recipe.data, views_of(as_tuple(recipe.teacher))), find_models(recipe.student, (), open_caches=False)
+    rows = read_data(recipe.data, views_of(one for _, one in used_teachers(recipe)))
+    models = find_models(recipe.student, (), open_caches=False)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
     data = task.encode(rows, recipe.data, batching(recipe.train, recipe.seed, False), as_tuple(recipe.teacher), processor)
     parts = {"data.train": data.train, "data.validation": data.validation}
     numbers = {setting: (_targets if sequences else _classes)(part) for setting, part in parts.items() if part is not None}
     for setting, found in numbers.items():
         print(f"{setting}\n{table(found)}", file=out)
-    for i in _chosen(len(data.train), count, example, recipe.seed):
+    for i in chosen(len(data.train), count, example, recipe.seed):
         head, read = f"\nexample {i} of {len(data.train)}  {data.places[i]}", printable(data.train.inputs.shown(i, processor.reader))
         if not sequences:
             name, length = data.train.names[data.train.labels[i]], int(data.train.lengths[i])
@@ -57,11 +56,3 @@ def _targets(examples: Examples) -> list[dict[str, Any]]:
     left_out = {name: counts.get(key, 0) for name, key in (("too long", "too_long"), ("no target", "unsupervised"), ("marked", "marked"))}
     lengths = {"targets": int(of.sum()), "shortest": int(of.min()), "longest": int(of.max())}
     return [{"examples": len(examples), **lengths, **left_out}]
-
-
-def _chosen(every: int, count: int, example: int | None, seed: int) -> list[int]:
-    if example is None:
-        return sorted(random.Random(f"show {seed}").sample(range(every), min(count, every)))
-    if not 0 <= example < every:
-        raise UserError(f"--example: found {example}, and there are examples 0 to {every - 1}")
-    return [example]
