@@ -77,9 +77,9 @@ class PictureReader:
     def identity(self) -> str:
         return settings_of(self.reader)
 
-    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[PictureInputs, np.ndarray, int]:
+    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[PictureInputs, np.ndarray, np.ndarray]:
         pictures = self.media.pictures(rows, self.column, places, setting)
-        return PictureInputs(pictures, self.reader), np.arange(len(rows)), 0
+        return PictureInputs(pictures, self.reader), np.arange(len(rows)), np.zeros(0, np.int64)
 
     def save(self, folder: Path) -> None:
         self.reader.save_pretrained(folder)

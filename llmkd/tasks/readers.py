@@ -43,8 +43,8 @@ class Reader(Protocol):
     def identity(self) -> str:
         """What it makes of a column: equal ones read alike."""
 
-    def inputs(self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str) -> tuple[Inputs, np.ndarray, int]:
-        """What the model reads of the rows that are used, the numbers of these rows, and how many are too long.
+    def inputs(self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str) -> tuple[Inputs, np.ndarray, np.ndarray]:
+        """The model's inputs of the rows that are used, the numbers of these rows, and those of rows that are too long.
 
         UserError, beginning with its place, for a row that cannot be read, or that data.too_long refuses. setting: of the rows' source
         """
@@ -109,7 +109,7 @@ class Readers:
             same = reader.column == self.student.column
             if reader is not self.student or self.clean:
                 theirs[name] = Reading(taken[id(reader)], augmented=same and not self.clean)
-        marked, longer = len(read.rows) - len(trained), max(count for *_, count in found.values())
+        marked, longer = len(read.rows) - len(trained), len(functools.reduce(np.union1d, [long for *_, long in found.values()]))
         counts = {"rows": len(read.rows), "marked": marked, "too_long": longer, "examples": len(kept), "targets": len(kept)}
         return taken[id(self.student)], theirs, trained[kept], counts
 

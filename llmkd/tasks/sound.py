@@ -80,7 +80,7 @@ class SoundReader:
     def identity(self) -> str:
         return settings_of(self.reader)
 
-    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[SoundInputs, np.ndarray, int]:
+    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[SoundInputs, np.ndarray, np.ndarray]:
         sounds, rate = self.media.sounds(rows, self.column, places, setting), self.media.rate
         limit = limit_of(self.reader, rate)
         used = fitting(sounds.num_samples, limit, rate, data.too_long, places.__getitem__, setting)
@@ -89,7 +89,7 @@ class SoundReader:
                 f"{setting}: all of its {len(used)} clips are longer than {limit / rate:g} s; set data.too_long: truncate, or cut them"
             )
         kept = np.flatnonzero(used)
-        longer = 0 if limit is None else int((sounds.num_samples > limit).sum())
+        longer = np.zeros(0, np.int64) if limit is None else np.flatnonzero(sounds.num_samples > limit)
         return SoundInputs(sounds.take(kept), self.reader), kept, longer
 
     def save(self, folder: Path) -> None:
@@ -152,13 +152,8 @@ def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> 
         raise UserError(f"{setting}: {folder} has no {called} that transformers can read ({brief(error)}); fetch it again") from error
 
 
-def same_extractor(one, other) -> bool:
-    """Whether two extractors read a clip alike."""
-    return type(one) is type(other) and settings_of(one) == settings_of(other)
-
-
 def settings_of(extractor) -> str:
-    """What an extractor does, as text: what `--resume` and caches compare."""
+    """What an extractor or image processor does, as text: those of equal settings read alike. `--resume` and caches compare it."""
     return json.dumps(extractor.to_dict(), sort_keys=True, default=str)
 
 

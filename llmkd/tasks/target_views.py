@@ -49,7 +49,9 @@ class PromptReader:
     def identity(self) -> str:
         return f"prompt and target: {token_cache.tokenizer_hash(self.reader, template=False)}"
 
-    def inputs(self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str) -> tuple[PromptedTargets, np.ndarray, int]:
+    def inputs(
+        self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str
+    ) -> tuple[PromptedTargets, np.ndarray, np.ndarray]:
         """A text that is too long is left out, whatever is done with others: its end is the target."""
         texts = Rows([{"prompt": row[self.column], "completion": row[self.target]} for row in rows], list(places), "")
         whole = dataclasses.replace(data, too_long="refuse" if data.too_long == "refuse" else "drop", packing=False)
@@ -58,7 +60,8 @@ class PromptReader:
             raise UserError(
                 f"{setting}: with {self.column!r} before it, every target is too long or empty; raise data.max_length, or check the rows"
             )
-        return PromptedTargets(examples), examples.row, examples.counts["too_long"]
+        longer = [i for i in sorted({*range(len(rows))} - {*examples.row.tolist()}) if rows[i][self.target].strip()]
+        return PromptedTargets(examples), examples.row, np.array(longer, np.int64)
 
     def save(self, folder) -> None:
         self.reader.save_pretrained(folder)

@@ -44,7 +44,7 @@ class TextReader:
     def identity(self) -> str:
         return token_cache.tokenizer_hash(self.reader, template=False)
 
-    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[TextInputs, np.ndarray, int]:
+    def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[TextInputs, np.ndarray, np.ndarray]:
         columns = (self.column, "text_pair") if self.column == "text" else (self.column,)
         return text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
+from llmkd.config.data import Data
 from llmkd.config.media import InputFeatures
 from llmkd.data.audio.sounds import read_sounds, way_of
 from llmkd.data.examples import Draw
 from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import UserError
-from llmkd.tasks.sound import SoundInputs, find_extractor, fitting, inputs_of, limit_of, same_extractor
+from llmkd.tasks.media import MediaOfRun
+from llmkd.tasks.sound import SoundInputs, find_extractor, fitting, inputs_of, limit_of, settings_of
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("audiomentations")
@@ -31,6 +33,15 @@ def sounds():
     rows = [{"audio": wav(n, 1_200 + 100 * n)} for n in range(3)]
     yield read_sounds(rows, "audio", [f"f.parquet:{n + 1}" for n in range(3)], workers, "data.train")
     workers.close()
+
+
+def test_sounds_are_decoded_at_the_highest_rate_of_the_models_and_none_costs_nothing():
+    media = MediaOfRun(Data())
+    for extractor in (Wav2Vec2FeatureExtractor(sampling_rate=16_000), Wav2Vec2FeatureExtractor(sampling_rate=8_000)):
+        media.read_by(extractor)
+    found = media.sounds([{"audio": wav(0)}, {"audio": wav(1, 40)}], "audio", ["f.parquet:1", "f.parquet:2"], "data.train")
+    assert found.num_samples.tolist() == [2_400, 80]  # 1,200 and 40 at 8,000 Hz
+    assert SoundInputs(found, extractor).lengths.tolist() == [15, 1]
 
 
 def test_silent_bands_and_clips_that_change_their_length_are_said(capsys):
@@ -89,7 +100,7 @@ def test_clips_that_are_longer_than_the_model_reads(too_long, used):
 def test_extractors_are_saved_found_and_compared(tmp_path):
     log_mel = find_extractor(None, LOG_MEL, "")
     log_mel.save_pretrained(tmp_path)
-    assert same_extractor(find_extractor(tmp_path, None, "teacher.model"), log_mel)
-    assert not same_extractor(log_mel, find_extractor(None, InputFeatures("log_mel", rate=8_000, mels=21, seconds=0.2), ""))
+    assert settings_of(find_extractor(tmp_path, None, "teacher.model")) == settings_of(log_mel)
+    assert settings_of(log_mel) != settings_of(find_extractor(None, InputFeatures("log_mel", rate=8_000, mels=21, seconds=0.2), ""))
     with pytest.raises(UserError, match="teacher.model: .* has no preprocessor_config.json"):
         find_extractor(tmp_path / "none", None, "teacher.model")

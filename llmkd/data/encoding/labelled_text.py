@@ -51,20 +51,20 @@ def listed(names: Sequence[str]) -> str:
 
 def text_inputs(
     rows: Sequence[dict], places: Sequence[str], columns: Sequence[str], data: Data, tokenizer, pad: int, setting: str
-) -> tuple[TextInputs, np.ndarray, int]:
-    """The tokens of rows, the numbers of the rows that are used, and how many are longer than data.max_length.
+) -> tuple[TextInputs, np.ndarray, np.ndarray]:
+    """The tokens of rows, the numbers of the rows that are used, and of those that are longer than data.max_length.
 
     Control tokens that the tokenizer puts around a text are there, as in transformers' own pipeline. UserError where data.too_long refuses
     a row, and where none is left.
 
     columns   of the text and, of pairs, of the second text
     """
-    too_long, problems = 0, ErrorCollector()
-    ids, kinds, kept = [], [], []
+    problems = ErrorCollector()
+    ids, kinds, kept, too_long = [], [], [], []
     for start in range(0, len(rows), _BATCH):
         for i, (own, kind) in enumerate(_encoded(rows[start : start + _BATCH], columns, tokenizer), start):
             if len(own) > data.max_length:
-                too_long += 1
+                too_long.append(i)
                 if data.too_long == "refuse":
                     problems.add(f"{places[i]}: {len(own)} tokens, and data.max_length is {data.max_length}; raise it, or shorten the text")
                 if data.too_long != "truncate":
@@ -81,7 +81,11 @@ def text_inputs(
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     flat = [np.concatenate(part).astype(np.int32) for part in (ids, *([kinds] if kinds[0] is not None else []))]
     left = tokenizer.padding_side == "left"
-    return TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left), np.array(kept, np.int64), too_long
+    return (
+        TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left),
+        np.array(kept, np.int64),
+        np.array(too_long, np.int64),
+    )
 
 
 def _encoded(rows: Sequence[dict], columns: Sequence[str], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
