@@ -29,9 +29,9 @@ _SAID = (
     "tools",
     "teacher_context",
     "train",
-    "audio",
-    "text",
 )
+#: Likewise of sounds.
+_SAID_OF_SOUNDS = (*config.FORMATS["speech"].columns, "train")
 
 
 def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
@@ -72,7 +72,8 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
             problems.add(str(error) if isinstance(error, UserError) else f"{place}: {error}")
             continue
         mapped = {source.fields.get(name, name) for name in config.FORMATS[source.format].columns}
-        columns = {name: value for name, value in row.items() if name not in {*_SAID, MADE, *mapped, *source.ignore}}
+        said = _SAID_OF_SOUNDS if sounds else _SAID
+        columns = {name: value for name, value in row.items() if name not in {*said, MADE, *mapped, *source.ignore}}
         if bad_column := next((name for name, value in columns.items() if not _is_json(value)), None):
             fix = f"set ignore: [{', '.join([*source.ignore, bad_column])}] to leave it out"
             problems.add(f"{place}: {bad_column} holds what JSON has no form for; {fix}", alike=f"{bad_column} is no JSON")

@@ -28,11 +28,11 @@ def adds_up(done) -> bool:
 
 
 def test_rows_keep_their_columns_and_say_where_they_come_from(tmp_path):
-    rows = [{"instruction": "A?", "input": "x", "output": "old", "kind": "k", "n": 3}, {"instruction": "B?", "output": None}]
+    rows = [{"instruction": "A?", "input": "x", "output": "old", "kind": "k", "n": 3, "text": "t"}, {"instruction": "B?", "output": None}]
     done = run_make(write_make(tmp_path, ANSWER, rows))
     one, two = lines(tmp_path / "out" / "train.jsonl")
     assert one["messages"] == [{"role": "user", "content": "A?\n\nx"}, {"role": "assistant", "content": "To: A?\n\nx"}]
-    assert (one["kind"], one["n"]) == ("k", 3) and two["messages"][1]["content"] == "To: B?"
+    assert (one["kind"], one["n"], one["text"]) == ("k", 3, "t") and two["messages"][1]["content"] == "To: B?"
     assert one["made"].items() >= {"stage": "1_answer", "writer": "function", "finish": "stop"}.items() and len(one["made"]["parents"]) == 1
     assert adds_up(done)
 

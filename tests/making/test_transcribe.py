@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import soxr
@@ -19,6 +21,7 @@ from llmkd.config.make import load_make
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 from llmkd.making.asks import Answer, Ask
+from llmkd.making.filters.transcripts import WordErrors
 from llmkd.making.writers.command import ProgramWriter
 from llmkd.making.writers.recorded import RecordedWriter
 from llmkd.making.writers.writer import writer_of
@@ -27,7 +30,7 @@ from tests.kit.making import Function, lines, run_make, write_make
 from tests.kit.sequences import saved, speech_model, speech_rows
 
 TONES = (150, 700, 2000, 3500)
-TRANSCRIBE = [{"do": "transcribe"}]
+TRANSCRIBE, ANSWER, TEXT = [{"do": "transcribe"}], [{"do": "answer"}], {"seeds.format": "alpaca"}
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,19 @@ def test_a_model_writes_what_transformers_generates_and_sounds_that_cannot_be_re
     assert len(made) == 4 and len({row["text"] for row in made}) >= 3 and done.counts[0].reasons == {"no_answer": 2}
     said = " ".join(row["detail"] for row in lines(tmp_path / "local/out/rejected.jsonl"))
     assert "the clip is 1.00 s long, and the writer reads 1 s" in said and "cut.wav: the file is cut short" in said
+    assert writer.most == 47  # of 48 positions the decoder is given two tokens, and none follows the last
+    sounds = [{"role": "user", "content": row["made"]["sha256"]} for row in made]
+    asks = [Ask(key, (sounds[i],), Sampling(0.0, 6), audio=made[i]["audio"]) for i, key in enumerate("ab")]
+    ((ask, answer),) = writer.write(asks, {"a"})
+    assert ask is asks[1] and answer.text == made[1]["text"]
     changed = Ask("key", ({"role": "user", "content": "0" * 64},), Sampling(0.0, 6), audio=str(folder / "0.wav"))
     assert "the file was changed" in next(writer.write([changed], ()))[1].problem
     read = read_source(Source(path=str(tmp_path / "local/out/train.jsonl"), format="speech"), "data.train")
     assert [row["text"] for row in read.rows] == [row["text"] for row in made] and read.unread == Counter(speaker=4)
+    read_by = folder / "model/preprocessor_config.json"
+    read_by.write_text((before := read_by.read_text()).replace('"padding_value": 0.0', '"padding_value": 0.5'))
+    assert writer_of(settings.make.writer, lambda: "cpu", lambda: False, settings.sounds).identity != writer.identity
+    read_by.write_text(before)
     config = json.loads((folder / "model/generation_config.json").read_text())
     (folder / "model/generation_config.json").write_text(json.dumps(config | {"is_multilingual": True}))
     with pytest.raises(UserError, match=r"writer.target_prefix: not given, and the model knows several languages"):
@@ -103,14 +115,15 @@ SAYS = ["la la la la", "one, two: three FOUR", "one too three four", "", Answer(
 
 def test_transcripts_are_asked_by_their_sounds_and_kept_below_a_word_error_rate(folder, tmp_path, capsys):
     """Of four words: four errors, none, one, no transcript, two missing; and a row with none of its own."""
-    rows = [{"audio": f"{i}.wav", "text": "one two three four"} for i in range(5)] + [{"audio": "5.wav", "text": None}]
+    rows = [{"audio": f"{i}.wav", "text": "one two three four", "prompt": f"of {i}"} for i in range(5)] + [{"audio": "5.wav", "text": None}]
     names = {hashlib.sha256((folder / f"{i}.wav").read_bytes()).hexdigest(): i for i in range(6)}
     writer = Function(lambda ask: SAYS[names[ask.messages[0]["content"]]])
     stages = [*TRANSCRIBE, {"do": "keep", "wer_below": 0.26, "finish": "stop"}]
     path = written(folder, tmp_path / "kept", stages, rows)
     done = run_make(path, writer)
     assert [one.reasons for one in done.counts[:2]] == [{"empty": 1}, {"cut_off": 1, "word_errors": 1}]
-    assert [row["text"] for row in lines(tmp_path / "kept/out/train.jsonl")] == [SAYS[1], SAYS[2], SAYS[5]]
+    kept = [(row["text"], row.get("prompt")) for row in lines(tmp_path / "kept/out/train.jsonl")]
+    assert kept == [(SAYS[1], "of 1"), (SAYS[2], "of 2"), (SAYS[5], None)]
     said = capsys.readouterr().err
     assert "word error rate (basic) 0.417 of 3 transcripts, 0.125 of the 2 below 0.26" in said and "1 row of 4 have no transcript" in said
     rejected = {row["reason"]: row for row in lines(tmp_path / "kept/out/rejected.jsonl")}
@@ -138,6 +151,11 @@ def test_transcripts_are_asked_by_their_sounds_and_kept_below_a_word_error_rate(
         run_make(path, Function(), stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.1}], seeds__where={"text": None})
 
 
+def test_of_a_reference_without_a_word_a_transcript_without_one_stays():
+    found = WordErrors(0.5, None).reasons([("...", ""), ("...", "la"), ("one", "one"), (None, "la")], "keep")
+    assert [one and one[0] for one in found] == [None, "word_errors", None, None]
+
+
 def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folder, tmp_path, monkeypatch):
     (clips := tmp_path / "clips" / "deep").mkdir(parents=True)
     for name in ("1_ann.wav", "2_bob.wav"):
@@ -156,6 +174,9 @@ def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folde
     with pytest.raises(UserError) as caught:
         run_make(written(folder, tmp_path / "bad", TRANSCRIBE, bad))
     assert len(caught.value.problems) == 3 and "bad.jsonl:1: " in str(caught.value) and "No such file" in str(caught.value)
+    pq.write_table(pa.table({"audio": [(folder / "0.wav").read_bytes()]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match="bytes.parquet:1: audio holds bytes, and train.jsonl names files"):
+        run_make(path, seeds__path=str(tmp_path / "bytes.parquet"))
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stages.1 \(keep\): wer_below: needs jiwer"):
         patch.setitem(sys.modules, "jiwer", None)
         run_make(path, stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.1}])
@@ -166,6 +187,14 @@ def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folde
     [
         ({"seeds.format": "alpaca"}, "stages.0: is transcribe, and no seeds are sounds"),
         ({"stages": [{"do": "answer"}]}, "stages.0: is answer, which reads no sounds"),
+        ({"stages": [*TRANSCRIBE, *TRANSCRIBE]}, "stages.1: is a second transcribe"),
+        (
+            {"seeds": [{"path": "a.jsonl", "format": "speech"}, {"path": "b.jsonl"}]},
+            "seeds.1.format: found alpaca with others of format speech",
+        ),
+        ({"stages": [*TRANSCRIBE, {"do": "keep", "balance": {"max_share": 0.5}}]}, "balance: set without a column for sounds"),
+        ({**TEXT, "stages": [*ANSWER, {"do": "keep", "wer_below": 0.1}]}, "stages.1.wer_below: set, and no seeds are sounds"),
+        ({**TEXT, "stages": ANSWER, "writer.target_prefix": "<|en|>"}, "writer.target_prefix: set, and no seeds are sounds"),
         ({"stages": [{"do": "keep", "wer_below": 0.1}, *TRANSCRIBE]}, "wer_below: set before the stage transcribe"),
         ({"stages": [*TRANSCRIBE, {"do": "keep", "wer_normaliser": "none"}]}, "wer_normaliser: set without wer_below"),
         ({"stages": [*TRANSCRIBE, {"do": "keep", "near_duplicate": 0.7}]}, "near_duplicate: set for sounds.*near_duplicate_of: answer"),
