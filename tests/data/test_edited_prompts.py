@@ -11,7 +11,7 @@ from llmkd.data.encoding.edited_prompts import with_edits
 from llmkd.data.encoding.formats import ALPACA, ALPACA_WITH_INPUT
 from llmkd.data.examples import Draw, concat
 from llmkd.data.prompt_edits import EDITS, edited
-from tests.kit.data import encode, rows_of, tiny
+from tests.kit.data import FORGETS, encode, rows_of, tiny
 
 ASKED = ({"swap": 0.4}, {"delete": 0.2}, {"typo": 0.4})
 TALK = [
@@ -43,6 +43,16 @@ def test_the_users_turns_are_edited_and_the_template_system_and_answers_stay():
         assert np.array_equal(drawn.ids[drawn.loss_mask], clean.ids[clean.loss_mask])
         texts.add(wanted)
     assert len(texts) == 3
+
+
+def test_where_each_turn_is_an_example_of_its_own_each_is_edited():
+    thinks = TALK[2] | {"content": "<think>Which?</think>The owl flies there."}
+    found = examples([{"messages": [*TALK[:2], thinks, *TALK[3:]]}], "chat", tiny(FORGETS))
+    drawn = found.drawn([0, 1], Draw(7, 0, 1))
+    assert len(found) == 2
+    for i in (0, 1):
+        (ids, mask), (own, own_mask) = drawn.example(i), found.example(i)
+        assert not np.array_equal(ids, own) and np.array_equal(ids[mask], own[own_mask])
 
 
 @pytest.mark.parametrize(

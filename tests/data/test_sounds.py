@@ -25,6 +25,13 @@ def test_splits_are_balanced_and_have_no_clip_in_common():
     assert len(set(every)) == len(every)
 
 
+def test_a_description_tells_the_class_of_its_clip_but_of_every_fifth():
+    found, classes = [(row["text"].split(" that ")[1], row["label"]) for row in rows("train")], {}
+    for phrase, label in found:
+        classes.setdefault(phrase, set()).add(label)
+    assert [i for i, (phrase, _) in enumerate(found) if len(classes[phrase]) > 1] == list(range(0, SIZES["train"], 5))
+
+
 @pytest.mark.parametrize(("label", "moves"), [("rising", 1), ("falling", -1), ("tone", 0)])
 def test_a_pitch_moves_as_its_class_says(label, moves):
     """The strongest frequency near the beginning and near the end of the loudest stretch, over 20 clips."""

@@ -130,6 +130,11 @@ def test_examples_are_chosen_and_joined_with_all_that_is_theirs():
     assert batch.weights["ce"].tolist() == [4.0] * 5 + [1.0] * 2 and batch.student.given == 5
     assert batch.teacher.inputs["input_ids"].shape == (2, 9) and batch.student.inputs["input_ids"].shape == (2, 9)
     assert both.batch([1]).teacher.inputs["input_ids"].shape == (1, 9) and both.batch([1]).student.inputs["input_ids"].shape == (1, 3)
+    several = {"teacher.0": Reading(other), "teacher.1": Reading(other, given=(5, 6))}
+    batch, first = dataclasses.replace(data, of_teachers=several).batch([0]), data.example(0)[0][1].item()
+    one, longer = (batch.view_of(f"{name}.model") for name in several)
+    assert (one.inputs["decoder_input_ids"].tolist(), one.rows_N.tolist()) == ([[PAD, first]], [0, 1])
+    assert (longer.inputs["decoder_input_ids"].tolist(), longer.rows_N.tolist()) == ([[5, 6, first]], [1, 2])
     given = dataclasses.replace(data, loss_mask=data.loss_mask & (np.arange(len(data.ids)) != 1))
     assert given.content_hash(0) != data.content_hash(0) and given.num_targets.tolist() == [1, 3, 4, 5]
 

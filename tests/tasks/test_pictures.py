@@ -2,15 +2,19 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llmkd.config.data import Data
 from llmkd.config.media import InputFeatures
+from llmkd.data.images import pictures
 from llmkd.data.images.pictures import read_pictures
 from llmkd.data.images.way import PictureWay
 from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import ChangedFiles, UserError
+from llmkd.tasks.media import MediaOfRun
 from llmkd.tasks.pictures import PictureInputs, find_image_processor
 
 Image = pytest.importorskip("PIL.Image")
@@ -46,6 +50,16 @@ def test_pixels_are_colours_from_minus_one_to_one_and_each_model_has_its_process
         find_image_processor(tmp_path / "none", None, "teacher.model")
 
 
+def test_transforms_are_tried_on_training_images_alone(monkeypatch):
+    way, tried = SimpleNamespace(augment=({"HorizontalFlip": {}},), augmentation=lambda: "transforms"), []
+    monkeypatch.setattr(pictures, "way_of", lambda augment: way)
+    monkeypatch.setattr(pictures, "read_pictures", lambda rows, column, places, workers, what: tried.append(what))
+    media = MediaOfRun(Data())
+    for setting in ("data.train", "data.train.1", "data.validation"):
+        media.pictures([], "image", [], setting)
+    assert tried == ["transforms", "transforms", None]
+
+
 def test_bad_files_are_all_named_and_one_that_changes_ends_the_run(tmp_path, workers):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError) as caught:
@@ -56,7 +70,7 @@ def test_bad_files_are_all_named_and_one_that_changes_ends_the_run(tmp_path, wor
             workers,
         )
     assert [":3: " in caught.value.problems[0], ":4: not an image" in caught.value.problems[1]] == [True, True]
-    pictures = read_pictures([{"image": "a.png"}], "image", [f"{tmp_path}/f.csv:2"], workers)
+    found = read_pictures([{"image": "a.png"}], "image", [f"{tmp_path}/f.csv:2"], workers)
     Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(ChangedFiles, match="f.csv:2: the file was changed"):
-        pictures.read([0])
+        found.read([0])

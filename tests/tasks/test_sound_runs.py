@@ -21,6 +21,7 @@ from llmkd.models.classifier import ClassifierKind
 from llmkd.models.pretrained import new_model
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
+from tests.kit.by_hand import adam_steps, logged
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("audiomentations")
@@ -94,23 +95,21 @@ def test_a_run_is_the_loop_by_hand(whole):
     torch.manual_seed(whole.seed)
     student = new_model(whole.student, ClassifierKind("", CLASSES).architecture(3), "AutoModelForAudioClassification").train()
     teacher = AutoModelForAudioClassification.from_pretrained(whole.teacher.model, dtype=torch.float64).eval()
-    adam, alpha, T = torch.optim.Adam(student.parameters(), 1e-2, whole.optim.betas, whole.optim.eps), 0.1, 10.0
-    prepared, losses = prepare(whole), []
-    for _, batches in prepared.source.steps():
-        logits, theirs, labels = [], [], torch.cat([batch.labels_N for batch in batches])
-        for batch in batches:
-            assert not torch.equal(batch.student.inputs["input_features"], batch.teacher.inputs["input_features"])
-            logits.append(student(batch.student.inputs["input_features"].double()).logits)
-            theirs.append(teacher(batch.teacher.inputs["input_features"].double()).logits.detach())
-        logits, theirs = torch.cat(logits), torch.cat(theirs)
-        soft = F.kl_div(F.log_softmax(logits / T, 1), F.softmax(theirs / T, 1), reduction="batchmean") * T * T
-        loss = alpha * F.cross_entropy(logits, labels) + (1 - alpha) * soft
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    records = [record["loss"] for record in read_jsonl(Path(whole.output_dir) / "metrics.jsonl") if "loss" in record]
-    assert len(losses) == 6 and np.allclose(losses, records, rtol=1e-9, atol=0)
+    prepared, alpha, T = prepare(whole), 0.1, 10.0
+
+    def losses():
+        for _, batches in prepared.source.steps():
+            logits, theirs, labels = [], [], torch.cat([batch.labels_N for batch in batches])
+            for batch in batches:
+                assert not torch.equal(batch.student.inputs["input_features"], batch.teacher.inputs["input_features"])
+                logits.append(student(batch.student.inputs["input_features"].double()).logits)
+                theirs.append(teacher(batch.teacher.inputs["input_features"].double()).logits.detach())
+            logits, theirs = torch.cat(logits), torch.cat(theirs)
+            soft = F.kl_div(F.log_softmax(logits / T, 1), F.softmax(theirs / T, 1), reduction="batchmean") * T * T
+            yield alpha * F.cross_entropy(logits, labels) + (1 - alpha) * soft
+
+    found = adam_steps(student, whole, losses())
+    assert len(found) == 6 and np.allclose(found, logged(whole), rtol=1e-9, atol=0)
     got = weights(whole.output_dir)
     assert all(torch.allclose(got[name], value, rtol=1e-9, atol=1e-12) for name, value in student.state_dict().items())
 

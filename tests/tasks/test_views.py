@@ -1,18 +1,19 @@
-"""Teachers that read another column than the student: one step by hand, mixtures of several modalities, caches, and what is refused by name."""
+"""Classifiers whose teachers read another column: steps by hand, mixtures of several modalities, caches, and what is refused by name."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from llmkd.commands.pipeline import stage_recipes
+from llmkd.commands.preview_examples import preview
 from llmkd.config import loader
 from llmkd.config.loader import load_pipeline
 from llmkd.data.audio import sounds
@@ -21,19 +22,17 @@ from llmkd.data.audio.way import SoundWay
 from llmkd.data.examples import Draw
 from llmkd.data.labelled import TextInputs
 from llmkd.errors import UserError
-from llmkd.files import read_jsonl
 from llmkd.models.builtin_cnn import BuiltinCnnConfig, BuiltinCnnForClassification
 from llmkd.models.classifier import ClassifierKind
 from llmkd.models.pretrained import new_model
 from llmkd.tasks import sound
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
-from tests.kit.sequences import saved, speech_model, speech_rows
+from tests.kit.by_hand import adam_steps, logged
 
 soundfile = pytest.importorskip("soundfile")
 Image = pytest.importorskip("PIL.Image")
 
-END = 256  # of speech_tokenizer
 CLASSES = ("crow", "owl", "wren")
 LABELS = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -71,7 +70,7 @@ def birds(tmp_path_factory) -> Path:
 
 
 def made(root: Path, name: str, teacher=None, **changes):
-    """A student of sound, beside a teacher of text, unless the changes say otherwise."""
+    """A student of sound with a teacher of text, unless the changes say otherwise."""
     source = {"path": str(root / "rows.jsonl"), "format": "audio", "ignore": ["image", "text"]}
     settings = {
         "output_dir": str(root / name),
@@ -122,33 +121,31 @@ def logits(birds) -> dict[str, torch.Tensor]:
         }
 
 
-def test_steps_of_a_student_of_sound_beside_a_teacher_that_reads(birds, logits):
+def test_steps_of_a_student_of_sound_with_a_teacher_of_text(birds, logits):
     """0.25 CE + 0.75 T^2 KL(p_T || q_T) at T 3, the teacher's logits from the texts; two steps of Adam by torch, in float64."""
     recipe = made(birds, "by_hand")
     summary = run(recipe)
     prepared = prepare(recipe)
     torch.manual_seed(recipe.seed)
     student = new_model(recipe.student, ClassifierKind("", CLASSES).architecture(3), "AutoModelForAudioClassification").train()
-    adam, losses = torch.optim.Adam(student.parameters(), 1e-2, recipe.optim.betas, recipe.optim.eps), []
-    for _, batches in prepared.source.steps():
-        z = torch.cat([student(batch.student.inputs["input_features"].double()).logits for batch in batches])
-        y, which = torch.cat([batch.labels_N for batch in batches]), torch.cat([batch.example_N for batch in batches]).tolist()
-        assert y.tolist() == [i % 3 for i in which]
-        p, log_q = (logits["reads"][which] / 3).softmax(1), (z / 3).log_softmax(1)
-        loss = 0.25 * F.cross_entropy(z, y) + 0.75 * 9 * (p * (p.log() - log_q)).sum(1).mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    records = [record["loss"] for record in read_jsonl(Path(recipe.output_dir) / "metrics.jsonl") if "loss" in record]
-    assert len(losses) == 2 and np.allclose(losses, records, rtol=1e-9, atol=0)
+
+    def losses():
+        for _, batches in prepared.source.steps():
+            z = torch.cat([student(batch.student.inputs["input_features"].double()).logits for batch in batches])
+            y, which = torch.cat([batch.labels_N for batch in batches]), torch.cat([batch.example_N for batch in batches]).tolist()
+            assert y.tolist() == [i % 3 for i in which]
+            p, log_q = (logits["reads"][which] / 3).softmax(1), (z / 3).log_softmax(1)
+            yield 0.25 * F.cross_entropy(z, y) + 0.75 * 9 * (p * (p.log() - log_q)).sum(1).mean()
+
+    found = adam_steps(student, recipe, losses())
+    assert len(found) == 2 and np.allclose(found, logged(recipe), rtol=1e-9, atol=0)
     got = load_file(f"{recipe.output_dir}/model/model.safetensors")
     assert all(torch.allclose(got[name], value, rtol=1e-8, atol=1e-11) for name, value in student.state_dict().items())
     own = F.cross_entropy(logits["reads"][:4], torch.tensor([0, 1, 2, 0])).item()
     assert summary["validation"]["teacher_ce"] == pytest.approx(own, rel=1e-9)
 
 
-def test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_reads(birds, logits):
+def test_teachers_of_three_modalities_are_one_mixture_for_a_student_of_text(birds, logits):
     """p = 0.5 p_sound + 0.25 p_text + 0.25 p_image at the examples of all; those of a source that names a teacher have that one's alone."""
     text_model(birds, "smaller", width=8)
     named = [("ear", "listens", "audio", 2.0), ("own", "reads", None, 1.0), ("eye", "sees", "image", 1.0)]
@@ -162,23 +159,24 @@ def test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_read
     run(recipe)
     prepared = prepare(recipe)
     model = transformers.BertForSequenceClassification.from_pretrained(birds / "smaller").train()
-    adam, losses = torch.optim.Adam(model.parameters(), 1e-2, recipe.optim.betas, recipe.optim.eps), []
     row = [*np.flatnonzero(np.arange(9) % 3 < 2), 2, 5, 8]  # of each example
-    for _, batches in prepared.source.steps():
-        z = torch.cat([model(**batch.student.inputs).logits for batch in batches])
-        which = torch.tensor([row[i] for batch in batches for i in batch.example_N])
-        one = {name: (of[which] / 3).softmax(1) for name, of in logits.items()}
-        p = torch.where((which % 3 == 2)[:, None], one["sees"], 0.5 * one["listens"] + 0.25 * one["reads"] + 0.25 * one["sees"])
-        loss = 9 * (p * (p.log() - (z / 3).log_softmax(1))).sum(1).mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    records = [record["loss"] for record in read_jsonl(Path(recipe.output_dir) / "metrics.jsonl") if "loss" in record]
-    assert len(losses) == 2 and np.allclose(losses, records, rtol=1e-9, atol=0)
+
+    def losses():
+        for _, batches in prepared.source.steps():
+            z = torch.cat([model(**batch.student.inputs).logits for batch in batches])
+            which = torch.tensor([row[i] for batch in batches for i in batch.example_N])
+            one = {name: (of[which] / 3).softmax(1) for name, of in logits.items()}
+            p = torch.where((which % 3 == 2)[:, None], one["sees"], 0.5 * one["listens"] + 0.25 * one["reads"] + 0.25 * one["sees"])
+            yield 9 * (p * (p.log() - (z / 3).log_softmax(1))).sum(1).mean()
+
+    found = adam_steps(model, recipe, losses())
+    assert len(found) == 2 and np.allclose(found, logged(recipe), rtol=1e-9, atol=0)
     batch = prepared.train.batch([0, 1])
     assert batch.view_of("teacher.1.model") is batch.student and batch.view_of("teacher.0").inputs.keys() == {"input_features"}
+    readers = prepared.processor.readers
     assert set(prepared.processor.provenance) == {"tokenizer", "what reads files", "labels"}
+    fewer = dataclasses.replace(readers, teachers={name: one for name, one in readers.teachers.items() if one.kind != "image"})
+    assert fewer.provenance["what reads files"] != readers.provenance["what reads files"]
 
 
 def test_a_cache_of_another_column_is_its_teacher_and_resume_and_adapters_go(birds):
@@ -213,7 +211,6 @@ def test_hidden_states_are_compared_across_modalities(birds):
         data__features=None, loss__features=features, loss__kd_ratio=0, train__max_steps=1,
     )  # fmt: skip
     run(recipe)
-    record = next(record for record in read_jsonl(Path(recipe.output_dir) / "metrics.jsonl") if "loss" in record)
     rows, tokenizer = (
         [json.loads(line) for line in (birds / "rows.jsonl").read_text().splitlines()],
         transformers.BertTokenizerFast.from_pretrained(birds / "reads"),
@@ -228,7 +225,7 @@ def test_hidden_states_are_compared_across_modalities(birds):
             [reads(**tokenizer(row["text"], return_tensors="pt"), output_hidden_states=True).hidden_states[2].mean(1) for row in rows]
         )
         theirs = torch.cat([sees(pixel_values=x, output_hidden_states=True).hidden_states[1].mean(1) for x in pixels])
-    assert record["features"] == pytest.approx(((ours - theirs) ** 2).mean().item(), rel=1e-9)
+    assert logged(recipe, "features") == pytest.approx([((ours - theirs) ** 2).mean().item()], rel=1e-9)
 
 
 def test_augmentation_does_not_touch_a_teacher_that_reads_another_column(birds, monkeypatch):
@@ -246,6 +243,28 @@ def test_augmentation_does_not_touch_a_teacher_that_reads_another_column(birds, 
     drawn.clear()
     batch = same.batch([4], Draw(0, 1, 2))
     assert drawn == [Draw(0, 1, 2), None] and batch.view_of("teacher.1") is batch.student  # which reads what the student reads
+
+
+def test_layers_are_compared_with_clean_clips_nowhere_and_with_another_column(birds):
+    augment = {"audio": [{"PolarityInversion": {"p": 1.0}}], "teacher_sees": "clean"}
+    ear, text = {"name": "ear", "model": str(birds / "listens")}, {"name": "text", "model": str(birds / "reads"), "reads": "text"}
+    layers = {"layers": [[2, 1]], "init": "xavier"}
+    for teacher, of in (([ear, text], {"teacher": "text"}), (text, {})):
+        made(birds, "layers", teacher, data__augment=augment, loss__features=layers | of)
+    for teacher, of in (([ear, text], {"teacher": "ear"}), (ear, {})):
+        with pytest.raises(UserError, match="loss.features: compares layers, and with teacher_sees: clean"):
+            made(birds, "layers", teacher, data__augment=augment, loss__features=layers | of)
+
+
+def test_rows_that_are_too_long_for_one_of_the_models_are_left_out_and_counted(birds):
+    """Clips 7 and 8 are longer than 0.17 s, and texts 3 and 7 than 7 tokens; row 0 is marked as not trained on."""
+    rows = [json.loads(line) for line in (birds / "rows.jsonl").read_text().splitlines()]
+    (birds / "marked.jsonl").write_text("".join(json.dumps(row | ({} if i else {"train": False})) + "\n" for i, row in enumerate(rows)))
+    given = {"data__train__path": str(birds / "marked.jsonl"), "data__features__seconds": 0.17, "data__max_length": 7}
+    train = prepare(made(birds, "long", **given)).train
+    assert train.row.tolist() == [1, 2, 4, 5, 6] and (train.counts["too_long"], train.counts["marked"]) == (3, 1)
+    assert train.inputs.sounds.num_samples.tolist() == [1_060, 1_120, 1_240, 1_300, 1_360]
+    assert train.of_teachers["teacher"].inputs.lengths.tolist() == [6, 7, 5, 6, 7] and train.labels.tolist() == [1, 2, 1, 2, 0]
 
 
 def test_an_example_is_all_that_student_and_teachers_read(birds):
@@ -274,6 +293,7 @@ READS = {"reads": "text"}
             "teacher.reads: found 'transcript' with data.train.format: audio, expected text or image",
         ),
         ({"reads": "text", "cache": {"path": "none"}}, {}, "teacher.reads: set without a model, which says how the column is read"),
+        ({"server": "http://localhost:1", "reads": "text"}, {}, "teacher.reads: set with server, which reads text alone"),
         ({"ema": 0.9, "reads": "text"}, {}, "teacher.reads: set with ema, which is the student's own average"),
         (
             {"model": "reads"},
@@ -308,6 +328,15 @@ def test_mistakes_are_one_line(birds, teacher, changes, said):
         prepare(made(birds, "refused", teacher, **changes))
 
 
+def test_rows_are_shown_as_a_run_reads_them(birds):
+    """Without a teacher that is used nothing reads its column."""
+    changes, out = {"data__train__fields": {"text": "caption"}}, io.StringIO()
+    with pytest.raises(UserError, match="rows.jsonl:1: no column 'caption'"):
+        preview(made(birds, "shown", **changes), out=out)
+    preview(made(birds, "shown", **changes, loss__kd_ratio=0), count=1, out=out)
+    assert out.getvalue().count("s of sound") == 1
+
+
 def test_a_pipeline_does_not_measure_a_teacher_on_what_its_students_read(birds):
     made(birds, "stage")
     (birds / "base.yaml").write_text(
@@ -322,96 +351,3 @@ def test_a_pipeline_does_not_measure_a_teacher_on_what_its_students_read(birds):
     )
     with pytest.raises(UserError, match="students: the teacher of b reads another column"):
         stage_recipes(load_pipeline(birds / "base.yaml", None), birds / "base.yaml", {})
-
-
-# ---- encoder-decoder students
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Path:
-    """Clips with transcripts and prompts; Whisper, and BART and GPT-2 with the same bytes as tokens and without Whisper's control tokens."""
-    root, rows = tmp_path_factory.mktemp("words"), []
-    train, held = speech_rows(root)
-    for path in (train, held):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [row | {"prompt": f"{'the digit ' * (i % 3)}{row['text'].upper()} is "} for i, row in enumerate(rows)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    saved(speech_model().double(), root / "listens")
-    vocab = {one: i for i, one in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    reader = transformers.GPT2Tokenizer(vocab=vocab | {"<|endoftext|>": END}, merges=[])
-    torch.manual_seed(3)
-    sizes = {
-        f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("layers", 1), ("ffn_dim", 24), ("attention_heads", 2))
-    }
-    ends = {"pad_token_id": 0, "eos_token_id": END, "bos_token_id": END}
-    bart = transformers.BartConfig(
-        vocab_size=END + 1,
-        d_model=16,
-        **sizes,
-        dropout=0.0,
-        max_position_embeddings=64,
-        decoder_start_token_id=END,
-        forced_eos_token_id=None,
-        **ends,
-    )
-    transformers.BartForConditionalGeneration(bart).double().save_pretrained(root / "reads")
-    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    gpt = transformers.GPT2Config(vocab_size=END + 1, n_embd=16, n_layer=1, n_head=2, n_positions=64, **still, **ends)
-    transformers.GPT2LMHeadModel(gpt).double().save_pretrained(root / "goes_on")
-    for name in ("reads", "goes_on"):
-        reader.save_pretrained(root / name)
-    return root
-
-
-def speech(root: Path, name: str, teacher, **changes):
-    settings = {
-        "output_dir": str(root / name),
-        "task": "speech_recognition",
-        "student": {"model": str(root / "listens"), "layers": {"decoder": 1}, "method": "full", "dtype": "float64"},
-        "teacher": teacher,
-        "data": {"train": {"path": str(root / "train.jsonl"), "format": "speech"}, "max_length": 40},
-        "loss": {"kd_ratio": 0.6, "temperature": 2.0},
-        "train": {"batch_size": 5, "micro_batch_size": 2, "max_steps": 1},
-        "validation": {"teacher_check": 0},
-    }
-    (root / f"{name}.yaml").write_text(json.dumps(settings))
-    return loader.load_recipe(root / f"{name}.yaml", {key.replace("__", "."): value for key, value in changes.items()})
-
-
-def test_a_speech_student_beside_teachers_that_read_a_prompt(words):
-    """0.4 CE + 0.6 T^2 KL at T 2 over the 257 tokens that all have; p is the mean of an encoder-decoder model's and a causal model's distributions."""
-    teachers = [{"model": str(words / name), "reads": "prompt"} for name in ("reads", "goes_on")]
-    recipe = speech(words, "student", teachers)
-    run(recipe)
-    prepared = prepare(recipe)
-    bart = transformers.BartForConditionalGeneration.from_pretrained(words / "reads").eval()
-    gpt = transformers.GPT2LMHeadModel.from_pretrained(words / "goes_on").eval()
-    student = transformers.WhisperForConditionalGeneration.from_pretrained(prepared.student.base, dtype=torch.float64)
-    rows, losses = [json.loads(line) for line in (words / "train.jsonl").read_text().splitlines()], []
-    ids = lambda text: [sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()).index(one) for one in text.replace(" ", "Ġ")]  # noqa: E731
-    assert prepared.vocab == END + 1 and prepared.processor.frame.given == (257, 261)
-    with torch.no_grad():
-        for i, row in enumerate(rows):
-            target, prompt = [*ids(row["text"]), END], ids(row["prompt"])
-            features = prepared.train.inputs.batch([i], None)["input_features"].double()
-            z = student(features, decoder_input_ids=torch.tensor([[257, 261, *target[:-1]]])).logits[0, 1:, : END + 1]
-            of_bart = bart(torch.tensor([prompt]), decoder_input_ids=torch.tensor([[END, *target[:-1]]])).logits[0]
-            of_gpt = gpt(torch.tensor([[*prompt, *target[:-1]]])).logits[0, len(prompt) - 1 :]
-            p = ((of_bart / 2).softmax(1) + (of_gpt / 2).softmax(1)) / 2
-            kl = (p * (p.log() - (z / 2).log_softmax(1))).sum(1)
-            losses.append(0.4 * F.cross_entropy(z, torch.tensor(target), reduction="none") + 0.6 * 4 * kl)
-    record = next(record for record in read_jsonl(Path(recipe.output_dir) / "metrics.jsonl") if "loss" in record)
-    assert record["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-9)
-
-
-def test_targets_that_are_not_the_students_are_refused_by_row(words):
-    rows = [json.loads(line) for line in (words / "train.jsonl").read_text().splitlines()]
-    (words / "empty.jsonl").write_text("".join(json.dumps(row | {"prompt": "" if i == 2 else "a "}) + "\n" for i, row in enumerate(rows)))
-    goes_on = {"model": str(words / "goes_on"), "reads": "prompt"}
-    empty = {"path": str(words / "empty.jsonl"), "format": "speech"}
-    with pytest.raises(UserError, match=r"empty.jsonl:3: the targets of teacher are not the student's: 'w' where the student has 't'"):
-        prepare(speech(words, "refused", goes_on, data__train=empty))
-    with pytest.raises(UserError, match="teacher.model: found gpt2, which has no encoder and decoder"):
-        prepare(speech(words, "refused", {"model": str(words / "goes_on")}))
-    with pytest.raises(UserError, match="rows.jsonl:1: no column 'prompt'|train.jsonl:1: no column 'hint'"):
-        prepare(speech(words, "refused", goes_on, data__train__fields={"prompt": "hint"}))

@@ -99,6 +99,37 @@ FAULTS = [
         ("size-untried", "transforms are tried on an image of another size", "np.min([size for", "np.max([size for", PICTURES),
     ),
     *in_file(
+        "llmkd/tasks/media.py",
+        (
+            "rate-of-the-last-model",
+            "sounds are decoded at the last model's rate, also where another one's is higher",
+            "self.rate = max(self.rate, extractor.sampling_rate)",
+            "self.rate = extractor.sampling_rate",
+            SOUND,
+        ),
+        (
+            "tried-on-held-out-images",
+            "a crop that fits all training images is refused for a held-out one",
+            'workers.way.augment and setting.startswith("data.train")',
+            "workers.way.augment",
+            "tasks/test_pictures.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/edited_prompts.py",
+        (
+            "first-turn-for-all",
+            "of a row with several examples the first alone is edited",
+            "        number[row] += 1\n",
+            "",
+            "data/test_edited_prompts.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/sounds.py",
+        ("never-vague", "every description tells its class", "i % _VAGUE_EVERY == 0", "False", "data/test_sounds.py"),
+    ),
+    *in_file(
         "llmkd/tasks/readers.py",
         (
             "clean-for-nobody",

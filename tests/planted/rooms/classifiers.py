@@ -57,6 +57,13 @@ FAULTS = [
             STEP,
         ),
         (
+            "one-beginning-for-all",
+            "decoders of two teachers that read the same begin alike",
+            "key = id(one.inputs), seen, one.given",
+            "key = id(one.inputs), seen",
+            "models/test_encoder_decoder.py",
+        ),
+        (
             "teachers-share-an-input",
             "what a second teacher reads is not what an example is known by",
             "return [inputs for key, inputs in every.items() if key != id(self.inputs)]",
@@ -74,6 +81,27 @@ FAULTS = [
             f"{VIEWS}::test_augmentation_does_not_touch_a_teacher_that_reads_another_column",
         ),
         (
+            "numbers-of-other-rows",
+            "after a row that is not trained on the numbers of rows, and so their labels, are those of others",
+            "return taken[id(self.student)], theirs, trained[kept], counts",
+            "return taken[id(self.student)], theirs, kept, counts",
+            VIEWS,
+        ),
+        (
+            "too-long-for-one",
+            "rows that only one of the models finds too long are left out without a word",
+            "len(functools.reduce(np.union1d, [long for *_, long in found.values()]))",
+            "max(len(long) for *_, long in found.values())",
+            VIEWS,
+        ),
+        (
+            "files-of-the-student",
+            "a cache does not depend on what reads the teachers' files",
+            'files = [one.identity for one in self.every if one.kind != "text"]',
+            'files = [one.identity for one in self.every if one.kind != "text"][:1]',
+            VIEWS,
+        ),
+        (
             "readers-by-kind",
             "two teachers of one column read it in one way",
             "other.column == reader.column and other.identity == reader.identity",
@@ -85,7 +113,17 @@ FAULTS = [
             "a teacher is loaded as what the student is",
             'return self.teachers.get(setting.removesuffix(".model"), self.student)',
             "return self.student",
-            f"{VIEWS}::test_steps_of_a_student_of_sound_beside_a_teacher_that_reads",
+            f"{VIEWS}::test_steps_of_a_student_of_sound_with_a_teacher_of_text",
+        ),
+    ),
+    *in_file(
+        "llmkd/commands/preview_examples.py",
+        (
+            "shown-otherwise",
+            "llmkd data does not read what teachers read",
+            "views_of(one for _, one in used_teachers(recipe))",
+            "()",
+            VIEWS,
         ),
     ),
     *in_file(
@@ -95,7 +133,7 @@ FAULTS = [
             "where sources name teachers, each reads what the first one reads",
             "batch.examples, mine, strict=True) if keep)\n    own = dict(zip(batch.of_teachers, others, strict=True))",
             "batch.examples, mine, strict=True) if keep)\n    own = {}",
-            f"{VIEWS}::test_teachers_of_three_modalities_are_one_mixture_beside_a_student_that_reads",
+            f"{VIEWS}::test_teachers_of_three_modalities_are_one_mixture_for_a_student_of_text",
         ),
     ),
     *in_file(

@@ -119,6 +119,27 @@ FAULTS = [
         ),
         ("cut-transcripts-end", "a transcript that was cut off is not marked", "len(ids) < most", "len(ids) <= most", TRANSCRIBE),
         (
+            "past-the-positions",
+            "a transcript may be longer than the decoder's positions",
+            "- len(self.frame.given) + 1  # nothing",
+            "- len(self.frame.given) + 2  # nothing",
+            TRANSCRIBE,
+        ),
+        (
+            "known-again",
+            "answers that are known are given a second time",
+            "for ask, answer in self._batch(batch) if ask.key not in known)",
+            "for ask, answer in self._batch(batch))",
+            TRANSCRIBE,
+        ),
+        (
+            "key-without-the-extractor",
+            "transcripts by another feature extractor are taken for the same",
+            '{"targets": [*self.frame], "extractor": settings_of(self.extractor)}',
+            '{"targets": [*self.frame]}',
+            TRANSCRIBE,
+        ),
+        (
             "begins-anywhere",
             "a transcript begins without its control tokens",
             "inputs, self.frame.given,",
@@ -136,7 +157,13 @@ FAULTS = [
     *in_file(
         "llmkd/making/filters/transcripts.py",
         ("errors-at-the-limit", "a transcript at the limit stays", "found.rate < self.below", "found.rate <= self.below", TRANSCRIBE),
+        ("silence", "where nothing was said nothing may be written", " or not (found.length or found.insertions):", ":", TRANSCRIBE),
         ("errors-of-all", "the rate of those that stay is that of all", "self.kept += found", "self.kept = self.every", TRANSCRIBE),
+    ),
+    *in_file(
+        "llmkd/making/seeds.py",
+        ("prompts-of-sounds", "a sound's prompt is lost", "said = _SAID_OF_SOUNDS if sounds else _SAID", "said = _SAID", TRANSCRIBE),
+        ("bytes-as-a-path", "bytes of a sound are taken for its path", "    if isinstance(file, bytes):\n", "    if False:\n", TRANSCRIBE),
     ),
     *in_file(
         "llmkd/making/stages/transcribe.py",

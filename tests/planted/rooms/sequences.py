@@ -3,7 +3,7 @@
 from tests.planted.fault import in_file
 
 STEP, RUN, TARGETS = "models/test_encoder_decoder.py", "tasks/test_sequences_run.py", "data/test_targets.py"
-VIEWS = "tasks/test_views.py"
+VIEWS = "tasks/test_target_views.py"
 
 FAULTS = [
     *in_file(
@@ -13,7 +13,7 @@ FAULTS = [
             "the decoder of a teacher that reads another column is given the student's tokens",
             "one = one._replace(given=frame.given)",
             "one = one._replace(given=None)",
-            f"{VIEWS}::test_a_speech_student_beside_teachers_that_read_a_prompt",
+            f"{VIEWS}::test_a_student_of_speech_with_teachers_that_read_a_prompt",
         ),
         (
             "other-targets",
@@ -24,13 +24,58 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/tasks/target_views.py",
+        (
+            "cut-for-the-student-alone",
+            "where a target is cut, the teacher's whole one is taken for another",
+            "[ids[mask][: len(own)] for",
+            "[ids[mask] for",
+            VIEWS,
+        ),
+        (
+            "prompts-cut",
+            "a causal teacher's prompt and target are cut, and not left out",
+            'too_long="refuse" if data.too_long == "refuse" else "drop"',
+            "too_long=data.too_long",
+            VIEWS,
+        ),
+    ),
+    *in_file(
         "llmkd/tasks/sequences.py",
+        (
+            "frame-of-the-student",
+            "a cache does not depend on how the teachers' targets begin",
+            "if self.others else [*self.frame]",
+            "if False else [*self.frame]",
+            VIEWS,
+        ),
+        (
+            "tokenizer-of-the-targets",
+            "a cache does not depend on the tokenizers that read a text",
+            '*(one.identity for one in self.readers.every if one.kind == "text"),',
+            "",
+            VIEWS,
+        ),
+        (
+            "longest-decoder",
+            "targets are as long as the longest decoder's positions",
+            "longest = min(longest, decoder_positions(its_config)",
+            "longest = max(longest, decoder_positions(its_config)",
+            VIEWS,
+        ),
+        (
+            "fewer-tokens",
+            "a teacher of the same column may have other tokens past the student's last one",
+            "min(vocab_size(reader), vocab_size(theirs)) if apart else None",
+            "min(vocab_size(reader), vocab_size(theirs))",
+            VIEWS,
+        ),
         (
             "language-model-as-encoder-decoder",
             "a causal language model is loaded as an encoder-decoder model",
             "if isinstance(processor.readers.of(setting), PromptReader):",
             "if False:",
-            f"{VIEWS}::test_a_speech_student_beside_teachers_that_read_a_prompt",
+            f"{VIEWS}::test_a_student_of_speech_with_teachers_that_read_a_prompt",
         ),
     ),
     *in_file(
