@@ -34,7 +34,7 @@ class InputFeatures:
 class Augment:
     audio: Transforms = fixed(
         (),
-        description="Of format audio: transforms of audiomentations, one after another, each by its own name and arguments: [{TimeStretch: {p: 0.5, min_rate: 0.9}}]. "
+        description="Of formats audio and speech: transforms of audiomentations, one after another, each by its own name and arguments: [{TimeStretch: {p: 0.5, min_rate: 0.9}}]. "
         "They are drawn anew for every clip in every epoch.",
     )
     image: Transforms = fixed(

@@ -70,7 +70,7 @@ class EncodedData:
 
 
 class Measures(Protocol):
-    """What validation takes down of each target, beside cross-entropy and the comparison with the teacher, and what follows from it.
+    """What validation takes down of each target, besides cross-entropy and the comparison with the teacher, and what follows from it.
 
     rows   the names of `of_rows`: summed over an example's targets, and the means over all are metrics
     kept   those of them that are no metrics themselves

@@ -68,7 +68,7 @@ def speech_model() -> transformers.WhisperForConditionalGeneration:
 
 
 class Frames:
-    """Random features of sounds, as `labelled.Inputs`."""
+    """Random features of sounds, as `data.inputs.Inputs`."""
 
     positions = False
 

@@ -1,4 +1,4 @@
-"""Marks and numbered lists: what is read of an answer, and why another is not."""
+"""Marks and numbered lists: how they are read from an answer, and why others are refused."""
 
 import pytest
 

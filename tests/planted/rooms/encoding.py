@@ -83,7 +83,7 @@ FAULTS = [
         "llmkd/data/encoding/formats.py",
         (
             "tools-of-a-text-prompt",
-            "tools beside a prompt of text are left out",
+            "tools with a prompt of text are left out",
             'conversation(_with_context(context, messages), tokenizer, row.get("tools"))',
             "conversation(_with_context(context, messages), tokenizer)",
             SHOWN,
@@ -176,7 +176,7 @@ FAULTS = [
         "llmkd/data/reading/row_checks.py",
         (
             "tools-in-plain-texts",
-            "tools beside a prompt without a template are left out",
+            "tools with a prompt that has no template are left out",
             'row.get("tools") and "a list of tools"',
             "False",
             SHOWN,

@@ -126,7 +126,7 @@ FAULTS = [
         ("terms-weight", "a term's weight is ignored", "Loss(self.factor * rows_n.sum(),", "Loss(rows_n.sum(),", "losses/test_head.py"),
         (
             "teacher-of-another",
-            "a student that learns without a teacher takes that of the students beside it",
+            "a student that learns without a teacher takes the teacher of the other students",
             "signal = signal if self.needs_teacher else None",
             "signal = signal",
             "training/test_golden_losses.py",

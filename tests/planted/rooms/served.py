@@ -1,4 +1,4 @@
-"""Faults in teachers and writers on servers: requests, what is read of the answers, what is kept, and what is noticed before the first step."""
+"""Faults in teachers and writers on servers: requests, how answers are read and kept, and what is noticed before the first step."""
 
 from tests.planted.fault import in_file
 

@@ -126,7 +126,7 @@ FAULTS = [
         ),
         ("null-never", "a turn that only calls never has a content of null", "null is not None and (empty", "False and (empty", SHOWN),
         ("null-as-none", "null may come out as Python writes it", 'null.count("None") <= empty.count("None")', "True", SHOWN),
-        ("null-beside-text", "a content beside calls is replaced by null", 'and not message["content"].strip()', "", SHOWN),
+        ("null-for-text", "the content of a turn with calls is replaced by null", 'and not message["content"].strip()', "", SHOWN),
         (
             "strict-always",
             "no template may write values as Python does",
