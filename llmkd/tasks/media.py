@@ -17,13 +17,13 @@ class MediaOfRun:
     def __init__(self, data: Data):
         self.rate, self._augment, self._count = 0, data.augment, data.workers
         self._workers: dict[str, MediaWorkers] = {}
-        self._last: tuple[Any, str, MediaFiles] | None = None
+        self._last: dict[str, tuple[Sequence[dict], MediaFiles]] = {}  # by column
 
     def read_by(self, extractor: Any) -> None:
         self.rate = max(self.rate, extractor.sampling_rate)
 
     def sounds(self, rows: Sequence[dict], column: str, places: Sequence[str], setting: str) -> Sounds:
-        """See `read_sounds`; what was asked for last is not decoded again. All readers are to be known."""
+        """See `read_sounds`; the column of the rows that were read last is not decoded again. All readers are to be known."""
         workers = self._started("audio", lambda augment: of_sounds.way_of(self.rate, augment))
         return self._read(rows, column, lambda: of_sounds.read_sounds(rows, column, places, workers, setting))
 
@@ -39,6 +39,6 @@ class MediaOfRun:
         return self._workers[kind]
 
     def _read(self, rows: Sequence[dict], column: str, read: Callable[[], Any]) -> Any:
-        if self._last is None or self._last[0] is not rows or self._last[1] != column:
-            self._last = rows, column, read()
-        return self._last[2]
+        if column not in self._last or self._last[column][0] is not rows:
+            self._last[column] = rows, read()
+        return self._last[column][1]

@@ -50,7 +50,7 @@ def test_pixels_are_colours_from_minus_one_to_one_and_each_model_has_its_process
         find_image_processor(tmp_path / "none", None, "teacher.model")
 
 
-def test_transforms_are_tried_on_training_images_alone(monkeypatch):
+def test_transforms_are_tried_on_training_images_alone_and_each_column_is_decoded_once(monkeypatch):
     way, tried = SimpleNamespace(augment=({"HorizontalFlip": {}},), augmentation=lambda: "transforms"), []
     monkeypatch.setattr(pictures, "way_of", lambda augment: way)
     monkeypatch.setattr(pictures, "read_pictures", lambda rows, column, places, workers, what: tried.append(what))
@@ -58,6 +58,11 @@ def test_transforms_are_tried_on_training_images_alone(monkeypatch):
     for setting in ("data.train", "data.train.1", "data.validation"):
         media.pictures([], "image", [], setting)
     assert tried == ["transforms", "transforms", None]
+    tried.clear()
+    one, other = [], []
+    for column, rows in (("image", one), ("still", one), ("image", one), ("image", other)):  # as models of two columns do in turn
+        media.pictures(rows, column, [], "data.validation")
+    assert len(tried) == 3
 
 
 def test_bad_files_are_all_named_and_one_that_changes_ends_the_run(tmp_path, workers):
