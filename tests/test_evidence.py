@@ -39,6 +39,7 @@ def test_what_items_can_show_is_binomial_arithmetic(evidence):
         assert float(error) == pytest.approx(100 * math.sqrt(variance), abs=0.0051)
         assert float(unpaired) == pytest.approx(100 * shown * math.sqrt(2 * variance), abs=0.051)
         assert float(paired) == pytest.approx(100 * shown * math.sqrt(sum(0.1 / n for n in claim.parts)) / k, abs=0.051)
+    assert evidence.replaced(PAGE, "seen", evidence.seen_table()) == PAGE  # which the script writes
 
 
 def test_costs_are_of_the_recipes_and_studies_that_are_there(evidence):
@@ -54,4 +55,4 @@ def test_costs_are_of_the_recipes_and_studies_that_are_there(evidence):
             text = (ROOT / "recipes" / f"{cost.study}.yaml").read_text()
             several = len(re.findall(r"^  [\w.-]+:", text.split("\narms:\n")[1].split("\nseeds:")[0], re.MULTILINE))
             seeds = len(re.search(r"^seeds: \[(.*)\]", text, re.MULTILINE)[1].split(","))
-            assert f"{several * seeds} runs" in study
+            assert f"{several * seeds} runs" in study and evidence.runs_of_study(cost.study) == several * seeds

@@ -229,4 +229,15 @@ FAULTS = [
             f"{PLAN}::test_offloaded_inputs_of_layers_are_in_the_hosts_memory",
         ),
     ),
+    *in_file(
+        "docs/evidence.py",
+        (
+            "scores-without-noise",
+            "two models that are measured apart are compared as if one of them had no error",
+            "math.sqrt(2) * self.error",
+            "self.error",
+            "test_evidence.py",
+        ),
+        ("one-run-more", "a study has a run too many", "len(expand(load_sweep(", "1 + len(expand(load_sweep(", "test_evidence.py"),
+    ),
 ]
