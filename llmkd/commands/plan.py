@@ -74,7 +74,7 @@ def _tell_cache(runs: Runs, wanted: Wanted) -> dict:
     out = []
     for number, device in enumerate(named):
         room = device.memory if device.measured or not wanted.memory else wanted.memory
-        fits = all(one["needed"] <= room for one in caches) if room else None
+        fits = max(one["needed"] for one in caches) <= room if room else None
         times = [one["devices"][number]["seconds"] if one["devices"] else None for one in caches]
         out.append({"device": device.name, "fits": fits, "seconds": None if None in times else sum(times)})
     return {"caches": caches, "devices": out}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmkd.cli import main
+from llmkd.commands.plan_runs import runs_of
 from tests.conftest import plain_recipe
 
 
@@ -57,20 +58,22 @@ def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, ca
     sweep["set"] = {"teacher.model": "{output_dir}/stages/first/adapter"}
     sweep["arms"] = {"kd": {}, "ce": {"loss.kd_ratio": 0}, "full": {"student.method": "full", "student.lora": None}}
     sweep["arms"]["slow"] = sweep["arms"]["full"] | {"optim.lr": 1e-6}
+    sweep["arms"]["from_cache"] = sweep["arms"]["full"] | {"teacher.cache.path": str(tmp_path / "cache")}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     code = main(["plan", "--config", str(tmp_path / "sweep.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
-    assert code == 0 and "whose run is still to come" in said and "2 stages and 3 groups one after another" in said
+    assert code == 0 and "whose run is still to come" in said and "2 stages and 4 groups one after another" in said
     assert "not planned: what llmkd make writes (made)" in said and "one arm (slow): as " in said and said.count("llmkd cache writes") == 1
     first, kept = numbers["stages"]
     assert first["stage"] == "first" and kept["caches"][0]["targets"] == 1180 and numbers["made"] == ["made"]
-    both, alone, slow = numbers["groups"]
+    both, alone, slow, from_cache = numbers["groups"]
+    assert from_cache["arms"] == ["from_cache"] and "caches" not in from_cache
     assert both["arms"] == ["kd", "ce"] and alone["arms"] == ["full"] and slow == alone | {"arms": ["slow"]}
     adapter = 8 * 2 * 4 * (4 * (16 + 16) + 3 * (16 + 32))  # float64, two layers, rank 4 on seven matrices
     assert both["memory"]["parts"]["trained"] == 2 * adapter
     assert both["memory"]["parts"]["teacher's weights"] == pytest.approx(alone["memory"]["parts"]["teacher's weights"])
     (of_all,) = numbers["devices"]
-    each = [one["devices"][0]["seconds"] for one in (first, kept, both, alone, slow)]
+    each = [one["devices"][0]["seconds"] for one in (first, kept, both, alone, slow, from_cache)]
     assert of_all["seconds"] == pytest.approx(sum(each)) and all(each)
 
 
@@ -89,6 +92,8 @@ def test_a_pipeline_is_planned_stage_by_stage_and_data_that_a_stage_makes_is_ass
     (tmp_path / "all.yaml").write_text(
         json.dumps({"output_dir": str(tmp_path / "all"), "stages": stages, "teacher": "one", "students": ["two"]})
     )
+    smaller = runs_of(str(tmp_path / "all.yaml"), {}).runs[1].recipes({"train.micro_batch_size": 1})[0]
+    assert (smaller.train.micro_batch_size, smaller.data.max_length) == (1, 40)
     code = main(["plan", "--config", str(tmp_path / "all.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert (
