@@ -99,7 +99,7 @@ def compare(
 
     @functools.cache
     def of_task(task: str) -> dict[str, list[Measured]]:
-        return _aligned({arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}, baseline, task, common, info)
+        return aligned(arms, baseline, task, common, info)
 
     for task in _tasks(arms, tasks, info):
         if all(task in groups_of(run) for run in every):
@@ -125,7 +125,7 @@ def compare(
                 continue
             holders = {arm: runs for arm, runs in measured.items() if _has(arm, runs, measured[baseline][0], task, metric, info)}
             if baseline in holders and len(holders) > 1:
-                rows += _rows(task, metric, holders, baseline, seeds)
+                rows += rows_of(task, metric, holders, baseline, seeds)
     missing = [name for name in metrics or [] if name not in known]
     if missing:
         raise UserError(f"--metrics {missing[0]}: no task has it; there are {', '.join(dict.fromkeys(known))}")
@@ -177,8 +177,11 @@ def _measure(run: Path, task: str, info) -> Measured:
     return replace(m, values=kept)
 
 
-def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, common: bool, info) -> dict[str, list[Measured]]:
-    """All runs with the same items in the same order. UserError names what differs."""
+def aligned(
+    arms: dict[str, list[Path]], baseline: str, task: str, common: bool = False, info: Callable[[str], None] = lambda text: None
+) -> dict[str, list[Measured]]:
+    """A task's results of all runs, with the same items in the same order. UserError names what differs."""
+    measured = {arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}
     first = measured[baseline][0]
     every = [m for runs in measured.values() for m in runs]
     shared = set(first.keys)
@@ -250,7 +253,8 @@ def _same_teacher(m: Measured, first: Measured) -> bool:
     return a is None or b is None or bool(np.abs(a - b).sum() <= 0.002 * np.abs(b).sum())
 
 
-def _rows(task: str, metric: str, measured: dict[str, list[Measured]], baseline: str, seeds: dict[str, list[int | None]]) -> list[Row]:
+def rows_of(task: str, metric: str, measured: dict[str, list[Measured]], baseline: str, seeds: dict[str, list[int | None]]) -> list[Row]:
+    """Every arm against the baseline by one metric. measured: runs with the same items in the same order; seeds: of these runs."""
     first = measured[baseline][0]
     _, group = np.unique(first.groups, return_inverse=True) if first.groups else (None, np.arange(len(first.keys)))
     counted = first.counted.get(metric, first.weights)

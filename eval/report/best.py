@@ -6,6 +6,7 @@ from llmkd.errors import UserError
 
 from ..comparison.compare import Row, compare
 from ..comparison.compare_text import blocks, digits, interval_text, p_text
+from ..comparison.cross_fit import CrossFit, cross_fit
 from .document import Heading, Items, Para, Span, Text
 from .findings import compared, label
 from .sweep_files import Arm, SweepFolder
@@ -26,12 +27,17 @@ def find_best(sweep: SweepFolder, rows: list[Row]) -> list[Best]:
     """One for each task and metric that has a direction, of the arms that were measured on the same rows as the baseline."""
     out = []
     for block in blocks(rows):
-        known = [row for row in block if row.difference is not None or row.arm == sweep.baseline]
+        known = [row for row in block if _known(sweep, row)]
         if block[0].higher_is_better is None or not compared(block):
             continue
         distilled, plain = (_first([row for row in known if sweep.arms[row.arm].distils == kind]) for kind in (True, False))
         out.append(Best(_first(known), distilled, plain, _pair(sweep, plain, distilled), digits(block)))
     return out
+
+
+def _known(sweep: SweepFolder, row: Row) -> bool:
+    """Whether a row's arm was measured on the same rows as the baseline."""
+    return row.difference is not None or row.arm == sweep.baseline
 
 
 def _first(rows: list[Row]) -> Row | None:
@@ -49,6 +55,32 @@ def _pair(sweep: SweepFolder, plain: Row | None, distilled: Row | None) -> Row |
     return next((row for row in found if row.arm == distilled.arm), None)
 
 
+def find_cross_fit(sweep: SweepFolder, rows: list[Row], one: Best) -> CrossFit | None:
+    """The best distilled arm against the best plain one, each chosen by the half of the rows that it is not compared on. None: there is no such comparison."""
+    block = [row for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric) and _known(sweep, row)]
+    plain, distilled = (
+        {row.arm: [run.folder for run in sweep.arms[row.arm].done] for row in block if sweep.arms[row.arm].distils == kind}
+        for kind in (False, True)
+    )
+    try:
+        return cross_fit(plain, distilled, one.best.task, one.best.metric, one.best.higher_is_better)
+    except UserError:
+        return None
+
+
+def cross_fit_sentence(one: Best, fit: CrossFit) -> Text:
+    """One line: the difference of arms that were chosen by other rows, and which these were."""
+    d, row = min(one.digits, 5), fit.row
+    seeds = "" if not row.seed_interval else f", over {row.seeds} seeds {interval_text(row.seed_interval, d)}"
+    numbers = f" ({row.difference:+.{d}f}, 95 % {interval_text(row.interval, d)}{seeds}, p {p_text(row.p)}). "
+    if set(fit.chosen) == {(one.plain.arm, one.distilled.arm)}:
+        which: Text = ("Either half chooses these two arms.",)
+    else:
+        (plain, distilled), (plain_2, distilled_2) = fit.chosen
+        which = ("One half chooses ", Span(distilled), " and ", Span(plain), ", the other ", Span(distilled_2), " and ", Span(plain_2), ".")
+    return (label(row.task, row.metric), ": distilled against plain ", *_judged(row), numbers, *which)
+
+
 def headline(sweep: SweepFolder, rows: list[Row]) -> list:
     """Blocks of the report: the best arms by every metric, and what stands against believing them. Empty where nothing is compared."""
     found = find_best(sweep, rows)
@@ -59,7 +91,17 @@ def headline(sweep: SweepFolder, rows: list[Row]) -> list:
     if any(one.pair for one in found) and max(counts) > 1:
         kinds = " and ".join(f"{n} {kind}" for n, kind in zip(counts, ("distilled", "plain"), strict=True))
         text = f"Each was chosen out of {kinds} arms by the rows that they are compared on, which makes small differences look surer than they are."
-        out.append(Para(f"{text} Confirm one on other rows, or with several seeds.", "small"))
+        crossed = [cross_fit_sentence(one, fit) for one in found if one.pair and (fit := find_cross_fit(sweep, rows, one))]
+        if crossed:
+            out += [
+                Para(
+                    f"{text} So that no row compares what it chose: one half of the rows chooses, the other compares, both ways round.",
+                    "small",
+                ),
+                Items(crossed),
+            ]
+        else:
+            out.append(Para(f"{text} Confirm one on other rows.", "small"))
     return [*out, *baseline_at_its_best(sweep, rows, found[0]), *learning_rates(sweep, found[0])]
 
 
@@ -70,7 +112,6 @@ def best_sentence(sweep: SweepFolder, one: Best) -> Text:
     if pair is None:
         return (*out, ").")
     kind, versus = ("distilled", one.plain) if one.best.arm == one.distilled.arm else ("plain", one.distilled)
-    judged = {True: Span("better", "better"), False: Span("worse", "worse"), None: "no difference shown"}[pair.better]
     seeds = "" if not pair.seed_interval else f", over {pair.seeds} seeds {interval_text(pair.seed_interval, d)}"
     out += [
         f", {kind}). The best {'plain' if kind == 'distilled' else 'distilled'} arm is ",
@@ -79,11 +120,17 @@ def best_sentence(sweep: SweepFolder, one: Best) -> Text:
     ]
     out += [
         "Distilled against plain: ",
-        judged,
-        ", not over seeds" * pair.not_over_seeds,
+        *_judged(pair),
         f" ({pair.difference:+.{d}f}, 95 % {interval_text(pair.interval, d)}{seeds}, p {p_text(pair.p)}).",
     ]
     return tuple(out)
+
+
+def _judged(row: Row) -> Text:
+    return (
+        {True: Span("better", "better"), False: Span("worse", "worse"), None: "no difference shown"}[row.better],
+        ", not over seeds" * row.not_over_seeds,
+    )
 
 
 def _named(sweep: SweepFolder, row: Row) -> list[str | Span]:

@@ -11,7 +11,7 @@ from ..comparison.compare import Row
 from ..comparison.compare_text import EXPLANATION, LEGEND, as_numbers, blocks, cells, digits, reach, title
 from ..comparison.item_results import HELD_OUT
 from . import sections, sweep_charts
-from .best import best_sentence, find_best, headline
+from .best import best_sentence, find_best, find_cross_fit, headline
 from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown, as_plain
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .own_text import own_text
@@ -36,7 +36,11 @@ class Report:
             | {name: run.summary.get(name) for name in ("before", "validation", "train", "best")}
             for run in self.sweep.runs
         ]
-        best = [{name: getattr(one, name) for name in ("best", "distilled", "plain", "pair")} for one in find_best(self.sweep, self.rows)]
+        best = [
+            {name: getattr(one, name) for name in ("best", "distilled", "plain", "pair")}
+            | {"cross_fit": find_cross_fit(self.sweep, self.rows, one)}
+            for one in find_best(self.sweep, self.rows)
+        ]
         return {"baseline": self.sweep.baseline, "runs": runs, "best": best, "notes": self.notes, **as_numbers(self.rows)}
 
 

@@ -7,6 +7,23 @@ HANDOFF, COMMAND = "eval/test_handoff.py", "eval/test_eval_command.py"
 
 FAULTS = [
     *in_file(
+        "eval/comparison/cross_fit.py",
+        (
+            "same-half-chooses-and-compares",
+            "the half that chooses is the one that compares",
+            "[half == chooses].sum()",
+            "[half != chooses].sum()",
+            "eval/test_cross_fit.py",
+        ),
+        (
+            "halves-joined-the-wrong-way",
+            "each half is compared with what it chose",
+            "np.where(half, x, by_true.values[name])",
+            "np.where(half, by_true.values[name], x)",
+            "eval/test_cross_fit.py",
+        ),
+    ),
+    *in_file(
         "eval/comparison/stats.py",
         (
             "stderr-of-the-population",
