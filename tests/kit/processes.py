@@ -7,6 +7,7 @@ its variables) is tested with `accelerate launch` and torchrun in test_parity.py
 import atexit
 import functools
 import importlib
+import json
 import os
 import pickle
 import socket
@@ -84,6 +85,17 @@ def train_each(runs: list[list[str]]) -> int:
     from llmkd.cli import main
 
     return next((code for words in runs if (code := main(["train", *words]))), 0)
+
+
+def assert_one_end(one: Path, two: Path) -> None:
+    """Two runs' folders hold the same weights, and what was measured at their ends is the same, up to the order of sums in float64."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (json.loads((out / "summary.json").read_text())["validation"] for out in (one, two))
+    far = {name: (value, theirs[name]) for name, value in ours.items() if abs(value - theirs[name]) > 1e-9}
+    assert ours.keys() == theirs.keys() and not far
+    ours, theirs = (load_file(out / "model/model.safetensors") for out in (one, two))
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours if ours[name].is_floating_point()) < 1e-9
 
 
 def serve() -> None:

@@ -17,6 +17,7 @@ from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
+from tests.kit.processes import assert_one_end, launch, train_each
 from tests.kit.sequences import V, saved, speech_model, speech_rows, text_rows, tiny
 from tests.kit.sweeps import state
 
@@ -209,16 +210,13 @@ def test_arms_side_by_side_are_what_each_is_alone(recipe, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", FORMS)
-def test_two_processes_end_at_what_one_does(recipe, folder, task):
-    from tests.kit.processes import train_on_two
-
-    given = {"student__dtype": "float64", "teacher__dtype": "float64"}
-    one = run(recipe(task, f"{task}_one", **given))
-    (folder / f"{task}_two.yaml").write_text(loader.dump(recipe(task, f"{task}_two", **given)))
-    done = train_on_two(["--config", str(folder / f"{task}_two.yaml")])
+def test_two_processes_end_at_what_one_does(recipe, folder):
+    given, commands = {"student__dtype": "float64", "teacher__dtype": "float64"}, []
+    for task in FORMS:
+        run(recipe(task, f"{task}_one", **given))
+        (folder / f"{task}_two.yaml").write_text(loader.dump(recipe(task, f"{task}_two", **given)))
+        commands.append(["--config", str(folder / f"{task}_two.yaml")])
+    done = launch(2, train_each, commands)
     assert not done.returncode, done.stderr
-    two = json.loads((folder / f"{task}_two/summary.json").read_text())
-    assert all(two["validation"][name] == pytest.approx(value, abs=1e-9) for name, value in one["validation"].items())
-    ours, theirs = (load_file(folder / f"{task}_{name}/model/model.safetensors") for name in ("one", "two"))
-    assert max((ours[name] - theirs[name]).abs().max() for name in ours if ours[name].is_floating_point()) < 1e-9
+    for task in FORMS:
+        assert_one_end(folder / f"{task}_one", folder / f"{task}_two")

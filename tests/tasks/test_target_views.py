@@ -17,6 +17,7 @@ from llmkd.errors import UserError
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.kit.by_hand import logged
+from tests.kit.processes import assert_one_end, train_on_two
 from tests.kit.sequences import saved, speech_model, speech_rows, speech_tokenizer
 
 pytest.importorskip("soundfile")
@@ -101,6 +102,18 @@ def test_a_student_of_speech_with_teachers_that_read_a_prompt(words):
             kl = (p * (p.log() - (z / 2).log_softmax(1))).sum(1)
             losses.append(0.4 * F.cross_entropy(z, torch.tensor(target), reduction="none") + 0.6 * 4 * kl)
     assert logged(recipe) == pytest.approx([torch.cat(losses).mean().item()], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_end_at_what_one_does(words):
+    """Of a teacher that reads the clip, and two that read the prompt; of the 5 rows of a step one process has three, in two micro-batches."""
+    teachers = [{"model": str(words / name), "reads": "prompt"} for name in ("reads", "goes_on")] + [{"model": str(words / "listens")}]
+    held = {"data__validation": {"path": str(words / "held.jsonl"), "format": "speech"}, "train__max_steps": 2}
+    run(speech(words, "one", teachers, **held))
+    (words / "two.yaml").write_text(loader.dump(speech(words, "two", teachers, **held)))
+    done = train_on_two(["--config", str(words / "two.yaml")])
+    assert not done.returncode, done.stderr
+    assert_one_end(words / "one", words / "two")
 
 
 def test_of_a_target_that_is_cut_a_teacher_predicts_as_much(words):

@@ -29,6 +29,7 @@ from llmkd.tasks import sound
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.kit.by_hand import adam_steps, logged
+from tests.kit.processes import assert_one_end, launch, train_each
 
 soundfile = pytest.importorskip("soundfile")
 Image = pytest.importorskip("PIL.Image")
@@ -92,6 +93,18 @@ def made(root: Path, name: str, teacher=None, **changes):
     return loader.load_recipe(root / f"{name}.yaml", {key.replace("__", "."): value for key, value in changes.items()})
 
 
+def mixture(root: Path, name: str, **changes):
+    """A student of text with teachers of sound, text and an image; one source names its teacher."""
+    text_model(root, "smaller", width=8)
+    named = [("ear", "listens", "audio", 2.0), ("own", "reads", None, 1.0), ("eye", "sees", "image", 1.0)]
+    teacher = [{"name": of, "model": str(root / model), "reads": reads, "weight": weight} for of, model, reads, weight in named]
+    source = {"path": str(root / "rows.jsonl"), "format": "labelled", "where": {"label": ["crow", "owl"]}}
+    train = [source, source | {"where": {"label": "wren"}, "teacher": "eye"}]
+    student = {"model": str(root / "smaller"), "method": "full", "dtype": "float64"}
+    given = {"data__train": train, "data__validation": None, "data__features": None, "student": student, "loss__kd_ratio": 1.0}
+    return made(root, name, teacher, **given | changes)
+
+
 @pytest.fixture(scope="module")
 def logits(birds) -> dict[str, torch.Tensor]:
     """[9, 3] of each teacher by transformers alone: from the rows' own text, clip or image, each by itself."""
@@ -147,15 +160,7 @@ def test_steps_of_a_student_of_sound_with_a_teacher_of_text(birds, logits):
 
 def test_teachers_of_three_modalities_are_one_mixture_for_a_student_of_text(birds, logits):
     """p = 0.5 p_sound + 0.25 p_text + 0.25 p_image at the examples of all; those of a source that names a teacher have that one's alone."""
-    text_model(birds, "smaller", width=8)
-    named = [("ear", "listens", "audio", 2.0), ("own", "reads", None, 1.0), ("eye", "sees", "image", 1.0)]
-    teacher = [{"name": name, "model": str(birds / model), "reads": reads, "weight": weight} for name, model, reads, weight in named]
-    source = {"path": str(birds / "rows.jsonl"), "format": "labelled", "where": {"label": ["crow", "owl"]}}
-    train = [source, source | {"where": {"label": "wren"}, "teacher": "eye"}]
-    student = {"model": str(birds / "smaller"), "method": "full", "dtype": "float64"}
-    recipe = made(
-        birds, "mixture", teacher, data__train=train, data__validation=None, data__features=None, student=student, loss__kd_ratio=1.0
-    )
+    recipe = mixture(birds, "mixture")
     run(recipe)
     prepared = prepare(recipe)
     model = transformers.BertForSequenceClassification.from_pretrained(birds / "smaller").train()
@@ -179,6 +184,29 @@ def test_teachers_of_three_modalities_are_one_mixture_for_a_student_of_text(bird
     assert fewer.provenance["what reads files"] != readers.provenance["what reads files"]
 
 
+@pytest.mark.slow
+def test_two_processes_end_at_what_one_does(birds):
+    """Of a mixture of three modalities in which a source names its teacher, and of clips that are augmented for a student next to a teacher of text."""
+    pytest.importorskip("audiomentations")
+    held = {"path": str(birds / "rows.jsonl"), "format": "labelled", "limit": 5}
+    two = [{"model": str(birds / "reads"), "reads": "text"}, {"model": str(birds / "listens")}]
+    augmented = {"data__augment": {"audio": [{"AddGaussianSNR": {"p": 0.5}}]}, "train__max_steps": 3}
+    recipes = {
+        "mixed": lambda name: mixture(birds, name, data__validation=held, loss__kd_ratio=0.5, train__max_steps=3),
+        "drawn": lambda name: made(birds, name, two, **augmented),
+    }
+    commands = []
+    for name, of in recipes.items():
+        run(of(f"{name}_one"))
+        (birds / f"{name}_two.yaml").write_text(loader.dump(of(f"{name}_two")))
+        commands.append(["--config", str(birds / f"{name}_two.yaml")])
+    done = launch(2, train_each, commands)
+    assert not done.returncode, done.stderr
+    for name in recipes:
+        assert_one_end(birds / f"{name}_one", birds / f"{name}_two")
+
+
+@pytest.mark.slow
 def test_a_cache_of_another_column_is_its_teacher_and_resume_and_adapters_go(birds):
     from llmkd.commands.cache import cache
 
