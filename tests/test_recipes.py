@@ -1,5 +1,6 @@
 """Every YAML under recipes/ loads, says what it needs, and names the other recipes' results rightly."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -48,6 +49,11 @@ STAGED = [
 ]
 
 
+#: One check of a file serves all tests.
+load_recipe = functools.cache(loader.load_recipe)
+load_sweep = functools.cache(loader.load_sweep)
+
+
 def named(path: Path) -> str:
     return str(path.relative_to(REPO))
 
@@ -58,7 +64,7 @@ def test_there_are_some():
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_loads_and_survives_a_round_trip(path, tmp_path):
-    recipe = loader.load_recipe(path)
+    recipe = load_recipe(path)
     (tmp_path / "again.yaml").write_text(loader.dump(recipe))
     assert loader.load_recipe(tmp_path / "again.yaml") == recipe
 
@@ -90,12 +96,12 @@ def test_a_sweep_loads_with_every_arm(path):
     from llmkd.commands.sweep import SweepRecipes
     from llmkd.config.sweep import expand
 
-    sweep = loader.load_sweep(path)
+    sweep = load_sweep(path)
     arms = SweepRecipes(sweep, path, {spec.name: spec for spec in expand(sweep)})
     recipes, stages = arms.recipes(), arms.stages()
     assert len(recipes) == len(expand(sweep)) and sweep.baseline in {spec.arm for spec in expand(sweep)}
     left = {f"{stage.output_dir}/{'adapter' if stage.student.method == 'lora' else 'model'}" for stage in stages.values()}
-    left |= {f"{loader.load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
+    left |= {f"{load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
     for recipe in (*recipes.values(), *stages.values()):
         for model in (recipe.student.model, *(teacher.model for teacher in as_tuple(recipe.teacher))):
             assert not (model and model.startswith("runs/")) or model in left, model
@@ -113,13 +119,13 @@ def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(pa
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_stage_names_the_output_of_an_earlier_one(path):
-    recipe = loader.load_recipe(path)
-    of_sweeps = [(loader.load_sweep(other).output_dir, stage) for other in SWEEPS for stage in loader.load_sweep(other).stages]
+    recipe = load_recipe(path)
+    of_sweeps = [(load_sweep(other).output_dir, stage) for other in SWEEPS for stage in load_sweep(other).stages]
     left = [f"{folder}/stages/{stage}/{kind}" for folder, stage in of_sweeps for kind in ("adapter", "model")]
     for model in (recipe.student.model, *(teacher.model for teacher in as_tuple(recipe.teacher))):
         if model and model.startswith("runs/"):
             earlier = [
-                loader.load_recipe(other)
+                load_recipe(other)
                 for other in RECIPES
                 if (other.parent == path.parent and other < path) or other.parent.name == "quickstart"
             ]
@@ -127,14 +133,14 @@ def test_a_stage_names_the_output_of_an_earlier_one(path):
 
 
 def test_no_two_recipes_write_the_same_folder():
-    folders = [loader.load_recipe(path).output_dir for path in RECIPES] + [loader.load_pipeline(path).output_dir for path in PIPELINES]
-    folders += [loader.load_sweep(path).output_dir for path in SWEEPS]
+    folders = [load_recipe(path).output_dir for path in RECIPES] + [loader.load_pipeline(path).output_dir for path in PIPELINES]
+    folders += [load_sweep(path).output_dir for path in SWEEPS]
     assert len(folders) == len(set(folders))
 
 
 @pytest.mark.parametrize("path", OF_THE_HUB, ids=named)
 def test_what_comes_from_the_hub_is_an_id_with_the_data_pinned(path):
-    recipe = loader.load_recipe(path)
+    recipe = load_recipe(path)
     assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model) or recipe.student.model.startswith(f"runs/{path.parent.name}/")
     for source in (*as_tuple(recipe.data.train), *as_tuple(recipe.data.validation)):

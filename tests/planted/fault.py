@@ -27,9 +27,13 @@ class Fault:
     tests: str
     equivalent: str | None = None
 
+    def text(self, root: Path = REPO) -> str:
+        """The file as it is."""
+        return (root / self.file).read_text(encoding="utf-8")
+
     def planted(self, root: Path = REPO) -> str:
         """The file's text with the fault in it. ValueError where `old` is not found exactly once."""
-        text = (root / self.file).read_text(encoding="utf-8")
+        text = self.text(root)
         if (found := text.count(self.old)) != 1:
             raise ValueError(f"{self.file}: expected once, found {found} times: {self.old!r}")
         return text.replace(self.old, self.new)
