@@ -135,7 +135,7 @@ class Classification:
 
 def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: ClassProcessor) -> Dataset:
     labels = class_numbers(read, processor.labels, setting, "the student")
-    own, theirs, kept, counts = processor.readers.inputs(read, data, setting)
+    own, theirs, kept, _, counts = processor.readers.inputs(read, data, setting)
     examples = LabelledExamples(own, labels[kept], kept, processor.labels, counts, of_teachers=theirs)
     examples.teacher_index[:] = teacher_index(source, teachers)
     examples.weigh(vars(source.loss))

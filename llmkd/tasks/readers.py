@@ -90,9 +90,9 @@ class Readers:
     def identity(self) -> dict[str, str]:
         return {"the tokenizer" if name == "tokenizer" else name: value for name, value in self.provenance.items()}
 
-    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, dict[str, Reading], np.ndarray, dict[str, int]]:
+    def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, dict[str, Reading], np.ndarray, np.ndarray, dict[str, int]]:
         """What the student reads of a source's rows, and by setting what those teachers read that do not read the same; the numbers of the rows
-        that are used, since no model finds them too long; and counts."""
+        that are used, and of those that a model finds too long, which are used where they are cut; and counts."""
         trained = np.array([i for i, row in enumerate(read.rows) if row.get("train") is not False], np.int64)
         if not len(trained):
             raise UserError(f"{setting}: all of its {len(read.rows)} rows are marked as not trained on; check the rows")
@@ -109,9 +109,9 @@ class Readers:
             same = reader.column == self.student.column
             if reader is not self.student or self.clean:
                 theirs[name] = Reading(taken[id(reader)], augmented=same and not self.clean)
-        marked, longer = len(read.rows) - len(trained), len(functools.reduce(np.union1d, [long for *_, long in found.values()]))
-        counts = {"rows": len(read.rows), "marked": marked, "too_long": longer, "examples": len(kept), "targets": len(kept)}
-        return taken[id(self.student)], theirs, trained[kept], counts
+        marked, longer = len(read.rows) - len(trained), functools.reduce(np.union1d, [long for *_, long in found.values()])
+        counts = {"rows": len(read.rows), "marked": marked, "too_long": len(longer), "examples": len(kept), "targets": len(kept)}
+        return taken[id(self.student)], theirs, trained[kept], trained[longer], counts
 
 
 def find_readers(student: Student, models: FoundModels, data: Data, readers: dict[str, Callable[..., Reader]] = READERS) -> Readers:

@@ -182,7 +182,7 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
 
 def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: SequenceProcessor) -> Dataset:
     """The examples of a source: those whose source and target are not too long."""
-    own, theirs, kept, counts = processor.readers.inputs(read, data, setting)
+    own, theirs, kept, longer, counts = processor.readers.inputs(read, data, setting)
     texts = [read.rows[i][processor.target] for i in kept]
     counts["unsupervised"] = sum(not row[processor.target].strip() for row in read.rows if row.get("train") is not False)
     most, given = min(data.max_length, processor.longest), len(processor.frame.given)
@@ -190,14 +190,14 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
         raise UserError(
             f"data.max_length: found {data.max_length}, and the {given} tokens that every target begins with leave no place in {most}; raise it"
         )
-    found, problems, fits = sequences(texts, processor.reader, processor.frame), ErrorCollector(), []
+    found, problems, fits, too_long = sequences(texts, processor.reader, processor.frame), ErrorCollector(), [], {*longer.tolist()}
     for n, (ids, _) in enumerate(found):
         place, empty = read.places[kept[n]], not texts[n].strip()
         if unknown := [int(i) for i in ids[found[n][1]] if i >= processor.vocab]:
             token = processor.reader.convert_ids_to_tokens(max(unknown))
             problems.add(f"{place}: contains the token {token!r}, for which a model has no row; remove it from the text")
         if len(ids) > most:
-            counts["too_long"] += 1
+            too_long.add(int(kept[n]))
             if data.too_long == "refuse":
                 problems.add(
                     f"{place}: its target has {len(ids)} tokens, and at most {most} are used (data.max_length, or the models' positions); shorten it"
@@ -208,6 +208,7 @@ def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tupl
         if not empty and (len(ids) <= most or data.too_long == "truncate"):
             fits.append(n)
     problems.raise_if_any()
+    counts["too_long"] = len(too_long)
     if not fits:
         raise UserError(
             f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are too long, {counts['unsupervised']} have no target); "

@@ -164,6 +164,11 @@ def test_targets_that_are_long_or_empty_and_the_teacher_of_a_source(recipe, fold
     assert dropped.row.tolist() == [0] and dropped.example(0)[0].tolist() == cut.train.example(0)[0].tolist()
     with pytest.raises(UserError, match=r"targets.jsonl:3: its target has 10 tokens, and at most 6 are used"):
         prepare(recipe("text_to_text", "unused", **given, data__too_long="refuse"))
+    (both := folder / "both.jsonl").write_text(
+        "".join(json.dumps({"prompt": "what is " * n, "completion": "it is " * n}) + "\n" for n in (1, 9, 9))
+    )
+    counted = prepare(recipe("text_to_text", "unused", **given | {"data__train__path": str(both)}, data__too_long="truncate")).train.counts
+    assert counted["too_long"] == 2  # rows, of whose sources and targets both are cut
     words = folder / "speech_recognition/long.jsonl"
     speech = recipe("speech_recognition", "unused", data__train__path=str(words), data__max_length=128)
     words.write_text("".join(json.dumps({"audio": f"{i}.wav", "text": "a" * n}) + "\n" for i, n in enumerate((45, 46))))
