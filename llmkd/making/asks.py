@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..rollouts.sampling import Sampling
-from .rows import Message
+from .rows import Message, Sound
 
 STOP, CUT, NONE = "stop", "length", "none"
 
@@ -20,7 +20,7 @@ class Ask:
     key       64 hex digits of messages, sampling and the writer's identity: see `key_of`
     sample    of several answers to the same messages the number, from 0: their samplings have different seeds
     pretend   a well-formed answer, for `--dry_run`; no part of what is asked
-    audio     the path of the sound whose transcript is wanted: the message has the SHA-256 of its file
+    audio     the sound whose transcript is wanted: the message has the SHA-256 of its file
     """
 
     key: str
@@ -28,7 +28,7 @@ class Ask:
     sampling: Sampling
     sample: int = 0
     pretend: str = field(default="", compare=False)
-    audio: str | None = field(default=None, compare=False)
+    audio: Sound | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

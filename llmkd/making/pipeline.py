@@ -28,6 +28,7 @@ from .prompts import NO_PROMPTS, Prompts, has_prompts, load_prompts
 from .registry import STAGES
 from .rows import Row, has_answer
 from .seeds import read_seeds
+from .sounds import written_sounds
 from .stage import Outcome, Rejected, Stage, Work
 from .writers.writer import Writer
 
@@ -84,6 +85,7 @@ class Pipeline:
         refuse_foreign(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.answers.open():
+            rows = written_sounds(rows, self.folder)
             if not self.answers.known:
                 self.writer.check()
             self.rows = self._stages(rows)

@@ -14,6 +14,20 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Sound:
+    """The file of a sound.
+
+    file    its path; its bytes, where a row held them, until they are written into the folder
+    place   of the row, `FILE:LINE`
+    size    bytes
+    """
+
+    file: str | bytes
+    place: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Row:
     """A conversation, whose last message is the assistant's where there is an answer; or a sound, whose answer is its transcript.
 
@@ -25,7 +39,7 @@ class Row:
     writer    the model that wrote a part of it; None for a seed
     parents   ids of the rows that it was made from
     notes     what the stage says of it: finish (stop, length), operation, version, ...
-    audio     the path of a sound; None of a conversation
+    audio     of a sound; None of a conversation
     """
 
     id: str
@@ -35,7 +49,7 @@ class Row:
     writer: str | None = None
     parents: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
-    audio: str | None = None
+    audio: Sound | None = None
 
     @property
     def answer(self) -> str | None:
@@ -75,7 +89,7 @@ class Row:
         if not self.audio:
             return {"messages": list(self.messages), **self.columns, MADE: made}
         text = {} if self.answer is None else {"text": self.answer}
-        return {"audio": self.audio, **text, **self.columns, MADE: made | {"sha256": self.messages[0]["content"]}}
+        return {"audio": self.audio.file, **text, **self.columns, MADE: made | {"sha256": self.messages[0]["content"]}}
 
 
 def made_row(

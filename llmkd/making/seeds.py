@@ -15,7 +15,7 @@ from ..data.reading.problems import ErrorCollector
 from ..data.reading.row_checks import check_row
 from ..data.reading.sources import no_rows, open_source, some_rows
 from ..errors import UserError
-from .rows import MADE, Message, Row, row_id
+from .rows import MADE, Message, Row, Sound, row_id
 
 #: Columns that are a part of the conversation, and are not carried through apart from it.
 _SAID = (
@@ -52,8 +52,8 @@ def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
     return rows
 
 
-def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, str | None]]:
-    """The conversation and the other columns of every row; of a sound its path too."""
+def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, Sound | None]]:
+    """The conversation and the other columns of every row; of a sound its file too."""
     problems, opened, out, count, bad = ErrorCollector(), open_source(source, setting), [], 0, False
     sounds, text = source.format == "speech", source.fields.get("text", "text")
     for place, raw in some_rows(opened.records, source, problems):
@@ -85,13 +85,13 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
     return out
 
 
-def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], str]:
-    """The messages and the path of a row of format speech: its transcript is the answer, where it has one."""
+def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], Sound]:
+    """The messages and the file of a row of format speech: its transcript is the answer, where it has one."""
     file = media_of(row["audio"], place)
-    if isinstance(file, bytes):
-        raise ValueError("audio holds bytes, and train.jsonl names files; write each sound into a file of its own")
-    asked = _says("user", hashlib.sha256(read_bytes(file, place)).hexdigest())
-    return (asked, _says("assistant", row["text"])) if row["text"].strip() else (asked,), str(file.resolve())
+    raw = file if isinstance(file, bytes) else read_bytes(file, place)
+    asked = _says("user", hashlib.sha256(raw).hexdigest())
+    sound = Sound(raw if isinstance(file, bytes) else str(file.resolve()), place, len(raw))
+    return (asked, _says("assistant", row["text"])) if row["text"].strip() else (asked,), sound
 
 
 def conversation_of(row: dict, row_format: str, answered: bool) -> tuple[Message, ...]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..rollouts.sampling import Sampling
 from .asks import CUT, Answer, Ask, canonical, key_of
 from .prompts import Prompts
-from .rows import Message, Row, row_id
+from .rows import Message, Row, Sound, row_id
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Work:
     answer: Callable[[Sequence[Ask]], list[Answer]]
     dry_run: bool = False
 
-    def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", audio: str | None = None, **sampling: Any) -> Ask:
+    def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", audio: Sound | None = None, **sampling: Any) -> Ask:
         """An ask for one text. `sample`: of several to the same messages the number; `audio`: see `Ask`; `sampling`: changes to the writer's."""
         chosen = canonical(dataclasses.replace(self.sampling, **sampling, seed=self.draw("sample", sample)))
         said = tuple({"role": one["role"], "content": one["content"]} for one in messages)

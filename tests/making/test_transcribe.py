@@ -22,6 +22,7 @@ from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 from llmkd.making.asks import Answer, Ask
 from llmkd.making.filters.transcripts import WordErrors
+from llmkd.making.rows import Sound
 from llmkd.making.writers.command import ProgramWriter
 from llmkd.making.writers.recorded import RecordedWriter
 from llmkd.making.writers.writer import writer_of
@@ -89,14 +90,20 @@ def test_a_model_writes_what_transformers_generates_and_sounds_that_cannot_be_re
         assert row["made"]["sha256"] == hashlib.sha256((folder / f"tone_{i}.wav").read_bytes()).hexdigest()
     assert len(made) == 4 and len({row["text"] for row in made}) >= 3 and done.counts[0].reasons == {"no_answer": 2}
     said = " ".join(row["detail"] for row in lines(tmp_path / "local/out/rejected.jsonl"))
-    assert "the clip is 1.00 s long, and the writer reads 1 s" in said and "cut.wav: the file is cut short" in said
+    assert "the clip is 1.00 s long, and the writer reads 1 s" in said and "local.jsonl:6: the file is cut short" in said
     assert writer.most == 47  # of 48 positions the decoder is given two tokens, and none follows the last
     sounds = [{"role": "user", "content": row["made"]["sha256"]} for row in made]
-    asks = [Ask(key, (sounds[i],), Sampling(0.0, 6), audio=made[i]["audio"]) for i, key in enumerate("ab")]
+    heard = [Sound(row["audio"], f"rows.jsonl:{i + 1}", 9) for i, row in enumerate(made)]
+    asks = [Ask(key, (sounds[i],), Sampling(0.0, 6), audio=heard[i]) for i, key in enumerate("ab")]
     ((ask, answer),) = writer.write(asks, {"a"})
     assert ask is asks[1] and answer.text == made[1]["text"]
-    changed = Ask("key", ({"role": "user", "content": "0" * 64},), Sampling(0.0, 6), audio=str(folder / "0.wav"))
-    assert "the file was changed" in next(writer.write([changed], ()))[1].problem
+    other = Sound(str(folder / "0.wav"), "rows.jsonl:7", 9)
+    changed = Ask("key", ({"role": "user", "content": "0" * 64},), Sampling(0.0, 6), audio=other)
+    assert f"rows.jsonl:7: {other.file}: the file was changed" in next(writer.write([changed], ()))[1].problem
+    Path(heard[1].file).rename(tmp_path / "gone.wav")
+    (_, there), (_, gone) = sorted(writer.write(asks, ()), key=lambda one: one[0].key)
+    assert there.text == made[0]["text"] and gone.problem.startswith(f"rows.jsonl:2: {heard[1].file}: No such file or directory")
+    (tmp_path / "gone.wav").rename(heard[1].file)
     read = read_source(Source(path=str(tmp_path / "local/out/train.jsonl"), format="speech"), "data.train")
     assert [row["text"] for row in read.rows] == [row["text"] for row in made] and read.unread == Counter(speaker=4)
     read_by = folder / "model/preprocessor_config.json"
@@ -129,14 +136,14 @@ def test_transcripts_are_asked_by_their_sounds_and_kept_below_a_word_error_rate(
     rejected = {row["reason"]: row for row in lines(tmp_path / "kept/out/rejected.jsonl")}
     assert "word error rate 1.00 (basic), and its own transcript is 'one two three four'" in rejected["word_errors"]["detail"]
     assert "text" not in rejected["empty"] and rejected["empty"]["made"]["reference"] == "one two three four"
-    assert all(ask.audio == str(folder / f"{names[ask.messages[0]['content']]}.wav") for ask in writer.asked)
+    assert all(ask.audio.file == str(folder / f"{names[ask.messages[0]['content']]}.wav") for ask in writer.asked)
     train = (tmp_path / "kept/out/train.jsonl").read_bytes()
     run_make(path, RecordedWriter(Settings(recorded=str(tmp_path / "kept/out/answers.jsonl"))), output_dir=str(tmp_path / "recorded"))
     assert [row["text"] for row in lines(tmp_path / "recorded/train.jsonl")] == [SAYS[1], SAYS[2], SAYS[5]]
     program = ProgramWriter(Settings(command=("program",)), lambda: False)
     program._process = "started"
     program._send(writer.asked[0])
-    assert json.loads(program._asks.get())["audio"] == writer.asked[0].audio
+    assert json.loads(program._asks.get())["audio"] == writer.asked[0].audio.file
     (folder / "elsewhere").mkdir()
     for i in range(6):
         (folder / "elsewhere" / f"{i}.wav").write_bytes((folder / f"{i}.wav").read_bytes())
@@ -162,10 +169,10 @@ def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folde
         (clips / name).write_bytes((folder / f"{name[0]}.wav").read_bytes())
     path = written(folder, tmp_path / "folders", TRANSCRIBE, [])
     named = {"seeds__path": str(tmp_path / "clips"), "seeds__pattern": r"(?P<label>\d)_(?P<who>[a-z]+)\.wav"}
-    run_make(path, Function(lambda ask: Path(ask.audio).name), **named, seeds__where={"who": "bob"})
+    run_make(path, Function(lambda ask: Path(ask.audio.file).name), **named, seeds__where={"who": "bob"})
     (row,) = lines(tmp_path / "folders/out/train.jsonl")
     assert row["audio"] == str(clips / "2_bob.wav") and (row["label"], row["who"], row["text"]) == ("2", "bob", "2_bob.wav")
-    run_make(path, Function(lambda ask: Path(ask.audio).name), seeds__path=str(tmp_path / "clips"))
+    run_make(path, Function(lambda ask: Path(ask.audio.file).name), seeds__path=str(tmp_path / "clips"))
     assert [row["text"] for row in lines(tmp_path / "folders/out/train.jsonl")] == ["1_ann.wav", "2_bob.wav"]
     texts = Source(path=str(tmp_path / "clips"), format="speech", pattern=r"(?P<text>\d)_(?P<who>[a-z]+)\.wav")
     read = read_source(texts, "data.train")
@@ -174,12 +181,27 @@ def test_seeds_are_folders_and_names_too_and_what_holds_no_file_is_refused(folde
     with pytest.raises(UserError) as caught:
         run_make(written(folder, tmp_path / "bad", TRANSCRIBE, bad))
     assert len(caught.value.problems) == 3 and "bad.jsonl:1: " in str(caught.value) and "No such file" in str(caught.value)
-    pq.write_table(pa.table({"audio": [(folder / "0.wav").read_bytes()]}), tmp_path / "bytes.parquet")
-    with pytest.raises(UserError, match="bytes.parquet:1: audio holds bytes, and train.jsonl names files"):
-        run_make(path, seeds__path=str(tmp_path / "bytes.parquet"))
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stages.1 \(keep\): wer_below: needs jiwer"):
         patch.setitem(sys.modules, "jiwer", None)
         run_make(path, stages=[*TRANSCRIBE, {"do": "keep", "wer_below": 0.1}])
+
+
+def test_sounds_that_rows_hold_become_files_of_the_folder(folder, tmp_path):
+    """Once, however often the command runs; one file for equal bytes, and none in a dry run."""
+    raw, out = [(folder / f"{i}.wav").read_bytes() for i in (0, 1, 0)], tmp_path / "held/out"
+    pq.write_table(pa.table({"audio": raw}), tmp_path / "bytes.parquet")
+    path, given = written(folder, tmp_path / "held", TRANSCRIBE, []), {"seeds__path": str(tmp_path / "bytes.parquet")}
+    run_make(path, dry_run=True, **given)
+    assert not out.exists()
+    read = Function(lambda ask: str(len(Path(ask.audio.file).read_bytes())))
+    run_make(path, read, **given)
+    made, times = lines(out / "train.jsonl"), {one: one.stat().st_mtime_ns for one in (out / "sounds").iterdir()}
+    assert [row["audio"] for row in made] == [str(out / f"sounds/{hashlib.sha256(one).hexdigest()}.wav") for one in raw]
+    assert [row["text"] for row in made] == [str(len(one)) for one in raw] and len(read.asked) == len(times) == 2
+    assert [Path(row["audio"]).read_bytes() for row in made] == raw
+    run_make(path, again := Function(), **given)
+    assert not again.asked and lines(out / "train.jsonl") == made
+    assert {one: one.stat().st_mtime_ns for one in (out / "sounds").iterdir()} == times
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class ProgramWriter:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "seed": sampling.seed,
-        } | ({"audio": ask.audio} if ask.audio else {})
+        } | ({"audio": ask.audio.file} if ask.audio else {})
         self._asks.put(json.dumps(line).encode() + b"\n")  # a program that does not read must not stop this one
 
     def _read(self, line: bytes | None, running: dict[str, Ask]) -> tuple[Ask, Answer]:

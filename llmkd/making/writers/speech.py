@@ -1,6 +1,5 @@
 """A writer of transcripts that is a model in this process: any of speech recognition that llmkd loads. torch is loaded with the first ask that needs it."""
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ class SpeechWriter:
 
     def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
         """Files of like sizes are in one batch, since their transcripts are of like lengths."""
-        for batch in by_length(list(asks), self.settings.batch_size or _BATCH, lambda ask: os.path.getsize(ask.audio)):
+        for batch in by_length(list(asks), self.settings.batch_size or _BATCH, lambda ask: ask.audio.size):
             if all(ask.key in known for ask in batch):
                 continue
             if self.stop():
@@ -88,13 +87,13 @@ class SpeechWriter:
 
     def _clip(self, ask: Ask) -> np.ndarray | Answer:
         """The sound's samples; the reason where it cannot be read as a whole."""
-        rate = self.extractor.sampling_rate
+        rate, sound = self.extractor.sampling_rate, ask.audio
         try:
-            clip = decode(ask.audio, rate, ask.audio)
+            clip = decode(sound.file, rate, sound.place)
         except UserError as error:
             return failed(str(error))
         if clip.content_hash != ask.messages[0]["content"]:
-            return failed(f"{ask.audio}: the file was changed since its rows were read")
+            return failed(f"{sound.place}: {sound.file}: the file was changed since its rows were read")
         limit = limit_of(self.extractor, rate)
         if limit is not None and len(clip.samples) > limit:
             return failed(f"the clip is {len(clip.samples) / rate:.2f} s long, and the writer reads {limit / rate:g} s; cut it")
