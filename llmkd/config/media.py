@@ -8,7 +8,6 @@ from pydantic import Field
 
 from .fields import as_tuple, config_dataclass, fixed, with_setting_names
 from .formats import FORMATS
-from .prompt_edits import PROMPT_FORMATS
 
 Transforms = tuple[dict[str, Any], ...]
 
@@ -43,7 +42,8 @@ class Augment:
     )
     prompt: Transforms = fixed(
         (),
-        description="Of language models: edits of the users' texts, each with the share of words that it changes: [{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. Targets stay as they are.",
+        description="Of language models edits of the users' texts, of task text_to_text of the prompts, of classifiers of the texts, each with the share of words that it changes: "
+        "[{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. Targets stay as they are.",
     )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",
@@ -51,8 +51,8 @@ class Augment:
     )
 
 
-#: What is augmented, by its setting: rows of these formats.
-AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",), "prompt": PROMPT_FORMATS}
+#: Files that are augmented, by the setting: those of rows of these formats.
+AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",)}
 
 
 def reads_files(data: Any) -> bool:
@@ -85,8 +85,8 @@ def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.features", "student.architecture"), f"set for {kind}, which has a way of its own to read files; leave it out"
     if not augment:
         return
-    if not any(getattr(augment, kind) for kind in AUGMENTED):
-        yield ("data.augment",), f"names no transform; give some under {' or '.join(AUGMENTED)}, or leave data.augment out"
+    if not any(getattr(augment, kind) for kind in (*AUGMENTED, "prompt")):
+        yield ("data.augment",), f"names no transform; give some under {', '.join(AUGMENTED)} or prompt, or leave data.augment out"
     for kind, theirs in AUGMENTED.items():
         if getattr(augment, kind) and not formats & set(theirs):
             yield (f"data.augment.{kind}", "data.train"), f"set, but no rows have format: {' or '.join(theirs)}; leave it out"

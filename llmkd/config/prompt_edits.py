@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from .fields import as_tuple
+from .formats import FORMATS_OF
 from .on_policy import writes
 
 #: The edits of `data/prompt_edits.py`.
 PROMPT_EDITS = ("swap", "delete", "typo")
-#: Formats that say which texts are the user's.
-PROMPT_FORMATS = ("chat", "alpaca", "prompt_completion")
+#: Formats that say which texts are no target: the user's, and those of rows with a class.
+PROMPT_FORMATS = ("chat", "alpaca", "prompt_completion", "labelled")
 
 
 def prompt_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -26,13 +27,11 @@ def prompt_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield (f"{setting}.{i}",), f"found {name!r}, which is no edit; {hint}"
             elif isinstance(probability, bool) or not isinstance(probability, int | float) or not 0 <= probability <= 1:
                 yield (f"{setting}.{i}.{name}",), f"found {probability!r}, expected the share of words that it changes, from 0 to 1"
-    if recipe.task != "causal_lm":
-        yield (setting, "task"), f"set with task: {recipe.task}, where texts are not edited; leave it out"
-        return
-    if other := next((one.format for one in as_tuple(data.train) if one.format not in PROMPT_FORMATS), None):
+    others = {one.format for one in as_tuple(data.train)} & {*FORMATS_OF[recipe.task]} - {*PROMPT_FORMATS}
+    if other := next(iter(sorted(others)), None):
         yield (
             (setting, "data.train"),
-            f"set with format: {other}, which does not say what is a user's text; use {', '.join(PROMPT_FORMATS)}",
+            f"set with format: {other}, which does not say which text is no target; use {', '.join(PROMPT_FORMATS)}",
         )
     if data.train_on_input:
         yield (

@@ -70,12 +70,13 @@ class LabelledExamples(WithInputs):
         from ..batch import View
         from .collate import position_keys
 
-        inputs, keys = read.inputs, None
+        inputs, some, keys = read.inputs, indices or [0], None
+        found = inputs.batch(some, draw)
         if dropout:
-            lengths = inputs.lengths if inputs.positions else np.ones(len(self), np.int64)
-            of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), lengths[i]) for i in indices or [0]]
+            lengths = found["attention_mask"].sum(1).tolist() if inputs.positions else [1] * len(some)  # of texts as they are in this epoch
+            of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), T) for i, T in zip(some, lengths, strict=True)]
             keys = torch.from_numpy(inputs.padded(of_each, [own[0] for own in of_each]) if inputs.positions else np.stack(of_each))
-        return View(inputs.batch(indices or [0], draw), torch.arange(len(indices)), None, keys, given=1)
+        return View(found, torch.arange(len(indices)), None, keys, given=1)
 
 
 @dataclass

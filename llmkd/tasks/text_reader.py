@@ -10,6 +10,7 @@ import numpy as np
 from ..config.recipe import Data, Student
 from ..data.dataset import refuse_too_few_positions
 from ..data.encoding import token_cache
+from ..data.encoding.edited_texts import with_edits
 from ..data.encoding.labelled_text import text_inputs
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer
 from ..data.labelled import TextInputs
@@ -46,7 +47,10 @@ class TextReader:
 
     def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[TextInputs, np.ndarray, np.ndarray]:
         columns = (self.column, "text_pair") if self.column == "text" else (self.column,)
-        return text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
+        found, used, longer = text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
+        if data.augment and data.augment.prompt:
+            found = with_edits(found, [rows[i] for i in used], data.augment.prompt, columns, data.max_length, self.reader)
+        return found, used, longer
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.reader, folder)

@@ -134,7 +134,7 @@ def test_an_edit_that_would_cut_targets_is_not_made(monkeypatch):
     [
         ({"data__augment__prompt": [{"swop": 0.1}]}, "found 'swop', which is no edit; did you mean swap?"),
         ({"data__augment__prompt": [{"typo": 2}]}, "found 2, expected the share of words"),
-        ({"data__train__format": "text"}, "found? ?set with format: text, which does not say|set with format: text"),
+        ({"data__train__format": "text"}, "set with format: text, which does not say which text is no target"),
         ({"data__train_on_input": True}, "prompts are trained on"),
     ],
 )

@@ -1,7 +1,9 @@
 """Runs of classifiers, from a recipe to the folder that they leave; and what is refused before one."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,15 @@ from sklearn.metrics import f1_score
 
 from llmkd.config import loader
 from llmkd.data.encoding.tokenizer import load_tokenizer
+from llmkd.data.prompt_edits import edited
+from llmkd.data.reading.sources import read_sources
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
+from llmkd.models.classifier import ClassifierKind
+from llmkd.models.pretrained import new_model
+from llmkd.training.prepare import prepare
 from llmkd.training.run import run
+from tests.kit.by_hand import adam_steps, logged
 from tests.kit.processes import assert_one_end, train_on_two
 
 SMALL = {
@@ -129,8 +138,6 @@ def test_an_adapter_with_a_new_head_resumes_bit_for_bit_and_is_used_by_the_pipel
     whole = run(recipe("whole", **given))
     run(recipe("parted", **given))
     for name in ("adapter", "base", "checkpoints/step-4"):
-        import shutil
-
         shutil.rmtree(folder / "parted" / name)
     (folder / "parted/summary.json").unlink()
     assert run(recipe("parted", **given), resume=True)["validation"] == whole["validation"]
@@ -256,8 +263,6 @@ PAIRS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c",
     ],
 )
 def test_rows_that_cannot_be_used_are_named(recipe, tmp_path, train, held_out, said):
-    from llmkd.training.prepare import prepare
-
     plain = {"format": "labelled"}
     files = {
         f"data__{name}": plain | {"path": str(rows_of(tmp_path / f"{name}.jsonl", *rows))}
@@ -268,10 +273,6 @@ def test_rows_that_cannot_be_used_are_named(recipe, tmp_path, train, held_out, s
 
 
 def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
-    import shutil
-
-    from llmkd.training.prepare import prepare
-
     prepared = prepare(recipe("refused", teacher__model=str(teacher / "model")))
     names = prepared.processor.labels
     assert prepared.train.names == names and prepared.vocab == 8
@@ -296,8 +297,6 @@ def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
 
 def test_a_number_and_its_digits_are_one_class(recipe, tmp_path):
     """Of files that write labels otherwise."""
-    from llmkd.training.prepare import prepare
-
     rows = [{"text": text, "label": label} for text, label in (("a", 1), ("b", "1"), ("c", 0), ("d", 10), ("e", 2))]
     file = {"path": str(rows_of(tmp_path / "rows.jsonl", *rows)), "format": "labelled"}
     train = prepare(recipe("digits", data__train=file, data__validation=None, validation__every=None, checkpoint__best_by=None)).train
@@ -305,16 +304,67 @@ def test_a_number_and_its_digits_are_one_class(recipe, tmp_path):
 
 
 def test_a_teacher_that_is_the_students_average_needs_another_input(recipe, teacher):
-    from llmkd.training.prepare import prepare
-
     given = {"student__architecture": None, "student__tokenizer": None, "student__model": str(teacher / "model"), "loss__kd_ratio": 1.0}
     with pytest.raises(UserError, match=r"teacher.ema: set with loss.kd_ratio 1"):
         prepare(recipe("averaged", **given, teacher={"ema": 0.9}))
 
 
-def test_long_texts_and_pairs(recipe, tmp_path):
-    from llmkd.training.prepare import prepare
+def test_edited_texts_are_what_the_student_learns_from_and_a_killed_run_goes_on(recipe, teacher, folder):
+    """0.1 CE + 0.9 T^2 KL at T 10, four steps of two epochs by torch's Adam: the student reads edited texts and the teacher clean ones."""
+    still = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    asked = [{"swap": 0.3}, {"delete": 0.2}, {"typo": 0.2}]
+    given = {
+        "student__architecture": still,
+        "student__dtype": "float64",
+        "teacher__model": str(teacher / "model"),
+        "teacher__dtype": "float64",
+        "data__augment": {"prompt": asked, "teacher_sees": "clean"},
+        "data__train__limit": 20,
+        "loss__kd_ratio": 0.9,
+        "loss__temperature": 10.0,
+        "optim": {"lr": 1e-2, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": None},
+        "train__micro_batch_size": 4,
+        "checkpoint__every": 1,
+        "checkpoint__keep": 9,
+    }
+    made = recipe("edited", **given)
+    run(made)
+    prepared, tokenizer = prepare(made), load_tokenizer("builtin:skills", "", ends=False)
+    rows = [row for read in read_sources(made.data.train, "data.train") for row in read.rows]
+    torch.manual_seed(made.seed)
+    kind = ClassifierKind("", prepared.processor.labels, len(tokenizer), prepared.processor.readers.student.pad)
+    student = new_model(made.student, kind.architecture(8), "AutoModelForSequenceClassification").train()
+    theirs = transformers.BertForSequenceClassification.from_pretrained(teacher / "model", dtype=torch.float64).eval()
 
+    def logits(model, text):
+        return model(**tokenizer(text, return_tensors="pt")).logits[0]
+
+    def losses():
+        for step, batches in prepared.source.steps():
+            terms = []
+            for i in (int(i) for batch in batches for i in batch.example_N):
+                text, label = rows[i]["text"], prepared.train.labels[i]
+                key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+                z = logits(student, edited(text, asked, made.seed, (step.number - 1) // 2, f"{key} 1"))
+                with torch.no_grad():
+                    p = (logits(theirs, text) / 10).softmax(0)
+                terms.append(-0.1 * z.log_softmax(0)[label] + 0.9 * 100 * (p * (p.log() - (z / 10).log_softmax(0))).sum())
+            yield torch.stack(terms).mean()
+
+    found = adam_steps(student, made, losses())
+    assert len(found) == 4 and np.allclose(found, logged(made), rtol=1e-9, atol=0)
+    shutil.copytree(folder / "edited", out := folder / "killed")
+    (out / "summary.json").unlink()
+    for name in ("model", "checkpoints/step-4"):
+        shutil.rmtree(out / name)
+    run(dataclasses.replace(made, output_dir=str(out)), resume=True)
+    ours, theirs = (load_file(folder / name / "model/model.safetensors") for name in ("edited", "killed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and logged(made) == [
+        record["loss"] for record in read_jsonl(out / "metrics.jsonl") if "loss" in record
+    ]
+
+
+def test_long_texts_and_pairs(recipe, tmp_path):
     file = rows_of(tmp_path / "long.jsonl", *PAIRS, {"text": "robin " * 30, "label": 3})
     given = {
         "data__train": {"path": str(file), "format": "labelled"},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from llmkd.commands.export import export
 from llmkd.commands.preview_examples import preview
 from llmkd.config import loader
+from llmkd.data.examples import Draw
 from llmkd.errors import UserError
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -82,10 +83,16 @@ def test_a_speech_student_is_used_by_the_pipeline_and_its_encoder_is_the_teacher
 
 
 def test_an_adapter_resumes_bit_for_bit_and_learns_from_a_cache_as_from_the_teacher(recipe, folder):
-    """Also with dropout in the adapter."""
+    """Also with dropout in the adapter, and prompts that are edited for the student in every epoch."""
     from llmkd.commands.cache import cache
 
     given = {"student__method": "lora", "student__lora__dropout": 0.2, "student__lora__rank": 2}
+    given |= {"data__augment": {"prompt": [{"swap": 0.5}], "teacher_sees": "clean"}}
+    train = prepare(recipe("text_to_text", "unused", **given)).train
+    drawn, plain = train.batch(range(10), Draw(0, 1, 4)), train.batch(range(10))
+    assert not torch.equal(drawn.student.inputs["input_ids"], plain.student.inputs["input_ids"])
+    assert all(torch.equal(drawn.teacher.inputs[name], x) for name, x in plain.student.inputs.items())
+    assert torch.equal(drawn.student.inputs["decoder_input_ids"], plain.student.inputs["decoder_input_ids"])
     whole = run(recipe("text_to_text", "whole_run", **given))
     run(recipe("text_to_text", "resumed", **given))
     newest = folder / "resumed/checkpoints/step-4"

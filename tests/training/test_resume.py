@@ -30,6 +30,8 @@ from tests.kit.processes import launch, train_on_two
 
 #: Two epochs of three steps over 20 rows (the last window has 4), dropout on, validation in between.
 LONG = {"data__train__limit": 20, "train__epochs": 2, "student__lora__dropout": 0.3, "checkpoint__every": 1, "checkpoint__keep": 99}
+#: The same with prompts that are edited for the student in every epoch.
+EDITED = LONG | {"data__augment__prompt": [{"swap": 0.3}, {"typo": 0.2}], "data__augment__teacher_sees": "clean"}
 STEPS = 6
 
 
@@ -54,7 +56,7 @@ def whole(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     held = {"validation__path": str(world / "held.jsonl")}
     (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
-    changes = LONG | {f"data__{k}": v for k, v in held.items()} | {"validation__every": 2}
+    changes = EDITED | {f"data__{k}": v for k, v in held.items()} | {"validation__every": 2}
     recipe = loader.load_recipe(root / "r.yaml", {k.replace("__", "."): v for k, v in changes.items()})
     run(recipe)
     return recipe
@@ -73,7 +75,7 @@ def test_resume_at_every_step(whole, step, tmp_path, capsys):
 
 
 def test_validation_changes_nothing(whole, trained):
-    assert distance(trained("silent", **LONG), weights(Path(whole.output_dir))) == 0
+    assert distance(trained("silent", **EDITED), weights(Path(whole.output_dir))) == 0
 
 
 def test_a_validation_has_no_dropout(whole, world, make_recipe):
@@ -93,8 +95,9 @@ def test_another_seed_gives_another_order(whole):
     assert first[0] != first[1] and sorted(sum(first[0], [])) == sorted(sum(first[1], []))
 
 
-def test_dropout_is_on(whole, trained):
-    assert distance(trained("dry", **LONG | {"student__lora__dropout": 0.0}), weights(Path(whole.output_dir))) > 1e-6
+@pytest.mark.parametrize("plain", [EDITED | {"student__lora__dropout": 0.0}, LONG])
+def test_dropout_is_on_and_prompts_are_edited(whole, trained, plain):
+    assert distance(trained("plain", **plain), weights(Path(whole.output_dir))) > 1e-6
 
 
 def test_only_the_newest_and_the_best_are_kept(trained, world, tmp_path):
@@ -222,7 +225,7 @@ def test_a_signal_saves_and_stops(whole, make_recipe, tmp_path, monkeypatch, num
         return real(self, *args)
 
     monkeypatch.setattr(Distiller, "forward", forward)
-    recipe = make_recipe("stopped", **LONG | {"checkpoint__every": None, "train__log_every": 5})  # nothing else falls due at that step
+    recipe = make_recipe("stopped", **EDITED | {"checkpoint__every": None, "train__log_every": 5})  # nothing else falls due at that step
     with pytest.raises(Stopped, match="after step 2 of 6"):
         run(recipe)
     assert [p.name for p in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
@@ -246,12 +249,12 @@ def train_until_killed(call: int, words: list[str]) -> int:
 @pytest.mark.parametrize("call", [1, 8])
 def test_kill_9_in_the_middle_of_an_accumulation(whole, world, tmp_path, call):
     (tmp_path / "k.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "killed")))
-    changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
+    changes = [w for k, v in EDITED.items() for w in ("--" + k.replace("__", "."), str(v))]
     done = launch(1, train_until_killed, call, ["--config", str(tmp_path / "k.yaml"), *changes])
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     from llmkd.config import loader
 
-    recipe = loader.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in LONG.items()})
+    recipe = loader.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in EDITED.items()})
     with pytest.raises(UserError, match="unfinished run"):
         run(recipe)
     run(recipe, resume=True)
@@ -261,7 +264,7 @@ def test_kill_9_in_the_middle_of_an_accumulation(whole, world, tmp_path, call):
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(world, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
+    changes = [w for k, v in EDITED.items() for w in ("--" + k.replace("__", "."), str(v))]
     assert train_on_two(["--config", str(tmp_path / "r.yaml"), *changes]).returncode == 0
     shutil.copytree(tmp_path / "out", tmp_path / "expected")
     unfinish(tmp_path / "out", 4)

@@ -37,7 +37,10 @@ def class_numbers(read: Rows, names: tuple[str, ...], setting: str, whose: str) 
     for i, (row, place) in enumerate(zip(read.rows, read.places, strict=True)):
         label = str(row["label"])
         if label not in known:
-            fix = f"write its names as id2label into {whose}'s config.json" if is_default(names) else f"it has {listed(names)}"
+            has = (
+                f"it has {listed(names)}; correct it, or leave such rows out (where): classes of a new head are those of the training rows"
+            )
+            fix = f"write its names as id2label into {whose}'s config.json" if is_default(names) else has
             problems.add(f"{place}: the label {label!r} is none of {whose}'s classes; {fix}", alike=f"label {label!r}")
         out[i] = known.get(label, 0)
     problems.raise_if_any()
@@ -62,14 +65,14 @@ def text_inputs(
     problems = ErrorCollector()
     ids, kinds, kept, too_long = [], [], [], []
     for start in range(0, len(rows), _BATCH):
-        for i, (own, kind) in enumerate(_encoded(rows[start : start + _BATCH], columns, tokenizer), start):
+        for i, (own, kind) in enumerate(encoded_texts(rows[start : start + _BATCH], columns, tokenizer), start):
             if len(own) > data.max_length:
                 too_long.append(i)
                 if data.too_long == "refuse":
                     problems.add(f"{places[i]}: {len(own)} tokens, and data.max_length is {data.max_length}; raise it, or shorten the text")
                 if data.too_long != "truncate":
                     continue
-                ((own, kind),) = _encoded([rows[i]], columns, tokenizer, truncation=True, max_length=data.max_length)
+                ((own, kind),) = encoded_texts([rows[i]], columns, tokenizer, truncation=True, max_length=data.max_length)
             ids.append(own)
             kinds.append(kind)
             kept.append(i)
@@ -78,17 +81,18 @@ def text_inputs(
         raise UserError(
             f"{setting}: none of its {len(rows)} rows can be used, since all are longer than data.max_length = {data.max_length}; raise it, or check the rows"
         )
-    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-    flat = [np.concatenate(part).astype(np.int32) for part in (ids, *([kinds] if kinds[0] is not None else []))]
-    left = tokenizer.padding_side == "left"
-    return (
-        TextInputs(flat[0], offsets, flat[1] if len(flat) > 1 else None, pad, left),
-        np.array(kept, np.int64),
-        np.array(too_long, np.int64),
-    )
+    flat = flat_texts(list(zip(ids, kinds, strict=True)))
+    return TextInputs(*flat, pad, tokenizer.padding_side == "left"), np.array(kept, np.int64), np.array(too_long, np.int64)
 
 
-def _encoded(rows: Sequence[dict], columns: Sequence[str], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
+def flat_texts(encoded: Sequence[tuple[list[int], list[int] | None]]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """`ids`, `offsets` and `kinds` of `TextInputs`."""
+    ids, kinds = zip(*encoded, strict=True)
+    of_pairs = None if kinds[0] is None else np.concatenate(kinds).astype(np.int32)
+    return np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)], dtype=np.int64), of_pairs
+
+
+def encoded_texts(rows: Sequence[dict], columns: Sequence[str], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
     """Of each row its ids and, where the tokenizer has them, its token_type_ids. Rows with a pair and rows without are encoded apart."""
     out: list = [None] * len(rows)
     for paired in (False, True):
