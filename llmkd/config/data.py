@@ -234,8 +234,8 @@ def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
         yield "name", f"found {source.name or 'questions'} with format: {source.format}; {fix}"
-    own = {"audio": (BUILTIN_SOUNDS,), "labelled": ("builtin:skills", BUILTIN_SOUNDS), "image": (), "speech": ()}
-    builtin = own.get(source.format, ("builtin:skills",))
+    own = {"audio": (BUILTIN_SOUNDS,), "labelled": ("builtin:skills", BUILTIN_SOUNDS)}
+    builtin = own.get(source.format, () if row_format.file else ("builtin:skills",))
     if source.path.startswith("builtin:") and source.path not in builtin:
         known = (
             f"the only built-in corpus of format {source.format} is {' or '.join(builtin)}"

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from typing import Literal
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+#: Kinds of columns that name files, or hold them.
+FILES = ("audio", "image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _of_classes(reads: Literal["text", "audio", "image"], **more: Column) -> Row
         supervised="label",
         file=None if reads == "text" else reads,
         reads=reads,
-        views={kind: Column(kind, optional=True) for kind in ("text", "audio", "image") if kind != reads},
+        views={kind: Column(kind, optional=True) for kind in ("text", *FILES) if kind != reads},
     )
 
 

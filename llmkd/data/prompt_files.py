@@ -21,8 +21,8 @@ from .encoding.teacher_context import teacher_texts
 from .encoding.token_rows import refuse_foreign, split
 from .notes import example_notes
 from .prompts import Prompt, parted
-from .reading.files import KINDS, BadRow, Records, kind_of, records
-from .reading.problems import ErrorCollector
+from .reading.files import KINDS, Records, kind_of, records
+from .reading.problems import BadRow, ErrorCollector
 from .reading.row_checks import check_row
 from .reading.sources import open_source
 from .reading.unread import note_unread

@@ -28,8 +28,9 @@ from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, TokenExamples
 from .notes import example_notes
 from .reading import skills
-from .reading.files import BadRow, Records, kind_of, raw, records, row_of
-from .reading.problems import ErrorCollector
+from .reading.class_names import names_of_data
+from .reading.files import Records, kind_of, raw, records, row_of
+from .reading.problems import BadRow, ErrorCollector
 from .reading.row_checks import check_row
 from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 from .reading.unread import note_unread
@@ -174,14 +175,15 @@ class StreamSource(ExampleSource):
 
     def _elsewhere(self) -> Records:
         if self.source.path == "builtin:skills":
-            rows = skills.rows(self.source.split, self.source.name or "questions", self.source.noise)
+            rows, names = skills.rows(self.source.split, self.source.name or "questions", self.source.noise), {}
         else:
             rows = from_hub(self.source, self.setting, streaming=True)
+            names = names_of_data(rows)
             self.origin["revision"] = hub_revision(rows, self.source)
         place = f"{self.source.path}[{self.source.split}]"
         try:
             for number, row in enumerate(rows, 1):
-                yield f"{place}:{number}", functools.partial(row_of, row)
+                yield f"{place}:{number}", functools.partial(row_of, row, names)
         except Exception as error:  # the network may fail days into a run
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"{place}: reading stopped ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None

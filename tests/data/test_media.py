@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llmkd.config.data import BUILTIN_SOUNDS, Source
 from llmkd.config.media import pattern_problem
-from llmkd.data.reading.files import BadRow
 from llmkd.data.reading.media import media_files, media_of, media_rows
+from llmkd.data.reading.problems import BadRow
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 
@@ -149,7 +151,10 @@ def test_the_generated_sounds_are_a_source():
 
 
 def test_sounds_and_images_of_data_sets_are_the_bytes_of_their_files(tmp_path, monkeypatch):
-    """As `datasets` saves them, in a folder as the hub's, and from the hub, where the library would decode them with a package that is not here."""
+    """As `datasets` saves them, in a folder as the hub's, and from the hub, where the library would decode them with a package that is not here.
+
+    Their classes have the names that the data set gives them.
+    """
     import datasets
 
     files = [b"RIFF one", b"RIFF two"]
@@ -164,9 +169,16 @@ def test_sounds_and_images_of_data_sets_are_the_bytes_of_their_files(tmp_path, m
     for path in (tmp_path / "saved", tmp_path / "as_hub", "owner/sounds"):
         read = read_source(Source(path=str(path), format="audio"), "data.train")
         assert [(media_of(row["audio"], place), row["label"]) for row, place in zip(read.rows, read.places, strict=True)] == [
-            (files[0], 0),
-            (files[1], 1),
+            (files[0], "no"),
+            (files[1], "yes"),
         ]
+        chosen = read_source(Source(path=str(path), format="audio", where={"label": "yes"}), "data.train")
+        assert [row["label"] for row in chosen.rows] == ["yes"]
+    for wrong, says in ((2, "label is 2, and the data set names 2 classes, from 0"), (-1, "label is null, expected the name of a class")):
+        table = pa.table({"audio": ["a.wav"], "label": [wrong]}).replace_schema_metadata(data.data.schema.metadata)
+        pq.write_table(table, tmp_path / "wrong.parquet")
+        with pytest.raises(UserError, match=f"wrong.parquet:1: {says}"):
+            read_source(Source(path=str(tmp_path / "wrong.parquet"), format="audio"), "data.train")
     (tmp_path / "as_hub" / "no").mkdir()
     (tmp_path / "as_hub" / "no" / "a.wav").write_bytes(files[0])  # then the folder is one of sounds, and its rows are no sounds
     assert [row["label"] for row in read_source(Source(path=str(tmp_path / "as_hub"), format="audio"), "data.train").rows] == ["no"]

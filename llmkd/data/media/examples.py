@@ -9,9 +9,8 @@ import numpy as np
 
 from ...errors import UserError
 from ..examples import Draw
-from ..reading.files import BadRow
 from ..reading.media import media_of
-from ..reading.problems import ErrorCollector
+from ..reading.problems import BadRow, ErrorCollector
 from .worker import Job
 from .workers import MediaWorkers
 

@@ -14,17 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .class_names import Names, names_of_schema, with_names
 from .json_shapes import head_of, not_a_list, over_lines
+from .problems import BadRow
 
 Records = Iterator[tuple[str, Callable[[], Any]]]
-
-
-class BadRow(ValueError):
-    """A row that cannot be read; the text is the reason. `alike`: what the errors of many rows of a file have in common."""
-
-    def __init__(self, reason: str, alike: str = ""):
-        super().__init__(reason)
-        self.alike = alike
 
 
 def _raise(message: str) -> Any:
@@ -323,6 +317,7 @@ class _Rows:
         if twice is not None:
             raise BadRow(f"the column {twice!r} occurs twice; give each its own name")
         self.batch, self.columns = batch, None
+        self.names = names_of_schema(batch.schema)
 
     def get(self, i: int) -> dict:
         if self.columns is None:
@@ -330,7 +325,7 @@ class _Rows:
         for name, values in self.columns.items():
             if isinstance(values, str):
                 raise BadRow(f"the column {name!r} is not readable ({values}); fix it, or write the file without it")
-        return row_of({name: values[i] for name, values in self.columns.items()})
+        return row_of({name: values[i] for name, values in self.columns.items()}, self.names)
 
 
 def _values(column) -> list | str:
@@ -348,9 +343,9 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def row_of(columns: dict) -> dict:
-    """A row of a columnar source, with all its columns, null ones too, and no null fields inside their values."""
-    return {name: without_nulls(value) for name, value in columns.items()}
+def row_of(columns: dict, names: Names) -> dict:
+    """A row of a columnar source, with all its columns, null ones too, no null fields inside their values, and classes by their names."""
+    return with_names({name: without_nulls(value) for name, value in columns.items()}, names)
 
 
 def raw(get: Callable[[], Any]) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 from ...config.data import Source
 from ...config.formats import FORMATS
 from ...errors import UserError
-from .files import BadRow, Records
-from .problems import ErrorCollector
+from .files import Records
+from .problems import BadRow, ErrorCollector
 from .row_checks import check_is_text, check_label
 from .turn_marks import row_mark
 from .values import kind, opened

@@ -1,8 +1,16 @@
-"""The errors of many rows, collected and raised as one."""
+"""The error of a row, and those of many, collected and raised as one."""
 
 from ...errors import UserError
 
 SHOWN = 20
+
+
+class BadRow(ValueError):
+    """A row that cannot be read; the text is the reason. `alike`: what the errors of many rows of a file have in common."""
+
+    def __init__(self, reason: str, alike: str = ""):
+        super().__init__(reason)
+        self.alike = alike
 
 
 class ErrorCollector:

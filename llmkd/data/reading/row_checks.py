@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ...config.data import Source
-from ...config.formats import FORMATS
+from ...config.formats import FILES, FORMATS
 from .calls import read_tools
 from .column_hints import column_hint, row_hint
 from .conversations import read_messages, read_system
@@ -85,7 +85,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_tools(value, name, place, problems)
         elif value_kind == "label":
             check_label(value, f"{place}: {name}", problems)
-        elif value_kind not in ("numbers", "audio", "image"):  # the first are read together, below, and files where they are decoded
+        elif value_kind not in ("numbers", *FILES):  # the first are read together, below, and files where they are decoded
             check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
     if row_format.supervised == "marked":
@@ -163,7 +163,8 @@ def _missing(
         return True
     hint, known = column_hint(lacking, row, theirs, source, check_row, csv, choices) if problems.hints else ("", False)
     other_shape = known or not any(name in row for name in theirs.values())
-    problems.add(f"{place}: no {named}{hint}", alike=alike if other_shape else "")
+    every_row = not file.endswith((".json", ".jsonl"))  # of the other kinds of files all rows have the same columns
+    problems.add(f"{place}: no {named}{hint}", alike=alike if other_shape or every_row else "")
     return other_shape
 
 

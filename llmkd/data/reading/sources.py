@@ -26,10 +26,11 @@ from ...config.formats import FORMATS
 from ...config.recipe import Source
 from ...errors import UserError, fix_of
 from . import skills, sounds
-from .files import KINDS, BadRow, Records, kind_of, records, row_of
+from .class_names import names_of_data
+from .files import KINDS, Records, kind_of, records, row_of
 from .folders import data_files
 from .media import ENDINGS, check_media_row, media_files, media_rows
-from .problems import ErrorCollector
+from .problems import BadRow, ErrorCollector
 from .row_checks import check_row
 from .where import Chosen
 
@@ -312,12 +313,12 @@ def _as_bytes(data: Any) -> Any:
 
 def _hub(source: Source, setting: str) -> Opened:
     data = from_hub(source, setting)
-    digest = hashlib.sha256()
+    digest, names = hashlib.sha256(), names_of_data(data)
 
     def found() -> Records:
         for i, row in enumerate(data):
             digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
-            yield f"{source.path}[{source.split}]:{i + 1}", functools.partial(row_of, row)
+            yield f"{source.path}[{source.split}]:{i + 1}", functools.partial(row_of, row, names)
 
     return Opened(found(), lambda: f"{source.path} {digest.hexdigest()}", source.split, hub_revision(data, source))
 

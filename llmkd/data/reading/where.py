@@ -15,7 +15,8 @@ from ...config.data import Source
 from ...config.where import is_number, value_words, where_words
 from ...console import count, info
 from ...errors import UserError
-from .files import BadRow, Records
+from .files import Records
+from .problems import BadRow
 from .values import kind, opened
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)

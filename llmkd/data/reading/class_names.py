@@ -1,0 +1,37 @@
+"""Columns whose values are numbers of classes that the data set names, as `datasets` writes them (ClassLabel): rows have the names. No torch here."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .problems import BadRow
+
+Names = Mapping[str, Sequence[str]]  # by column
+_UNKNOWN = -1  # what the library writes where a row has no class
+
+
+def names_of_data(data: Any) -> Names:
+    """Of a data set of the library; a stream may not know its columns."""
+    return {name: one.names for name, one in (getattr(data, "features", None) or {}).items() if getattr(one, "names", None)}
+
+
+def names_of_schema(schema: Any) -> Names:
+    """Of the schema of an Arrow or Parquet file, into which the library writes the features."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def with_names(row: dict[str, Any], names: Names) -> dict[str, Any]:
+    """A row with the names of its classes, and None where it has none. BadRow for a number that has no name."""
+    return row | {column: _named(row[column], column, known) for column, known in names.items() if column in row}
+
+
+def _named(value: Any, column: str, known: Sequence[str]) -> Any:
+    if type(value) is not int:
+        return value
+    if not _UNKNOWN <= value < len(known):
+        raise BadRow(f"{column} is {value}, and the data set names {len(known)} classes, from 0; write the file again")
+    return None if value == _UNKNOWN else known[value]
