@@ -335,7 +335,8 @@ def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GE
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"
         )
     if pipeline != GENERATION:
-        return f"from transformers import pipeline\n\nhere = {top}\nmodel = pipeline({pipeline!r}, model=here)\nprint(model({EXAMPLES[pipeline]!r}))"
+        read = EXAMPLES.get(pipeline, "FILE")
+        return f"from transformers import pipeline\n\nhere = {top}\nmodel = pipeline({pipeline!r}, model=here)\nprint(model({read!r}))"
     if not lora:
         return full_model_snippet(top)
     origin, quantization = hub_origin(student.base), recipe.student.quantization

@@ -1,7 +1,13 @@
-"""The sounds and images of a run, which all of its models share: decoded once before training, and in the same processes for every batch."""
+"""Sounds and images: those of a run, decoded once before training and in the same processes for every batch, and what is alike in how models read them."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config.data import Data
 from ..data.audio import sounds as of_sounds
@@ -9,6 +15,7 @@ from ..data.audio.sounds import Sounds
 from ..data.images import pictures as of_pictures
 from ..data.media.examples import MediaFiles
 from ..data.media.workers import MediaWorkers
+from ..errors import UserError, brief
 
 
 class MediaOfRun:
@@ -42,3 +49,61 @@ class MediaOfRun:
         if column not in self._last or self._last[column][0] is not rows:
             self._last[column] = rows, read()
         return self._last[column][1]
+
+
+@dataclass(frozen=True)
+class MediaInputs:
+    """Files as a model reads them, but for `lengths`, `shown` and `batch`; see `data.inputs.Inputs`. `reader`: its feature extractor or image processor."""
+
+    files: MediaFiles
+    reader: Any
+    positions = False
+
+    def take(self, chosen: np.ndarray) -> "MediaInputs":
+        return replace(self, files=self.files.take(chosen))
+
+    @staticmethod
+    def joined(parts: "Sequence[MediaInputs]") -> "MediaInputs":
+        first, *others = parts
+        return replace(first, files=first.files.joined([one.files for one in others]))
+
+    def content(self, i: int) -> bytes:
+        return (self.files.hashes[i] + self._settings).encode()
+
+    @cached_property
+    def _settings(self) -> str:
+        return settings_of(self.reader)
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """What reads a column of files, as a `Reader` but for `kind` and `inputs`."""
+
+    column: str
+    reader: Any
+    media: MediaOfRun
+    tokens = pad = None
+
+    @cached_property
+    def identity(self) -> str:
+        return settings_of(self.reader)
+
+    def save(self, folder: Path) -> None:
+        self.reader.save_pretrained(folder)
+
+
+def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> Any:
+    """What reads a model's files, by transformers' class `auto`, from the model's folder. UserError where there is none."""
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+        raise UserError(
+            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads {what}; fetch it, or name another model"
+        )
+    try:
+        return auto.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own exceptions and Python's
+        raise UserError(f"{setting}: {folder} has no {called} that transformers can read ({brief(error)}); fetch it again") from error
+
+
+def settings_of(extractor) -> str:
+    """What an extractor or image processor does, as text: those of equal settings read alike. `--resume` and caches compare it."""
+    return json.dumps(extractor.to_dict(), sort_keys=True, default=str)

@@ -1,9 +1,6 @@
 """Sounds as what models read: feature extractors, and inputs."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,72 +10,42 @@ from ..config.data import Data
 from ..config.media import InputFeatures
 from ..console import warn
 from ..data.audio.log_mel import empty_filters
-from ..data.audio.sounds import Sounds
 from ..data.examples import Draw
-from ..errors import UserError, brief
+from ..errors import UserError
 from ..model_folder.files import ModelFiles
 from .builtin import register
-from .media import MediaOfRun
+from .media import MediaInputs, MediaOfRun, MediaReader, read_from
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class SoundInputs:
-    """Sounds as a model reads them; see `data.inputs.Inputs`. `reader`: its feature extractor."""
-
-    sounds: Sounds
-    reader: Any
-    positions = False
+class SoundInputs(MediaInputs):
+    """Sounds; `files` are `Sounds`, and `reader` a feature extractor."""
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [examples]: what each costs, in hundredths of a second."""
-        rate = self.sounds.workers.way.rate
-        return np.maximum(1, np.minimum(self.sounds.num_samples, limit_of(self.reader, rate) or 2**62) * 100 // rate)
-
-    def take(self, chosen: np.ndarray) -> "SoundInputs":
-        return replace(self, sounds=self.sounds.take(chosen))
-
-    @staticmethod
-    def joined(parts: "Sequence[SoundInputs]") -> "SoundInputs":
-        first, *others = parts
-        return replace(first, sounds=first.sounds.joined([one.sounds for one in others]))
-
-    def content(self, i: int) -> bytes:
-        return (self.sounds.hashes[i] + self._settings).encode()
-
-    @cached_property
-    def _settings(self) -> str:
-        return settings_of(self.reader)
+        rate = self.files.workers.way.rate
+        return np.maximum(1, np.minimum(self.files.num_samples, limit_of(self.reader, rate) or 2**62) * 100 // rate)
 
     def shown(self, i: int, reader) -> str:
-        return f"{self.sounds.num_samples[i] / self.sounds.workers.way.rate:.2f} s of sound"
+        return f"{self.files.num_samples[i] / self.files.workers.way.rate:.2f} s of sound"
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> "dict[str, Tensor]":
-        return inputs_of(self.reader, self.sounds.read(indices, draw), self.sounds.workers.way.rate)
+        return inputs_of(self.reader, self.files.read(indices, draw), self.files.workers.way.rate)
 
 
-@dataclass(frozen=True)
-class SoundReader:
+class SoundReader(MediaReader):
     """A feature extractor as a `Reader`."""
 
-    column: str
-    reader: Any
-    media: MediaOfRun
     kind = "audio"
-    tokens = pad = None
 
     @classmethod
     def of(cls, column: str, files: ModelFiles | None, config: dict, setting: str, student, data: Data, media: MediaOfRun) -> "SoundReader":
         found = find_extractor(files.base if files else None, data.features, setting)
         media.read_by(found)
         return cls(column, found, media)
-
-    @cached_property
-    def identity(self) -> str:
-        return settings_of(self.reader)
 
     def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[SoundInputs, np.ndarray, np.ndarray]:
         sounds, rate = self.media.sounds(rows, self.column, places, setting), self.media.rate
@@ -91,9 +58,6 @@ class SoundReader:
         kept = np.flatnonzero(used)
         longer = np.zeros(0, np.int64) if limit is None else np.flatnonzero(sounds.num_samples > limit)
         return SoundInputs(sounds.take(kept), self.reader), kept, longer
-
-    def save(self, folder: Path) -> None:
-        self.reader.save_pretrained(folder)
 
 
 def inputs_of(extractor, clips: Sequence[np.ndarray], rate: int) -> "dict[str, Tensor]":
@@ -138,23 +102,6 @@ def find_extractor(folder: Path | None, features: InputFeatures | None, setting:
     from transformers import AutoFeatureExtractor
 
     return read_from(folder, AutoFeatureExtractor, "sound", "feature extractor", setting)
-
-
-def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> Any:
-    """What reads a model's files, by transformers' class `auto`, from the model's folder. UserError where there is none."""
-    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
-        raise UserError(
-            f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads {what}; fetch it, or name another model"
-        )
-    try:
-        return auto.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises its own exceptions and Python's
-        raise UserError(f"{setting}: {folder} has no {called} that transformers can read ({brief(error)}); fetch it again") from error
-
-
-def settings_of(extractor) -> str:
-    """What an extractor or image processor does, as text: those of equal settings read alike. `--resume` and caches compare it."""
-    return json.dumps(extractor.to_dict(), sort_keys=True, default=str)
 
 
 def fitting(num_samples: np.ndarray, limit: int | None, rate: int, too_long: str, places: Callable[[int], str], setting: str) -> np.ndarray:

@@ -12,8 +12,8 @@ from llmkd.data.audio.sounds import read_sounds, way_of
 from llmkd.data.examples import Draw
 from llmkd.data.media.workers import MediaWorkers
 from llmkd.errors import UserError
-from llmkd.tasks.media import MediaOfRun
-from llmkd.tasks.sound import SoundInputs, find_extractor, fitting, inputs_of, limit_of, settings_of
+from llmkd.tasks.media import MediaOfRun, settings_of
+from llmkd.tasks.sound import SoundInputs, find_extractor, fitting, inputs_of, limit_of
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("audiomentations")

@@ -14,8 +14,9 @@ from ...data.sequences import SequenceExamples
 from ...errors import Stopped, UserError
 from ...model_folder.files import rows_of
 from ...rollouts.batches import by_length
+from ...tasks.media import settings_of
 from ...tasks.sequences import LOADED_BY, decoder_positions, generation_of, refuse_decoders_alone
-from ...tasks.sound import find_extractor, inputs_of, limit_of, settings_of
+from ...tasks.sound import find_extractor, inputs_of, limit_of
 from ...tasks.text_reader import padding_of
 from ..asks import CUT, STOP, Answer, Ask, failed
 from ..model import ModelToLoad, forget
