@@ -1,4 +1,5 @@
-"""`llmkd data` for tasks other than language models: counts, and examples as the student reads them, with their targets. Loads no model."""
+"""`llmkd data` for tasks other than language models: counts, and examples as the student reads them, with their targets and with the columns that
+teachers read. Loads no model."""
 
 import sys
 from typing import Any, TextIO
@@ -19,7 +20,8 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     """Print counts of training and held-out rows, of classes by their names, then `count` examples drawn by the recipe's seed, or the one numbered
     `example`. Returns the counts."""
     out, task, sequences = out or sys.stdout, task_named(recipe.task), recipe.task in SEQUENCES
-    rows = read_data(recipe.data, views_of(one for _, one in used_teachers(recipe)))
+    teachers = used_teachers(recipe)
+    rows = read_data(recipe.data, views_of(one for _, one in teachers))
     models = find_models(recipe.student, (), open_caches=False)
     processor = task.find_processor(recipe.student, models, recipe.data, rows)
     data = task.encode(rows, recipe.data, batching(recipe.train, recipe.seed, False), as_tuple(recipe.teacher), processor)
@@ -27,19 +29,30 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     numbers = {setting: (_targets if sequences else _classes)(part) for setting, part in parts.items() if part is not None}
     for setting, found in numbers.items():
         print(f"{setting}\n{table(found)}", file=out)
+    read_rows = [row for read in rows["data.train"] for row in read.rows]
     for i in chosen(len(data.train), count, example, recipe.seed):
         head, read = f"\nexample {i} of {len(data.train)}  {data.places[i]}", printable(data.train.inputs.shown(i, processor.reader))
         if not sequences:
             name, length = data.train.names[data.train.labels[i]], int(data.train.lengths[i])
             print(f"{head}  length {length:,}, class {name!r}\n{read}", file=out)
-            continue
-        ids, loss_mask = data.train.example(i)
-        target = mark_supervised(ids, loss_mask, processor.reader, uses_colour(out))
-        print(
-            f"{head}  {len(ids)} tokens of the decoder, {int(loss_mask.sum())} of them supervised\nsource  {read}\ntarget  {target}",
-            file=out,
-        )
+        else:
+            ids, loss_mask = data.train.example(i)
+            target = mark_supervised(ids, loss_mask, processor.reader, uses_colour(out))
+            print(
+                f"{head}  {len(ids)} tokens of the decoder, {int(loss_mask.sum())} of them supervised\nsource  {read}\ntarget  {target}",
+                file=out,
+            )
+        for setting, one in teachers:
+            if one.reads:
+                print(f"{setting} reads {one.reads}  {_written(read_rows[data.train.row[i]][one.reads])}", file=out)
     return numbers
+
+
+def _written(value: Any) -> str:
+    """A column as the row has it: a teacher, whose tokenizer would read it, may not be there yet."""
+    if isinstance(value, dict):  # a file as `datasets` writes it
+        value = value.get("bytes") or value.get("path")
+    return f"{len(value):,} bytes" if isinstance(value, bytes) else printable(str(value))
 
 
 def _classes(examples: Examples) -> list[dict[str, Any]]:

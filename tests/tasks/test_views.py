@@ -291,7 +291,7 @@ def test_rows_that_are_too_long_for_one_of_the_models_are_left_out_and_counted(b
     given = {"data__train__path": str(birds / "marked.jsonl"), "data__features__seconds": 0.17, "data__max_length": 7}
     train = prepare(made(birds, "long", **given)).train
     assert train.row.tolist() == [1, 2, 4, 5, 6] and (train.counts["too_long"], train.counts["marked"]) == (3, 1)
-    assert train.inputs.sounds.num_samples.tolist() == [1_060, 1_120, 1_240, 1_300, 1_360]
+    assert train.inputs.files.num_samples.tolist() == [1_060, 1_120, 1_240, 1_300, 1_360]
     assert train.of_teachers["teacher"].inputs.lengths.tolist() == [6, 7, 5, 6, 7] and train.labels.tolist() == [1, 2, 1, 2, 0]
 
 
@@ -362,7 +362,17 @@ def test_rows_are_shown_as_a_run_reads_them(birds):
     with pytest.raises(UserError, match="rows.jsonl:1: no column 'caption'"):
         preview(made(birds, "shown", **changes), out=out)
     preview(made(birds, "shown", **changes, loss__kd_ratio=0), count=1, out=out)
-    assert out.getvalue().count("s of sound") == 1
+    assert out.getvalue().count("s of sound") == 1 and " reads " not in out.getvalue()
+    two = [{"model": "not/trained", "reads": "text"}, {"model": str(birds / "sees"), "reads": "image"}, {"model": str(birds / "listens")}]
+    source = {"path": str(birds / "rows.jsonl"), "format": "audio", "where": {"label": "wren"}}
+    preview(
+        made(birds, "shown", two, data__train=[source | {"where": {"label": "owl"}}, source], data__validation=None),
+        example=4,
+        out=(out := io.StringIO()),
+    )
+    said = out.getvalue()[out.getvalue().index("example 4") :].splitlines()
+    assert said[0].startswith("example 4 of 6") and "rows.jsonl:6  " in said[0] and said[1].endswith("s of sound")
+    assert said[2:] == ["teacher.0 reads text  a high song high", "teacher.1 reads image  5.png"]
 
 
 def test_a_pipeline_does_not_measure_a_teacher_on_what_its_students_read(birds):

@@ -4,6 +4,7 @@ from tests.planted.fault import in_file
 
 DECODE, MEL, AUGMENT = "data/audio/test_decode.py", "data/audio/test_log_mel.py", "data/audio/test_augment.py"
 WORKERS, MEDIA, EDITS = "data/media/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
+TEXTS, TRANSCRIBE = "data/test_edited_texts.py", "making/test_transcribe.py"
 CNN, TRANSCRIPTS = "models/test_builtin_cnn.py", "tasks/test_transcripts.py"
 PICTURES = "data/images/test_augment.py"
 SOUND, IMAGES, RUNS = "tasks/test_sound.py", "data/images/test_decode.py", "tasks/test_sound_runs.py"
@@ -53,6 +54,30 @@ FAULTS = [
         "llmkd/data/prompt_edits.py",
         ("all-deleted", "a prompt may lose all words", "if len(gone) == len(places) and gone:", "if False:", EDITS),
         ("swapped-again", "a word that was swapped is swapped on", "i += 1 + chosen", "i += 1", EDITS),
+    ),
+    *in_file(
+        "llmkd/data/encoding/edited_texts.py",
+        ("edits-by-column", "both texts of a pair are edited alike", 'f"{key} {n}"', 'f"{key} 1"', TEXTS),
+        ("edits-uncut", "an edited text is not cut", ", truncation=True, max_length=edits.max_length", "", TEXTS),
+        ("edits-lost", "examples that are chosen have the edits of others", "[self.rows[i] for i in chosen]", "self.rows", TEXTS),
+    ),
+    *in_file(
+        "llmkd/data/labelled.py",
+        (
+            "keys-of-clean-texts",
+            "dropout follows the positions of a text before it was edited",
+            'found["attention_mask"].sum(1).tolist()',
+            "inputs.lengths[some].tolist()",
+            TEXTS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/class_names.py",
+        ("no-class", "a row without a class is of the last one", "None if value == _UNKNOWN else known[value]", "known[value]", MEDIA),
+    ),
+    *in_file(
+        "llmkd/making/sounds.py",
+        ("written-again", "a sound that is there is written again", "if not path.is_file():", "if True:", TRANSCRIBE),
     ),
     *in_file(
         "llmkd/models/builtin_cnn.py",
