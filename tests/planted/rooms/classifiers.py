@@ -83,15 +83,15 @@ FAULTS = [
         (
             "numbers-of-other-rows",
             "after a row that is not trained on the numbers of rows, and so their labels, are those of others",
-            "return taken[id(self.student)], theirs, trained[kept], counts",
-            "return taken[id(self.student)], theirs, kept, counts",
+            "return taken[id(self.student)], theirs, trained[kept], trained[longer], counts",
+            "return taken[id(self.student)], theirs, kept, trained[longer], counts",
             VIEWS,
         ),
         (
             "too-long-for-one",
             "rows that only one of the models finds too long are left out without a word",
-            "len(functools.reduce(np.union1d, [long for *_, long in found.values()]))",
-            "max(len(long) for *_, long in found.values())",
+            "functools.reduce(np.union1d, [long for *_, long in found.values()])",
+            "max((long for *_, long in found.values()), key=len)",
             VIEWS,
         ),
         (
@@ -121,7 +121,7 @@ FAULTS = [
         (
             "shown-otherwise",
             "llmkd data does not read what teachers read",
-            "views_of(one for _, one in used_teachers(recipe))",
+            "views_of(one for _, one in teachers)",
             "()",
             VIEWS,
         ),

@@ -163,7 +163,6 @@ FAULTS = [
     *in_file(
         "llmkd/making/seeds.py",
         ("prompts-of-sounds", "a sound's prompt is lost", "said = _SAID_OF_SOUNDS if sounds else _SAID", "said = _SAID", TRANSCRIBE),
-        ("bytes-as-a-path", "bytes of a sound are taken for its path", "    if isinstance(file, bytes):\n", "    if False:\n", TRANSCRIBE),
     ),
     *in_file(
         "llmkd/making/stages/transcribe.py",

@@ -77,8 +77,8 @@ FAULTS = [
         (
             "nulls-inside",
             "fields that a columnar file fills with null are given",
-            "return {name: without_nulls(value) for name, value in columns.items()}",
-            "return dict(columns)",
+            "with_names({name: without_nulls(value) for name, value in columns.items()}, names)",
+            "with_names(dict(columns), names)",
             FILES,
         ),
         (

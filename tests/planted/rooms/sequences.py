@@ -43,6 +43,13 @@ FAULTS = [
     *in_file(
         "llmkd/tasks/sequences.py",
         (
+            "counted-twice",
+            "a row whose source and target are cut counts as two",
+            'counts["too_long"] = len(too_long)',
+            'counts["too_long"] += len(too_long)',
+            f"{RUN}::test_targets_that_are_long_or_empty_and_the_teacher_of_a_source",
+        ),
+        (
             "frame-of-the-student",
             "a cache does not depend on how the teachers' targets begin",
             "if self.others else [*self.frame]",

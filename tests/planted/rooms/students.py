@@ -97,7 +97,7 @@ FAULTS = [
             "the student trains in evaluation mode",
             "name, autocast=autocast).train()",
             "name, autocast=autocast).eval()",
-            "training/test_resume.py::test_dropout_is_on training/test_run.py::test_only_the_students_own_parameters_train",
+            "training/test_resume.py::test_dropout_is_on_and_prompts_are_edited training/test_run.py::test_only_the_students_own_parameters_train",
         ),
         (
             "half-precision-trains",
@@ -160,7 +160,7 @@ FAULTS = [
             "the adapter has no dropout",
             "lora_dropout=lora.dropout",
             "lora_dropout=0.0",
-            "training/test_accumulation.py training/test_resume.py::test_dropout_is_on",
+            "training/test_accumulation.py training/test_resume.py::test_dropout_is_on_and_prompts_are_edited",
         ),
         (
             "copies-forgotten",
