@@ -64,19 +64,6 @@ def test_the_reference_moves(world, trained, reference):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(world, reference, tmp_path):
-    """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
-    dropout = ["--student.lora.dropout", "0.3"]
-    tokens = [*dropout, "--train.micro_batch_size", "null", "--train.micro_batch_tokens", "90", "--data.packing", "true"]
-    three = [*dropout, "--train.micro_batch_size", "3"]
-    for name, changes in (("lora", dropout), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
-        done = train_on_two(["--config", str(tmp_path / f"{name}.yaml"), *changes])
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert distance(weights(tmp_path / name), reference(name.rstrip("39"))) < BOUND
-
-
-@pytest.mark.slow
 def test_torchrun_starts_them(world, reference, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "llmkd", "train"]

@@ -31,7 +31,7 @@ NUMBERS = [
     Row(
         "micro-batches, ranks or the last window of uneven size",
         "every target counts once",
-        "training/test_parity.py::test_micro_batches_do_not_matter training/test_parity.py::test_two_processes_are_one training/test_run.py::test_each_target_is_trained_exactly_once_an_epoch",
+        "training/test_parity.py::test_micro_batches_do_not_matter training/test_four_processes.py::test_four_processes_are_one training/test_run.py::test_each_target_is_trained_exactly_once_an_epoch",
     ),
     Row(
         "a family whose packed rows leak, or whose head is not a product",

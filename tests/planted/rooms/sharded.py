@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 PASSES = "training/test_accumulation.py"
+FOUR = "training/test_four_processes.py::test_a_run_goes_on_by_any_number_of_processes_and_either_strategy"
 PARALLEL = "training/test_parallel.py::test_sharded_models_train_as_whole_ones"
 
 FAULTS = [
@@ -21,6 +22,13 @@ FAULTS = [
             "set_requires_gradient_sync(now)",
             "set_requires_gradient_sync(not now)",
             PARALLEL,
+        ),
+        (
+            "checkpoint-in-parts",
+            "a sharded run's checkpoint holds the first process's part of each tensor",
+            "lambda part: whole(part).cpu() if first else whole(part).new_empty(0)",
+            "lambda part: local(part).cpu() if first else local(part).new_empty(0)",
+            FOUR,
         ),
         (
             "maps-never-exchanged",
