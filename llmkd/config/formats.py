@@ -64,7 +64,8 @@ def _of_classes(reads: Literal["text", "audio", "image"], **more: Column) -> Row
         supervised="label",
         file=None if reads == "text" else reads,
         reads=reads,
-        views={kind: Column(kind, optional=True) for kind in ("text", *FILES) if kind != reads},
+        views={kind: Column(kind, optional=True) for kind in ("text", *FILES) if kind != reads}
+        | ({"prompt": Column(optional=True)} if reads == "text" else {}),  # another text than the student's
     )
 
 

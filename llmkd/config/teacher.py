@@ -107,7 +107,7 @@ class Teacher:
     reads: str | None = fixed(
         None,
         description="The column of the rows that the teacher reads in place of the student's, to predict the same targets: text, audio or image of "
-        "task: classification, prompt of speech_recognition; null: what the student reads.",
+        "task: classification, prompt (a text) of speech_recognition and next to another text of format labelled; null: what the student reads.",
     )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
     base: str | None = fixed(

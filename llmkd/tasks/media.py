@@ -14,6 +14,7 @@ from ..data.audio import sounds as of_sounds
 from ..data.audio.sounds import Sounds
 from ..data.images import pictures as of_pictures
 from ..data.media.examples import MediaFiles
+from ..data.media.packages import refuse_missing_packages
 from ..data.media.workers import MediaWorkers
 from ..errors import UserError, brief
 
@@ -31,17 +32,18 @@ class MediaOfRun:
 
     def sounds(self, rows: Sequence[dict], column: str, places: Sequence[str], setting: str) -> Sounds:
         """See `read_sounds`; the column of the rows that were read last is not decoded again. All readers are to be known."""
-        workers = self._started("audio", lambda augment: of_sounds.way_of(self.rate, augment))
+        workers = self._started("audio", lambda augment: of_sounds.way_of(self.rate, augment), setting)
         return self._read(rows, column, lambda: of_sounds.read_sounds(rows, column, places, workers, setting))
 
     def pictures(self, rows: Sequence[dict], column: str, places: Sequence[str], setting: str) -> MediaFiles:
         """See `read_pictures`; likewise. The transforms are tried on training images."""
-        workers = self._started("image", of_pictures.way_of)
+        workers = self._started("image", of_pictures.way_of, setting)
         tried = workers.way.augmentation() if workers.way.augment and setting.startswith("data.train") else None
         return self._read(rows, column, lambda: of_pictures.read_pictures(rows, column, places, workers, tried))
 
-    def _started(self, kind: str, way: Callable[[Sequence[dict]], Any]) -> MediaWorkers:
+    def _started(self, kind: str, way: Callable[[Sequence[dict]], Any], setting: str) -> MediaWorkers:
         if kind not in self._workers:
+            refuse_missing_packages(kind, setting)
             self._workers[kind] = MediaWorkers(way(getattr(self._augment, kind) if self._augment else ()), self._count)
         return self._workers[kind]
 

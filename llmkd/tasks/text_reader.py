@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config.fields import as_tuple
+from ..config.formats import FORMATS
 from ..config.recipe import Data, Student
 from ..data.dataset import refuse_too_few_positions
 from ..data.encoding import token_cache
@@ -48,12 +50,17 @@ class TextReader:
     def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[TextInputs, np.ndarray, np.ndarray]:
         columns = (self.column, "text_pair") if self.column == "text" else (self.column,)
         found, used, longer = text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
-        if data.augment and data.augment.prompt:
+        if data.augment and data.augment.prompt and setting.startswith("data.train") and self.column == _of_student(data):
             found = with_edits(found, [rows[i] for i in used], data.augment.prompt, columns, data.max_length, self.reader)
         return found, used, longer
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.reader, folder)
+
+
+def _of_student(data: Data) -> str | None:
+    """The column that the student reads."""
+    return FORMATS[as_tuple(data.train)[0].format].reads
 
 
 def padding_of(tokenizer, config: dict, setting: str) -> int:

@@ -40,7 +40,8 @@ def decode(sound: str | Path | bytes, rate: int, place: str) -> Clip:
     Channels are averaged. Another rate is converted by soxr at its quality HQ, whose filter passes what lies below 91 % of the lower of
     both rates' halves.
     """
-    soundfile = _library("soundfile", place)
+    import soundfile
+
     raw = sound if isinstance(sound, bytes) else read_bytes(sound, place)
     if not raw:
         raise UserError(f"{place}: the file is empty; {AGAIN}")
@@ -61,7 +62,9 @@ def decode(sound: str | Path | bytes, rate: int, place: str) -> Clip:
         raise UserError(f"{place}: sample {first:,} is not a finite number; write the file again")
     samples = samples_SC[:, 0] if C == 1 else samples_SC.mean(1, dtype=np.float64).astype(np.float32)
     if own != rate:
-        samples = _library("soxr", place).resample(samples, own, rate, quality="HQ")
+        import soxr
+
+        samples = soxr.resample(samples, own, rate, quality="HQ")
         if not len(samples):
             raise UserError(f"{place}: the sound has {count(S, 'sample')} at {own:,} Hz, none at {rate:,} Hz; remove it")
     return Clip(np.ascontiguousarray(samples, np.float32), own, C, hashlib.sha256(raw).hexdigest())
@@ -78,13 +81,6 @@ def converted(clips: Counter, rate: int) -> str | None:
     if mixed:
         said.append(f"mixed to one channel: {mixed:,}")
     return f"of {count(total, 'clip')} {'; '.join(said)}" if said else None
-
-
-def _library(name: str, place: str):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UserError(f'{place}: sound files need {name}; install it: pip install "llmkd[audio]"') from None
 
 
 def _cut_short(raw: bytes) -> str | None:

@@ -32,10 +32,8 @@ class Picture:
 
 def decode(image: str | Path | bytes, place: str) -> Picture:
     """An image file, given by its path or as its bytes. UserError begins with `place`. What is transparent is seen on white."""
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError:
-        raise UserError(f'{place}: images need pillow; install it: pip install "llmkd[image]"') from None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     raw = image if isinstance(image, bytes) else read_bytes(image, place)
     if not raw:
         raise UserError(f"{place}: the file is empty; {AGAIN}")

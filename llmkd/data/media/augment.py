@@ -38,7 +38,8 @@ class Augmentation:
 
     def __init__(self, asked: Sequence[Mapping[str, Any]], setting: str):
         problems: list[str] = []
-        self.setting, known = setting, self.known()
+        self.setting = setting
+        known = self.known()
         self._transforms = [self._made(one, f"{setting}.{i}", known, problems) for i, one in enumerate(asked)]
         if problems:
             raise UserError(*problems)

@@ -10,6 +10,7 @@ from ...config.make import Writer as Settings
 from ...data.audio.decode import decode
 from ...data.encoding.targets import frame_of, sequences
 from ...data.encoding.tokenizer import shared_vocab
+from ...data.media.packages import refuse_missing_packages
 from ...data.sequences import SequenceExamples
 from ...errors import Stopped, UserError
 from ...model_folder.files import rows_of
@@ -35,6 +36,7 @@ class SpeechWriter:
     """
 
     def __init__(self, settings: Settings, device: Callable[[], Any], stop: Callable[[], bool]):
+        refuse_missing_packages("audio", "writer.model")
         self.settings, self.device, self.stop = settings, device, stop
         self.label = settings.model
         self.model = ModelToLoad(settings.loaded, "writer")

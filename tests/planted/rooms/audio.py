@@ -32,6 +32,26 @@ FAULTS = [
         ("numpy-left", "numpy's generator is left where augmentation ended", "            np.random.set_state(before[1])\n", "", AUGMENT),
     ),
     *in_file(
+        "llmkd/data/media/augment.py",
+        (
+            "library-before-setting",
+            "a library of transforms that is not there is no line",
+            "        self.setting = setting\n        known = self.known()\n",
+            "        known = self.known()\n        self.setting = setting\n",
+            "data/media/test_packages.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/media.py",
+        (
+            "packages-per-file",
+            "a package that is not there shows at the first file",
+            "            refuse_missing_packages(kind, setting)\n",
+            "",
+            "data/media/test_packages.py",
+        ),
+    ),
+    *in_file(
         "llmkd/data/media/workers.py",
         (
             "order-of-clips",
