@@ -32,6 +32,30 @@ def _refuse_without_teacher(recipe: Recipe) -> None:
         raise UserError("loss.kd_ratio: found 0, with which no teacher is used; leave it out here")
 
 
+def check_stage_caches(recipe: Recipe, stages: dict[str, Recipe]) -> None:
+    """UserError where a recipe would read a cache in another form than that in which an earlier stage writes it.
+
+    stages   the recipes of the stages that write caches
+    """
+    problems = []
+    for setting, teacher in with_setting_names(recipe.teacher, "teacher"):
+        for name, stage in stages.items():
+            written = [by.cache for _, by in with_setting_names(stage.teacher, "teacher") if by.cache]
+            if teacher.cache and (cache := next((one for one in written if one.path == teacher.cache.path), None)):
+                kind = cache.kind or ("hidden" if stage.task == "classification" else "topk")
+                form = {"kind": kind} | {
+                    key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[kind].items()
+                }
+                for key, value in vars(teacher.cache).items():
+                    then = form.get(key, f"kind {kind}")
+                    if key != "path" and value not in (None, "auto", then) and then != "auto":
+                        problems.append(
+                            f"{setting}.cache.{key}: found {value}, and stage {name} writes {cache.path} with {then}; leave it out, or change one of them"
+                        )
+    if problems:
+        raise UserError(*problems)
+
+
 def select_teachers(
     recipe: Recipe, wanted: Callable[[Teacher], object], missing: str, import_file: str | None = None
 ) -> tuple[Prepared, list[TeacherSource]]:

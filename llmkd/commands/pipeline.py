@@ -20,7 +20,7 @@ from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
 from .cache import cache
-from .cache_selection import refuse_without_cache
+from .cache_selection import check_stage_caches, refuse_without_cache
 from .make import make_of_stage, overrides_of, run_make
 
 
@@ -71,6 +71,8 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_input
             recipes[name] = load_recipe(stage.recipe or stage.cache, changes, check_inputs=check_inputs, written_later=pipeline.output_dir)
             if stage.cache:
                 refuse_without_cache(recipes[name])
+            else:
+                check_stage_caches(recipes[name], {before: recipe for before, recipe in recipes.items() if pipeline.stages[before].cache})
         except UserError as error:
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:

@@ -35,7 +35,7 @@ from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
 from .cache import cache
-from .cache_selection import refuse_without_cache
+from .cache_selection import check_stage_caches, refuse_without_cache
 from .make import make_of_stage, run_make
 from .other_tasks import refuse_other_task
 from .sweep_state import Group, SweepState
@@ -178,9 +178,11 @@ class SweepRecipes:
         for stage in self.stages().values():
             hub_upload.check(stage.push_to_hub)
             trackers.check(stage.report_to)
+        caches = self.caches()
         for name, spec in self.specs.items():
             try:
                 out[name] = self._load(self.sweep.recipe, MEASURED | self.sweep.set | spec.changes, f"arms/{name}")
+                check_stage_caches(out[name], caches)
                 check_sampled_caches(used_teachers(out[name]), signal_use(out[name]))
             except UserError as error:
                 for problem in error.problems:

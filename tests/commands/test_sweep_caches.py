@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from llmkd.commands.pipeline import stage_recipes
 from llmkd.commands.sweep import run_sweep
+from llmkd.config.loader import load_pipeline
 from llmkd.errors import UserError
 from tests.conftest import distance, weights
 from tests.kit.sweeps import state
@@ -43,4 +45,25 @@ def test_a_stage_writes_the_cache_that_the_arms_read(world, sweep, tmp_path, cap
     ):
         with pytest.raises(UserError, match=message):
             run_sweep(sweep(stages={"cached": stage}, output_dir=str(tmp_path / "no")), steps, False)
+    other = {
+        "kd": {},
+        "topk": {"teacher.cache": {"path": cache["path"], "kind": "topk", "k": 8}},
+        "states": {"teacher.cache.hidden_dtype": "bfloat16"},
+    }
+    with pytest.raises(UserError) as error:
+        run_sweep(sweep(stages=stages, arms=other, grid={}, set=at, output_dir=str(tmp_path / "no")), steps, False)
+    path = tmp_path / "no/stages/cached"
+    assert list(error.value.problems) == [
+        f"arm topk: teacher.cache.kind: found topk, and stage cached writes {path} with hidden; leave it out, or change one of them",
+        f"arm topk: teacher.cache.k: found 8, and stage cached writes {path} with kind hidden; leave it out, or change one of them",
+        f"arm states: teacher.cache.hidden_dtype: found bfloat16, and stage cached writes {path} with float32; leave it out, or change one of them",
+    ]
+    pipeline = {"output_dir": str(tmp_path / "no"), "teacher": "first", "students": ["kd"]}
+    pipeline["stages"] = {"first": {"recipe": "base.yaml"}, "cached": {"cache": "base.yaml", "set": at}}
+    pipeline["stages"]["kd"] = {"recipe": "base.yaml", "set": at | {"teacher.cache.hidden_dtype": "int8"}}
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(pipeline))
+    with pytest.raises(
+        UserError, match="stage kd: teacher.cache.hidden_dtype: found int8, and stage cached writes .* with float32; leave it out"
+    ):
+        stage_recipes(load_pipeline(str(tmp_path / "pipeline.yaml"), None), tmp_path / "pipeline.yaml", {})
     assert not (tmp_path / "no").exists()
