@@ -14,6 +14,7 @@ from .words import Reason, words
 _BOXED, _MARKED = "\\boxed{", re.compile(r"####\s*(.+)")
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?|-?\.\d+")
 _WRITTEN = re.compile(r"<<([-+.(\d][^<>=\n]*=[^<>\n]*)>>")  # not the streams of C++
+_SUM = re.compile(r"(?:[\d.+\-*/() \t]|(?<=[\d.])[eE][-+]?\d{1,2}(?!\d))*", re.ASCII)  # 1e999999999 would fill the memory
 _MOST = 400  # characters of a sum
 _ENOUGH = Fraction(10) ** 30
 _DO = {
@@ -36,10 +37,17 @@ def final_answer(text: str) -> str:
     marked = _boxed(text) or next(reversed(_MARKED.findall(text)), None)
     numbers = _NUMBER.findall(text if marked is None else marked)
     if len(numbers) == 1 or (numbers and marked is None):
-        value = Fraction(numbers[-1].replace(",", ""))
-        return str(value.numerator) if value.denominator == 1 else str(float(value))
+        return _in_one_form(numbers[-1])
     lines = [line for line in text.splitlines() if line.strip()]
     return " ".join(words(marked or (lines[-1] if lines else "")))
+
+
+def _in_one_form(number: str) -> str:
+    """A number as written, in ASCII and without what does not count, however long it is: 01,200.50 is 1200.5."""
+    digits = re.sub(r"\d", lambda found: str(int(found[0])), number.lstrip("-").replace(",", ""))
+    whole, _, part = digits.partition(".")
+    value = (whole.lstrip("0") or "0") + ("." + part.rstrip("0")).rstrip(".")
+    return f"-{value}" if number.startswith("-") and value != "0" else value
 
 
 def _boxed(text: str) -> str | None:
@@ -109,8 +117,8 @@ def wrong_sum(text: str) -> Reason | None:
 def value_of(term: str) -> Fraction:
     """The exact value of numbers, + - * / and brackets. ValueError for anything else, and for numbers beyond 1e30."""
     term = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", term).strip()
-    if len(term) > _MOST:
-        raise ValueError("too long")
+    if len(term) > _MOST or not _SUM.fullmatch(term):
+        raise ValueError("not a sum")
     term = re.sub(r"(?<![\d.])0+(?=\d)", "", term)  # Python knows no 007
     try:
         return _value(ast.parse(term, mode="eval").body, term)

@@ -1,13 +1,12 @@
 """New questions out of a numbered list that the writer wrote: what *expand* and *topics* have in common."""
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..asks import CUT, Answer
 from ..filters.answers import length
-from ..filters.words import Reason
+from ..filters.words import Reason, words
 from ..marks import Unreadable, no_question, numbered
 from ..rows import Row, made_row
 from ..stage import Outcome, Rejected, Work, unusable
@@ -64,4 +63,4 @@ def _has_paragraphs(text: str) -> bool:
 
 def plain_words(text: str) -> str:
     """A text by which questions that are the same but for case, white space and punctuation are one."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(words(text))

@@ -40,7 +40,12 @@ FAULTS = [
         ("drawn-by-place", "which rows stay depends on their order", "key=lambda i: (_drawn(seed, texts[i]), i)", "key=lambda i: i", FILTERS),
     ),
     *in_file(
+        "llmkd/making/filters/words.py",
+        ("marks-end-words", "the vowels of Hindi end a word", "u200c\\u200d{ranges}]", "u200c\\u200d]", FILTERS),
+    ),
+    *in_file(
         "llmkd/making/filters/consistency.py",
+        ("zeros-count", "zeros behind the point make another number", '("." + part.rstrip("0"))', '("." + part)', FILTERS),
         ("ties-agree", "of two final answers that are as frequent the first is taken", "and not any(other == count for _, other in others)", "", FILTERS),
         ("rounding-of-whole-numbers", "a whole result may be half a unit off", "Fraction(1, 2 * 10**digits) * (digits > 0)", "Fraction(1, 2 * 10**digits)", FILTERS),
     ),
