@@ -29,7 +29,9 @@ from .yaml_loader import Dumper
 _LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size", "target_prefix")
 _SERVED = ("api_key_env", "requests", "timeout", "patience", "body")
 #: Fields of a request that are settings of the writer, or that llmkd relies on.
-_OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stream", "logprobs", "tools")
+_OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "best_of", "stream", "logprobs", "tools")
+#: Other names of max_new_tokens, by which limit_tokens counts.
+_LONGEST = ("max_completion_tokens", "max_output_tokens", "max_new_tokens", "n_predict", "num_predict")
 
 #: Names under which a secret may stand; and such an argument of a program, which ends so or has the secret behind an equals sign.
 _SECRET = re.compile(r"key|authorization|secret|password|(^|[-_])token$", re.IGNORECASE)
@@ -70,8 +72,10 @@ class Writer:
         None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
     requests: Count | None = Field(None, description="server, command: most asks at one time (8).")
-    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="server, command: seconds that one answer may take (300).")
-    patience: Annotated[float, Field(ge=0)] | None = Field(
+    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="server, command: seconds that one answer may take (300)."
+    )
+    patience: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
         None, description="server: seconds for which a request is repeated while the server is gone or busy (600)."
     )
     body: dict[str, Any] = Field(
@@ -262,6 +266,12 @@ def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
                 "body",
                 f"has {name}; "
                 + (f"set writer.{own}" if hasattr(writer, own) else "llmkd sends it itself, or reads no such answer; leave it out"),
+            )
+    for name in _LONGEST:
+        if writer.body.get(name) not in (None, writer.max_new_tokens):
+            yield (
+                "body",
+                f"has {name}, which is not writer.max_new_tokens ({writer.max_new_tokens}), by which limit_tokens counts; give both one value",
             )
     if _holds_secret(writer.body):
         yield "body", "has what may be a key (not shown), which would be written into files; name its variable in writer.api_key_env"

@@ -29,7 +29,11 @@ class Answer:
     """The writer answers each row: sequence-level distillation, and labels for rows without answers."""
 
     samples: Count = Field(1, description="Answers to each row.")
-    system: str | None = Field(None, min_length=1, description="A system message that the writer reads, and that stays out of the row.")
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="A system message that the writer reads, before one that the row has, and that stays out of the row.",
+    )
 
 
 @config_dataclass

@@ -72,7 +72,7 @@ def address_problem(address: str) -> str | None:
         return "has no right port or host; expected http://host:port"
     if parts.username is not None or parts.password is not None:
         return "holds a name or a password (not shown); it would be written into files: leave it out, and name a variable in api_key_env"
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_right:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_right or re.search(r"\s", address):
         return f"found {printable(address)}, expected http://host:port"
     if parts.query or parts.fragment:
         return "has a ? or a # (what follows it is not shown); expected http://host:port, and a key in the variable that api_key_env names"

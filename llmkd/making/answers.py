@@ -13,14 +13,18 @@ from ..rollouts.append_only import AppendOnly
 from .asks import Answer, Ask, asked_of
 
 NAME = "answers.jsonl"
+PROBLEM = "problem"
 _FIELDS = ("text", "finish", "tokens", "prompt_tokens", "model", "reasoning")
 
 
 class Answers:
-    """Answers by their keys. A kill loses at most the one that is being written; one process at a time."""
+    """Answers by their keys. A kill loses at most the one that is being written; one process at a time.
+
+    lost  the tokens of what was paid for and was no answer: lines of their own, which `problem` marks
+    """
 
     def __init__(self, path: Path, setting: str = "output_dir"):
-        self.file, self.known, self.new = AppendOnly(path, setting), {}, 0
+        self.file, self.known, self.new, self.lost = AppendOnly(path, setting), {}, 0, 0
         self.dates: list[str] = []
 
     @contextlib.contextmanager
@@ -38,6 +42,9 @@ class Answers:
                 row = json.loads(line)
                 if row["checksum"] != _checksum(row):
                     raise ValueError
+                if PROBLEM in row:
+                    self.lost += row["tokens"] + row["prompt_tokens"]
+                    continue
                 answer = Answer(**{name: row[name] for name in _FIELDS if name in row})
                 key, date = row["key"], row["date"]
             except (ValueError, KeyError, TypeError):
@@ -54,16 +61,25 @@ class Answers:
         """Add an answer, and wait until it is on the disk."""
         row: dict[str, Any] = {"key": ask.key, "asked": asked_of(ask.messages, ask.sampling)}
         row |= {name: value for name in _FIELDS if (value := getattr(answer, name)) is not None}
-        row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.file.add([row | {"checksum": _checksum(row)}])
+        self._add(row)
         self.known[ask.key] = answer
         self.dates.append(row["date"])
         self.new += 1
 
+    def lose(self, ask: Ask, answer: Answer) -> None:
+        """Add what an ask has cost that got no answer, if it has: the next run asks again."""
+        if cost := answer.tokens + answer.prompt_tokens:
+            self._add({"key": ask.key, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, PROBLEM: answer.problem})
+            self.lost += cost
+
+    def _add(self, row: dict[str, Any]) -> None:
+        row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.file.add([row | {"checksum": _checksum(row)}])
+
     @property
     def tokens(self) -> int:
-        """What all answers in the file have cost: tokens read and written."""
-        return sum(one.tokens + one.prompt_tokens for one in self.known.values())
+        """What all asks in the file have cost: tokens read and written."""
+        return self.lost + sum(one.tokens + one.prompt_tokens for one in self.known.values())
 
 
 def _checksum(row: dict[str, Any]) -> str:

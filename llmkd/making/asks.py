@@ -36,7 +36,7 @@ class Answer:
     """What a writer wrote.
 
     finish         stop: it ended by itself; length: it was cut off; none: there is no text, see `problem`; or the server's own word
-    tokens         of the text, prompt_tokens of what was read: as the writer counts them, or estimated
+    tokens         of the text, prompt_tokens of what was read: as the writer counts them, or estimated; also of what is no answer, where it was paid for
     problem        why there is no answer. Such an answer is not kept: the next run asks again
     model          the name that the server itself gives, where it is another one than was asked for
     reasoning      characters of the reasoning that the server gave apart from the text, and that is not kept; None: it gave none
@@ -51,9 +51,9 @@ class Answer:
     reasoning: int | None = None
 
 
-def failed(problem: str) -> Answer:
-    """No answer."""
-    return Answer("", NONE, problem=problem)
+def failed(problem: str, tokens: int = 0, prompt_tokens: int = 0) -> Answer:
+    """No answer, which may have cost tokens nonetheless."""
+    return Answer("", NONE, tokens, prompt_tokens, problem)
 
 
 def key_of(messages: tuple[Message, ...], sampling: Sampling, identity: Mapping[str, Any]) -> str:

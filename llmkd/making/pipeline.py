@@ -18,7 +18,7 @@ from ..config.make import MakeSettings, StageSettings, dump_make
 from ..config.make import Writer as WriterSettings
 from ..console import count, info, table, warn
 from ..errors import UserError
-from ..files import sha256_file, write_atomic, write_sealed
+from ..files import remove_leftovers, sha256_file, write_atomic, write_sealed
 from ..rollouts.sampling import Sampling
 from .answers import NAME, Answers
 from .asks import CUT, Answer, Ask, estimated_tokens
@@ -34,6 +34,9 @@ from .writers.writer import Writer
 
 TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
 _THINKS = re.compile(r"</?think>")  # of some models the chat template has opened it, and the text has its end alone
+#: What a line of rejected.jsonl says besides its row, whose columns of these names are apart.
+_COLUMNS = "columns"
+_WHY = ("stage", "reason", "detail", "answer", _COLUMNS)
 _FEW = 20  # candidates of which all may be rejected
 
 
@@ -85,6 +88,8 @@ class Pipeline:
         refuse_foreign(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.answers.open():
+            refuse_changed(self.folder)
+            remove_leftovers(self.folder)
             rows = written_sounds(rows, self.folder)
             if not self.answers.known:
                 self.writer.check()
@@ -178,7 +183,10 @@ class Pipeline:
                 if said.problem is None:
                     self.answers.add(ask, said)
                 else:
+                    self.answers.lose(ask, said)
                     found[ask.key] = said
+                if self.make.limit_tokens is not None and self.answers.tokens > self.make.limit_tokens:
+                    break  # the writer counts more than the ask can have
             missing = [ask for ask in missing if ask.key not in known and ask.key not in found]
         self.unanswered += sum(said.problem is not None for said in found.values())
         answers = [known.get(ask.key) or found[ask.key] for ask in asks]
@@ -217,18 +225,22 @@ class Pipeline:
         lines = []
         for stage, one in self.rejected:
             why = {"stage": stage, "reason": one.reason} | ({"detail": one.detail} if one.detail else {})
-            lines.append(_line(why | ({} if one.answer is None else {"answer": one.answer}) | one.row.as_json()))
+            row, own = one.row.as_json(), [name for name in _WHY if name in one.row.columns]
+            columns = {_COLUMNS: {name: row.pop(name) for name in own}} if own else {}
+            lines.append(_line(why | ({} if one.answer is None else {"answer": one.answer}) | row | columns))
         write_atomic(self.folder / REJECTED, "".join(lines))
 
 
 def refuse_foreign(folder: Path) -> None:
     """UserError where a folder holds something else than what make wrote."""
-    if not folder.is_dir():
+    if not folder.is_dir() or (folder / NAME).exists():
         return
-    if not (folder / NAME).exists():
-        if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-            raise UserError(f"output_dir: {folder} holds something else ({others[0]}); choose another folder")
-        return
+    if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        raise UserError(f"output_dir: {folder} holds something else ({others[0]}); choose another folder")
+
+
+def refuse_changed(folder: Path) -> None:
+    """UserError where what make wrote was changed since. For the one process that writes to the folder."""
     if not (folder / SUMMARY).exists():
         return
     try:

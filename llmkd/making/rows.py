@@ -113,3 +113,11 @@ def row_id(*parts: Any) -> str:
 def has_answer(row: Row) -> bool:
     """Whether there is something to train on."""
     return row.answer is not None and bool(row.answer.strip())
+
+
+def with_system(text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Messages under a system message, before one that they have."""
+    first, *rest = messages
+    if first["role"] in ("system", "developer"):
+        return ({**first, "content": f"{text}\n\n{first['content']}"}, *rest)
+    return ({"role": "system", "content": text}, *messages)

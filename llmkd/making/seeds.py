@@ -32,6 +32,8 @@ _SAID = (
 )
 #: Likewise of sounds.
 _SAID_OF_SOUNDS = (*config.FORMATS["speech"].columns, "train")
+#: What `made` has besides notes.
+_OF_ROWS = ("id", "stage", "writer", "parents", "sha256")
 
 
 def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
@@ -43,17 +45,17 @@ def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
         except UserError as error:
             problems += error.problems
             continue
-        for messages, columns, audio in found:
+        for messages, columns, audio, origin in found:
             content = row_id(messages)
             number, before[content] = before[content], before[content] + 1
-            rows.append(Row(row_id("seeds", messages, number), messages, columns, audio=audio))
+            rows.append(Row(row_id("seeds", messages, number), messages, columns, audio=audio, **origin))
     if problems:
         raise UserError(*problems)
     return rows
 
 
-def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, Sound | None]]:
-    """The conversation and the other columns of every row; of a sound its file too."""
+def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, Sound | None, dict]]:
+    """The conversation and the other columns of every row; of a sound its file too; and where an earlier run had it from."""
     problems, opened, out, count, bad = ErrorCollector(), open_source(source, setting), [], 0, False
     sounds, text = source.format == "speech", source.fields.get("text", "text")
     for place, raw in some_rows(opened.records, source, problems):
@@ -68,6 +70,7 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
             continue
         try:
             messages, audio = _sound(row, place) if sounds else (conversation_of(row, source.format, answered), None)
+            origin = {} if MADE in source.ignore else _origin(row.get(MADE))
         except (ValueError, UserError) as error:
             problems.add(str(error) if isinstance(error, UserError) else f"{place}: {error}")
             continue
@@ -78,11 +81,24 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
             fix = f"set ignore: [{', '.join([*source.ignore, bad_column])}] to leave it out"
             problems.add(f"{place}: {bad_column} holds what JSON has no form for; {fix}", alike=f"{bad_column} is no JSON")
             continue
-        out.append((messages, columns, audio))
+        out.append((messages, columns, audio, origin))
     problems.raise_if_any()
     if not count:
         raise no_rows(source, setting)
     return out
+
+
+def _origin(made: Any) -> dict[str, Any]:
+    """Of a row of an earlier train.jsonl its writer, its id there, and its notes: how its answer ended, its version, ... ValueError where they are none."""
+    if made is None:
+        return {}
+    own = {name: value for name, value in made.items() if value is not None} if isinstance(made, dict) else {}
+    notes = {name: value for name, value in own.items() if name not in _OF_ROWS}
+    texts = [own.get("writer", ""), *(notes.get(name, "") for name in ("finish", "version", "original", "reference"))]
+    whole = isinstance(own.get("id"), str) and all(isinstance(one, str) for one in texts) and ("version" in notes) == ("original" in notes)
+    if not whole or not _is_json(own):
+        raise ValueError(f"{MADE} is not what llmkd make writes there; set ignore: [{MADE}] to leave it out")
+    return {"writer": own.get("writer"), "parents": (own["id"],), "notes": notes}
 
 
 def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], Sound]:

@@ -10,10 +10,8 @@ import os
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 from urllib3 import exceptions as failures
@@ -21,6 +19,7 @@ from urllib3 import exceptions as failures
 from ..config.served import base_address, key_problem
 from ..console import duration, printable, warn
 from ..errors import UserError
+from .connections import cut_after, pool
 
 #: Statuses of a server that is busy, starting or broken for a moment.
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -29,17 +28,27 @@ _OTHER = {
     "text/html": ("a page of HTML", "name the address of its API"),
     "text/event-stream": ("a stream of events", "let it send whole answers"),
 }
+_BROKE_OFF = "closed the connection before its answer was whole"
+_YEAR = 365 * 86400.0  # seconds; a longer pause is no number that somebody meant
 _CONNECT = 10.0  # seconds within which a connection is accepted
 _LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
 _SHORTEST_WAIT = 0.1  # even where it names less
 _LARGEST = 1 << 30  # bytes of an answer
+_START = "start it, or correct the address"
 _SHORTEST_SECRET = 8  # characters: a shorter key (EMPTY, x) hides nothing, and stands in many a text
 
 
 class ServerFailed(UserError):
-    """A server that cannot be reached, or does not answer. What was done before is not lost."""
+    """A server that cannot be reached, or does not answer. What was done before is not lost.
+
+    alone  what became of a request, where that may be due to it and not to the server: an error 500, a broken answer, a time-out. None otherwise
+    """
 
     exit_code = 1
+
+    def __init__(self, problem: str, alone: str | None = None):
+        super().__init__(problem)
+        self.alone = alone
 
 
 class Refused(Exception):
@@ -51,10 +60,17 @@ class Refused(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may pass. Its text goes on from the server's address; `wait`: the seconds that the server named; `answered`: it has said something."""
+    """A failure that may pass. Its text goes on from the server's address.
 
-    wait: float | None = None
-    answered = False
+    fix       what to do about it; {section} is that of the server's settings
+    wait      the seconds that the server named
+    answered  whether it has said something
+    alone     whether it may be due to the request
+    """
+
+    def __init__(self, text: str, fix: str = _START, *, wait: float | None = None, answered: bool = False, alone: bool = False):
+        super().__init__(text)
+        self.fix, self.wait, self.answered, self.alone = fix, wait, answered, alone
 
 
 class Server:
@@ -83,7 +99,7 @@ class Server:
         self._again = again
         self._key = _key(key_env, f"{setting.removesuffix('.server')}.api_key_env") if key_env else None
         self._secret = self._key if self._key and len(self._key) >= _SHORTEST_SECRET else None
-        self._pool = _pool(self.address, connections)
+        self._pool = pool(self.address, connections, setting)
         self._ended, self._gone = threading.Event(), threading.Event()
         self._answers_json = False  # once it has, a page of HTML is that of a proxy whose server is gone for a moment
 
@@ -105,7 +121,17 @@ class Server:
             self._once("GET", path, None, lambda body: None, self.timeout)
         except _Passing as error:
             if not error.answered:
-                raise ServerFailed(f"{self.setting}: {self.address} {error}; start it, or correct the address") from None
+                raise ServerFailed(f"{self.setting}: {self.address} {error}; {self._fixed(error)}") from None
+
+    def lives(self) -> bool:
+        """Whether it answers a question, with whatever, within ten seconds."""
+        try:
+            self._once("GET", "/v1/models", None, lambda body: None, min(_CONNECT, self.timeout))
+        except _Passing as error:
+            return error.answered
+        except Refused:
+            pass
+        return True
 
     def holds_key(self, text: str) -> bool:
         """Whether the key stands in a text, which then must not be written anywhere."""
@@ -141,44 +167,48 @@ class Server:
                 if self._ended.is_set() or time.monotonic() + wait > until:
                     tried = f" (tried {attempt + 1} times)" if attempt else ""
                     resume = f"; {self._again}" if patience else ""
-                    raise ServerFailed(f"{self.setting}: {self.address} {error}{tried}; start it, or correct the address{resume}") from None
+                    alone = f"{error}{tried}" if error.alone and not self._ended.is_set() else None
+                    raise ServerFailed(f"{self.setting}: {self.address} {error}{tried}; {self._fixed(error)}{resume}", alone) from None
                 if attempt == 1 and not self._gone.is_set():
                     self._gone.set()
                     warn(f"note: {self.setting}: {self.address} {error}; trying again for up to {duration(patience)}")
                 attempt += 1
                 self._ended.wait(wait)
 
+    def _fixed(self, error: _Passing) -> str:
+        return error.fix.format(section=self.setting.removesuffix(".server"))
+
     def _once(self, method: str, path: str, content: bytes | None, parse: Callable[[bytes], Any], timeout: float) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        until = time.monotonic() + timeout
-        try:
-            response = self._pool.request(
-                method,
-                self.address + path,
-                body=content,
-                headers=headers,
-                timeout=urllib3.Timeout(connect=min(_CONNECT, timeout), read=timeout),
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
-            parts, size = [], 0
+        with cut_after(timeout) as over:
             try:
-                while part := response.read1(1 << 20):
-                    parts.append(part)
-                    size += len(part)
-                    if size > _LARGEST:
-                        raise Refused(response.status, f"more than {_LARGEST >> 20:,} MiB")
-                    if time.monotonic() > until:
+                response = self._pool.request(
+                    method,
+                    self.address + path,
+                    body=content,
+                    headers=headers,
+                    timeout=urllib3.Timeout(connect=min(_CONNECT, timeout), read=timeout),
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                )
+                parts, size = [], 0
+                try:
+                    while part := response.read1(1 << 20):
+                        parts.append(part)
+                        size += len(part)
+                        if size > _LARGEST:
+                            raise Refused(response.status, f"more than {_LARGEST >> 20:,} MiB")
+                    if over.is_set():
                         raise TimeoutError
-            except BaseException:
-                response.close()  # what is left of the answer must not be read as the next one's
-                raise
-            response.release_conn()
-        except (failures.HTTPError, OSError) as error:
-            raise _Passing(_in_words(error, timeout)) from None
+                except BaseException:
+                    response.close()  # what is left of the answer must not be read as the next one's
+                    raise
+                response.release_conn()
+            except (failures.HTTPError, OSError) as error:
+                raise _failure(TimeoutError() if over.is_set() else error, timeout, self.timeout) from None
         return self._read(response, b"".join(parts), parse)
 
     def _read(self, response, body: bytes, parse: Callable[[bytes], Any]) -> Any:
@@ -186,10 +216,11 @@ class Server:
         if status != 200:
             text = self._told(body)
             if status in _AGAIN:
-                passing = _Passing(f"answers {status}{': ' + text if text else ''}")
-                passing.wait = _seconds(response.headers.get("Retry-After"))
-                passing.answered = True
-                raise passing
+                wait, said, fix = _seconds(response.headers.get("Retry-After")), f"answers {status}{': ' + text if text else ''}", _START
+                if status == 429:
+                    said += f", and asks for a pause of {duration(wait)}" if wait and wait < _YEAR else ""
+                    fix = "lower {section}.requests, or raise {section}.patience"
+                raise _Passing(said, fix, wait=wait, answered=True, alone=status == 500)
             if 300 <= status < 400:
                 to = printable(self._without_key(response.headers.get("Location", "")))[:120]
                 text = f"sends the request elsewhere ({to}); name that address"
@@ -205,32 +236,25 @@ class Server:
             if kind in _OTHER and not self._answers_json:
                 what, fix = _OTHER[kind]
                 raise Refused(status, f"{what}, expected JSON{begins}; {fix}") from None
-            raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes{begins})") from None
+            raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes{begins})", answered=True, alone=True) from None
 
     def _told(self, body: bytes) -> str:
         """The message in an error's body, in one line, without the key: it is taken out before anything is cut, so that no half of it stays."""
         text = body[:65536].decode("utf-8", "replace")
         try:
-            found = json.loads(text)
-            for name in ("error", "message", "detail"):
-                found = found.get(name, found) if isinstance(found, dict) else found
-            text = found if isinstance(found, str) else json.dumps(found)
+            return self.in_a_line(json.loads(text))
         except (ValueError, RecursionError):
-            pass
+            return self.in_a_line(text)
+
+    def in_a_line(self, found: Any) -> str:
+        """The same of a body that is read already."""
+        for name in ("error", "message", "detail"):
+            found = found.get(name, found) if isinstance(found, dict) else found
+        text = found if isinstance(found, str) else json.dumps(found)
         return printable(" ".join(self._without_key(text).split()))[:300]
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._secret, "(the key)") if self._secret else text
-
-
-def _pool(address: str, connections: int) -> urllib3.PoolManager:
-    """Through the proxy of the environment, where there is one for that host; never for this machine's own addresses."""
-    parts, options = urlsplit(address), {"maxsize": connections, "retries": False}
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-    if proxy and not local and not urllib.request.proxy_bypass(parts.netloc):
-        return urllib3.ProxyManager(proxy, **options)
-    return urllib3.PoolManager(**options)
 
 
 def _key(name: str, setting: str) -> str:
@@ -239,22 +263,32 @@ def _key(name: str, setting: str) -> str:
     return os.environ[name]
 
 
+def _failure(error: Exception, timeout: float, most: float) -> _Passing:
+    """What happened to a request. `most`: the time-out of the settings, which `timeout` may be less than."""
+    if isinstance(error, failures.ConnectTimeoutError) or not isinstance(error, failures.ReadTimeoutError | TimeoutError):
+        text = _in_words(error, timeout)
+        return _Passing(text, alone=text == _BROKE_OFF)
+    fix = _START if timeout < most else "raise {section}.timeout if it is working, or start it"
+    return _Passing(f"has not answered within {timeout:g} seconds", fix, alone=True)
+
+
 def _in_words(error: Exception, timeout: float) -> str:
-    """What happened to a request, to follow the server's address."""
+    """The same in words, to follow the server's address."""
     text = str(error)
+    if isinstance(error, failures.LocationValueError):
+        return "is no address"
     if isinstance(error, failures.NameResolutionError):
         return "has a host name that is not known"
     if isinstance(error, failures.ProxyError):
-        return "cannot be reached through the proxy that the environment names"
+        wants = ", which wants a name and a password" if " 407 " in text else ""
+        return f"cannot be reached through the proxy that the environment names{wants}"
     if isinstance(error, failures.SSLError):
         return f"has no certificate that this machine trusts, or no TLS ({printable(text)[-160:]})"
     if isinstance(error, failures.NewConnectionError | ConnectionRefusedError):
         return "refuses the connection" if "refused" in text.lower() else f"cannot be reached ({printable(text.rpartition(': ')[2])[:120]})"
     if isinstance(error, failures.ConnectTimeoutError):
         return f"accepts no connection within {min(_CONNECT, timeout):g} seconds"
-    if isinstance(error, failures.ReadTimeoutError | TimeoutError):
-        return f"has not answered within {timeout:g} seconds"
-    return "closed the connection before its answer was whole"
+    return _BROKE_OFF
 
 
 def _seconds(header: str | None) -> float | None:

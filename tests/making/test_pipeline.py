@@ -11,6 +11,7 @@ from llmkd.making import pipeline
 from llmkd.making.asks import Answer, failed
 from llmkd.making.pipeline import report, say_end
 from llmkd.making.writers.writer import writer_of
+from llmkd.rollouts.append_only import AppendOnly
 from tests.kit.making import Function, lines, run_make, write_make
 
 ANSWER = [{"do": "answer"}]
@@ -182,8 +183,51 @@ def test_columns_that_json_cannot_hold_are_refused_before_anything_is_asked(tmp_
 
 def test_a_stage_that_is_to_choose_may_leave_out_nearly_all(tmp_path):
     rows = [{"instruction": f"Question {i}?", "output": "Yes.", "score": float(i)} for i in range(40)]
+    path = write_make(tmp_path, [{"do": "select", "by": "score", "top": 0.025}], [row | {"scored_by": "Ann"} for row in rows])
+    with pytest.raises(UserError, match=r"scored_by: the row .* has 'Ann' in this column.*set ignore: \[scored_by\]"):
+        run_make(path)
     done = run_make(write_make(tmp_path, [{"do": "select", "by": "score", "top": 0.025}], rows))
     assert adds_up(done) and done.counts[0].rejected == 39 and [row["score"] for row in lines(tmp_path / "out" / "train.jsonl")] == [39.0]
+
+
+def test_a_row_that_is_left_out_says_why_whatever_its_columns_are_called(tmp_path):
+    rows = [{"instruction": "A?", "reason": "mine", "stage": 1, "answer": "gold", "n": 2}, {"instruction": "B, and what is it?"}]
+    run_make(write_make(tmp_path, [*ANSWER, {"do": "keep", "min_words": 4}], rows))
+    (out,) = lines(tmp_path / "out" / "rejected.jsonl")
+    assert (out["stage"], out["reason"], out["n"]) == ("2_keep", "too_short", 2) and "answer" not in out
+    assert out["columns"] == {"reason": "mine", "stage": 1, "answer": "gold"} and out["messages"][1]["content"] == "To: A?"
+
+
+def test_rows_of_an_earlier_run_keep_how_they_ended_and_whose_they_are(tmp_path):
+    ends = {0: "length", 1: "stop"}
+    run_make(write_make(tmp_path, ANSWER, 2), Function(lambda ask: Answer("text", ends[int(ask.messages[-1]["content"][9])], 1, 1)))
+    before = lines(tmp_path / "out" / "train.jsonl")
+    (tmp_path / "second").mkdir()
+    keep = write_make(tmp_path / "second", [{"do": "keep", "finish": "stop"}], before, writer=None)
+    seeds = {"path": str(tmp_path / "second" / "seeds.jsonl"), "format": "chat"}
+    done = run_make(keep, seeds=seeds)
+    (row,) = lines(tmp_path / "second" / "out" / "train.jsonl")
+    assert done.counts[0].reasons == {"cut_off": 1}
+    assert (row["made"]["finish"], row["made"]["writer"], row["made"]["parents"]) == ("stop", "function", [before[1]["made"]["id"]])
+    for wrong in ("by hand", {"id": 1}, {"id": "a", "finish": 3}, {"id": "a", "version": "both"}):
+        keep = write_make(tmp_path / "second", [{"do": "keep"}], [before[1] | {"made": wrong}], writer=None)
+        with pytest.raises(UserError, match=r"seeds.jsonl:1: made is not what llmkd make writes there; set ignore: \[made\]"):
+            run_make(keep, seeds=seeds)
+    run_make(keep, seeds=seeds | {"ignore": ["made"]})
+
+
+def test_what_a_killed_process_has_left_is_removed_and_a_second_one_waits(tmp_path):
+    path, out = write_make(tmp_path, ANSWER), tmp_path / "out"
+    run_make(path)
+    (left := out / "train.jsonl.tmp-99-0123abcd").write_text("half")
+    with AppendOnly(out / "answers.jsonl", "output_dir").held(), pytest.raises(UserError, match="another process writes to"):
+        (train := out / "train.jsonl").rename(kept := tmp_path / "kept")
+        train.write_text("what the other process is writing")
+        run_make(path)
+    kept.rename(train)
+    assert left.exists()
+    run_make(path)
+    assert not left.exists()
 
 
 def test_what_others_wrote_or_changed_is_left_alone(tmp_path):
@@ -248,6 +292,9 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     served = {"server": "http://h:1", "model": "m"}
     assert "writer.body: has temperature; set writer.temperature" in problems(writer=served | {"body": {"temperature": 1}})
     assert "writer.body: has max_tokens; set writer.max_new_tokens" in problems(writer=served | {"body": {"max_tokens": 1}})
+    assert "writer.body: has best_of; llmkd sends it itself" in problems(writer=served | {"body": {"best_of": 3}})
+    longer = {"max_tokens": None, "max_completion_tokens": 4096}
+    assert "writer.body: has max_completion_tokens, which is not writer.max_new_tokens (512)" in problems(writer=served | {"body": longer})
     hidden = problems(writer=served | {"body": {"api_key": "sk-123"}})
     assert "writer.body: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
     hidden = problems(writer=served | {"body": {"metadata": [{"token": "sk-123"}]}}) + problems(
@@ -255,7 +302,7 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     )
     assert "writer.body: has what" in hidden and "writer.command: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
     harmless = {"max_tokens": None, "max_completion_tokens": 9, "response_format": {"properties": {"key": {"type": "string"}}}}
-    load_make(write_make(tmp_path, ANSWER, writer=served | {"body": harmless}))
+    load_make(write_make(tmp_path, ANSWER, writer=served | {"body": harmless, "max_new_tokens": 9}))
     load_make(write_make(tmp_path, ANSWER, writer={"command": ["a", "--api-key-env", "KEY", "--max-tokens=9"]}))
     by = {"do": "select", "by": "ifd", "top": 0.5}
     score = {"do": "score", "student": {"model": "m"}}

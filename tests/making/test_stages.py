@@ -126,6 +126,16 @@ def test_of_two_hundred_malformed_answers_none_passes_for_what_it_is_not(do, tmp
             assert any(all(re.search(rf"<(task|answer)>\s*{re.escape(one)}\s*</\1>", text) for one in new) for text in texts)
 
 
+def test_a_system_message_for_the_writer_stands_before_that_of_the_row_and_stays_out_of_it(tmp_path):
+    chats = [[{"role": "system", "content": "Be short."}], []]
+    rows = [{"messages": [*before, {"role": "user", "content": "Why?"}]} for before in chats]
+    seeds = {"path": str(tmp_path / "seeds.jsonl"), "format": "chat"}
+    run_make(write_make(tmp_path, [{"do": "answer", "system": "Think."}], rows, seeds=seeds), one := Function(lambda ask: "So."))
+    assert [ask.messages[0]["content"] for ask in one.asked] == ["Think.\n\nBe short.", "Think."]
+    assert [len(ask.messages) for ask in one.asked] == [2, 2]
+    assert [row["messages"][:-1] for row in lines(tmp_path / "out" / "train.jsonl")] == [row["messages"] for row in rows]
+
+
 def test_explanations_are_asked_for_by_seed_and_keep_the_system_message_that_they_were_given_under(tmp_path):
     path = write_make(tmp_path, [{"do": "explain", "samples": 2, "system": ["with_reasons", "in_short", "compare"]}], PAIRS)
     run_make(path, one := Function())

@@ -126,10 +126,12 @@ def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
     replies = [
         with_choice(finish_reason="length"),
         with_choice() | {"usage": {"prompt_tokens": -1, "completion_tokens": 10**30}, "model": "m-2026"},
+        with_choice(finish_reason="\x1b[1m \ud800\n!" + "x" * 99) | {"model": "m\ud800" + "x" * 999},
     ]
     fake.misbehave = lambda answer, number: replies[number]
     one = writer(server=fake.url, model="m", requests=1)
-    cut, plain_one = written(one, asks(2, one))
+    cut, plain_one, hostile = written(one, asks(3, one))
+    assert hostile.finish == "\\x1b[1m \\ud800 !" + "x" * 24 and hostile.model == "m\\ud800" + "x" * 193
     assert (cut.finish, cut.tokens, cut.model) == ("length", 3, None)
     assert (plain_one.tokens, plain_one.prompt_tokens, plain_one.model) == (5, 7, "m-2026")  # 4 and 11 bytes
 
@@ -180,6 +182,11 @@ def test_what_concerns_every_ask_ends_the_command(fake, monkeypatch):
     with pytest.raises(UserError, match="answers 422: max_tokens is not known; check the settings of the writer"):
         written(one, asks(50, one))
     assert len([ask for ask in fake.asked if ask]) < 20
+    before, fake.misbehave = len(fake.asked), lambda answer, number: {"error": {"message": "no credit", "code": 402}}
+    one = writer(server=fake.url, model="m", requests=1)
+    with pytest.raises(UserError, match="answers 200: no credit$"):
+        written(one, asks(50, one))
+    assert len(fake.asked) - before < 20
     fake.broken_list = True
     writer(server=fake.url, model="m").check()  # a list of models that fails says nothing of chat
     fake.stop()
@@ -188,11 +195,55 @@ def test_what_concerns_every_ask_ends_the_command(fake, monkeypatch):
         one.check()
 
 
-def test_a_server_that_hangs_is_given_up_and_a_stop_is_followed(fake, monkeypatch):
-    fake.misbehave = lambda answer, number: "hang"
-    one = writer(server=fake.url, model="m", timeout=0.2, patience=0.0)
-    with pytest.raises(UserError, match="has not answered within 0.2 seconds"):
-        written(one, asks(1, one))
+def test_an_ask_that_a_living_server_fails_at_is_no_answer_of_that_ask_alone_and_eight_in_a_row_end_the_command(fake):
+    bad = {"1?": 500, "2?": b'{"choices": [', "3?": "hang", "5?": 503}
+
+    def misbehave(right, number):
+        return next((answer for text, answer in bad.items() if text in fake.asked[number]["messages"][0]["content"]), right)
+
+    fake.misbehave = misbehave
+    settings = {"server": fake.url, "model": "m", "requests": 1, "patience": 0.0, "timeout": 0.2}
+    one = writer(**settings)
+    found = written(one, asks(5, one))
+    assert [answer.text for answer in found] == ["To: Question 0?", "", "", "", "To: Question 4?"]
+    assert [answer.problem for answer in found[1:4]] == [
+        "the server answers 500: status 500",
+        "the server gives an answer that is no whole JSON (13 bytes: '{\"choices\": [')",
+        "the server has not answered within 0.2 seconds",
+    ]
+    with pytest.raises(UserError, match="answers 503: status 503; start it"):  # it is busy, whatever is asked
+        written(one, asks(6, one))
+    bad.clear()
+    bad[""] = 500
+    before = len(fake.asked)
+    with pytest.raises(UserError, match="answers 500: status 500; "):
+        written(one := writer(**settings), asks(50, one))
+    assert len(fake.asked) - before == 8
+    fake.stop()
+    with pytest.raises(UserError, match="refuses the connection"):
+        written(one := writer(**settings), asks(1, one))
+
+
+def test_what_was_paid_for_and_is_no_answer_counts_toward_the_limit_also_of_the_next_run(fake, tmp_path):
+    fake.chat = lambda content: {"choices": [{"message": {"tool_calls": [{}]}}], "usage": {"prompt_tokens": 20, "completion_tokens": 15}}
+    settings = {"server": fake.url, "model": "m", "requests": 1, "max_new_tokens": 20}
+    path = write_make(tmp_path, [{"do": "answer"}], 6, writer=settings, limit_tokens=100)
+    for _ in range(2):
+        with pytest.raises(UserError, match="limit_tokens: the answers have cost 70 of 100 tokens"):
+            run_make(path, writer(**settings))
+    assert len(fake.asked) == 2 and all(one["problem"] for one in lines(tmp_path / "out" / "answers.jsonl"))
+    fake.chat = chat
+    done = run_make(path, writer(**settings), limit_tokens=10_000)
+    assert done.answers.tokens == 70 + 6 * 10 and done.counts[-1].out == 6
+    assert len(writer(recorded=str(tmp_path / "out" / "answers.jsonl")).by_ask) == 6
+    fake.chat = lambda content: (
+        chat(content) | {"usage": {"prompt_tokens": 9_000, "completion_tokens": 1}}
+    )  # more than a prompt of its bytes can have
+    with pytest.raises(UserError, match=r"cost 9,131 of 5,000 tokens.*5 asks left"):
+        run_make(path, writer(**settings), limit_tokens=5_000, writer__max_new_tokens=21)
+
+
+def test_a_stop_is_followed(fake, monkeypatch):
     monkeypatch.setattr(outside, "GRACE", 0.1)
     released = threading.Event()
     fake.misbehave = lambda answer, number: released.wait(10) and answer
@@ -233,7 +284,7 @@ for line in sys.stdin:
     elif "noise" in text:
         print("loading ...", flush=True)
     else:
-        print(json.dumps({"key": ask["key"], "text": "To: " + text, "finish": "length", "tokens": 4}), flush=True)
+        print(json.dumps({"key": ask["key"], "text": "To: " + text, "finish": "length" if "0" in text else "\\ud800", "tokens": 4}), flush=True)
 """
 
 
@@ -241,7 +292,11 @@ def test_a_program_answers_in_json_lines_and_its_end_is_told(tmp_path):
     (tmp_path / "p.py").write_text(PROGRAM)
     one = writer(command=(sys.executable, "-IS", str(tmp_path / "p.py")), requests=2)
     found = written(one, asks(3, one))
-    assert found[0] == Answer("To: Question 0?", "length", 4, 7) and found[1].problem == "the program says: too hard" and found[2].text
+    assert (
+        found[0] == Answer("To: Question 0?", "length", 4, 7)
+        and found[1].problem == "the program says: too hard"
+        and found[2].finish == "\\ud800"
+    )
     for text, message in (
         ("stop {}", "has ended with exit code 1 before it answered all asks; its last words: out of paper"),
         ("noise {}", "has written 'loading ...\\\\n', expected a line of JSON"),
@@ -275,9 +330,13 @@ def test_a_recorded_file_is_that_of_a_run_or_made_by_hand(tmp_path):
     assert [(said.text, said.reasoning) for said in written(one, asks(1, one))] == [("yes", 5)]
     with pytest.raises(UserError, match="has no answer to 1 of 2 asks"):
         written(one, asks(2, one))
-    (tmp_path / "hand.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(UserError, match="hand.jsonl:1: expected an object with text"):
-        writer(recorded=str(tmp_path / "hand.jsonl"))
+    for wrong in ({"text": 3}, by_hand | {"tokens": float("inf")}, by_hand | {"prompt_tokens": -1}, by_hand | {"reasoning": 0.5}):
+        (tmp_path / "hand.jsonl").write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(UserError, match="hand.jsonl:1: expected an object with text"):
+            writer(recorded=str(tmp_path / "hand.jsonl"))
+    (tmp_path / "hand.jsonl").write_text(json.dumps(by_hand | {"finish": None}) + "\n" + json.dumps(by_hand | {"finish": "\ud800"}))
+    answers = writer(recorded=str(tmp_path / "hand.jsonl")).by_messages.values()
+    assert [answer.finish for one in answers for answer in one] == ["stop", "\\ud800"]
 
 
 def test_greedy_text_of_a_model_depends_neither_on_batch_nor_on_order_nor_on_what_is_there(world):

@@ -1,5 +1,7 @@
 """Requests to servers that answer, do not, or answer wrongly; and the key, which is seen nowhere."""
 
+import base64
+import contextlib
 import json
 import socket
 import threading
@@ -55,7 +57,11 @@ def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_ba
     ("answer", "said"),
     [
         (503, "teacher.server: URL answers 503: status 503; start it, or correct the address"),
-        ((429, {"Retry-After": "7", "body": {"detail": "slow\ndown"}}), "URL answers 429: slow down"),
+        (
+            (429, {"Retry-After": "7200", "body": {"detail": "slow\ndown"}}),
+            "URL answers 429: slow down, and asks for a pause of 2.0 hours; lower teacher.requests, or raise teacher.patience",
+        ),
+        ((429, {"Retry-After": "9" * 500}), "URL answers 429: {}; lower teacher.requests"),
         (b'{"choices": [', "gives an answer that is no whole JSON (13 bytes: '{\"choices\": [')"),
         (b"", "gives an answer that is no whole JSON (0 bytes)"),
         (
@@ -106,26 +112,26 @@ def test_an_answer_that_does_not_end_is_not_kept_in_memory(fake, monkeypatch):
 
 def test_a_server_that_hangs_and_one_that_drips(fake):
     started = time.monotonic()
-    assert told(fake, "hang", timeout=0.2) == "teacher.server: URL has not answered within 0.2 seconds; start it, or correct the address"
+    fix = "raise teacher.timeout if it is working, or start it"
+    assert told(fake, "hang", timeout=0.2) == f"teacher.server: URL has not answered within 0.2 seconds; {fix}"
     assert time.monotonic() - started < 2
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    head, whole = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n", b"HTTP/1.1 200 OK\r\n\r\n{}"
+    for begin, part in ((head + b"\r\n", b" "), (head, b"A: 1\r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (whole, b" ")):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def drip():
-            with listener.accept()[0] as connection:
-                connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(40):
-                    try:
-                        connection.sendall(b" ")
-                    except OSError:
-                        return
-                    time.sleep(0.05)
+            def drip(begin=begin, part=part, listener=listener):
+                with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                    connection.recv(4096)
+                    connection.sendall(begin)
+                    for _ in range(40):
+                        connection.sendall(part)
+                        time.sleep(0.05)
 
-        threading.Thread(target=drip, daemon=True).start()
-        started = time.monotonic()
-        with pytest.raises(ServerFailed, match="has not answered within 0.3 seconds"):
-            Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher.server", timeout=0.3, patience=0).post("/x", {})
-        assert time.monotonic() - started < 1.5
+            threading.Thread(target=drip, daemon=True).start()
+            started = time.monotonic()
+            with pytest.raises(ServerFailed, match="has not answered within 0.2 seconds"):
+                Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher.server", timeout=0.2, patience=0).post("/x", {})
+            assert time.monotonic() - started < 1.5
 
 
 def test_nobody_listens_and_a_host_that_is_not_known(fake):
@@ -187,6 +193,34 @@ def test_the_proxy_of_the_environment_is_not_asked_for_this_machine(fake, monkey
     assert Server(fake.url, "teacher.server", patience=0).get("/v1/models") == {"data": []}
     with pytest.raises(ServerFailed, match="proxy"):
         Server("http://192.0.2.1:80", "teacher.server", patience=0).get("/x")
+
+
+def test_a_proxy_is_told_its_name_and_password_and_nobody_else_is(monkeypatch):
+    heard, wanted = [], base64.b64encode(b"me:p@ss").decode()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def proxy():
+            for answer in (b"200 OK\r\nContent-Length: 2\r\n\r\n{}", b"407 No\r\nContent-Length: 0\r\n\r\n", b"407 No\r\n\r\n"):
+                with listener.accept()[0] as connection:
+                    heard.append(connection.recv(4096).decode())
+                    connection.sendall(b"HTTP/1.1 " + answer)
+
+        threading.Thread(target=proxy, daemon=True).start()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("http_proxy", f"http://me:p%40ss@127.0.0.1:{port}")
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{port}")
+        assert Server("http://192.0.2.1:80", "teacher.server", patience=0).get("/x") == {}
+        monkeypatch.setenv("http_proxy", f"127.0.0.1:{port}")
+        with pytest.raises(Refused, match="answers 407"):
+            Server("http://192.0.2.1:80", "teacher.server", patience=0).get("/x")
+        with pytest.raises(ServerFailed, match="proxy that the environment names, which wants a name and a password; "):
+            Server("https://192.0.2.1:443", "teacher.server", patience=0).get("/x")
+    assert f"proxy-authorization: basic {wanted.lower()}" in heard[0].lower() and "authorization" not in (heard[1] + heard[2]).lower()
+    for bad in ("socks5://me:p@ss@h:1", "http://me:p@ss@h:port", "http://me:p@ss@"):
+        monkeypatch.setenv("http_proxy", bad)
+        with pytest.raises(UserError, match="the variable http_proxy of the environment .not shown. is no address of a proxy") as info:
+            Server("http://192.0.2.1:80", "teacher.server")
+        assert "p@ss" not in str(info.value)
 
 
 def test_a_connection_that_broke_off_is_not_used_for_the_next_answer(fake):

@@ -24,7 +24,7 @@ def words(text: str) -> list[str]:
 def _word() -> re.Pattern:
     """A letter or a digit, and what goes on from it: more of them, marks such as the vowels of Hindi, joiners, an apostrophe."""
     marks = [c for c in range(0x300, 0x20000) if unicodedata.category(chr(c)) in ("Mn", "Mc") and c not in _VARIANTS]
-    runs = [list(run) for _, run in itertools.groupby(marks, lambda c, place=itertools.count(): c - next(place))]
+    runs = [[c for _, c in run] for _, run in itertools.groupby(enumerate(marks), lambda pair: pair[1] - pair[0])]
     ranges = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)  # single characters would take re a third of a second
     one, more = rf"(?:(?![{_UNSPACED}])\w)", rf"(?:(?![{_UNSPACED}])[\w\u200c\u200d{ranges}])"
     return re.compile(rf"[{_UNSPACED}]|{one}{more}*(?:'{one}{more}*)*")

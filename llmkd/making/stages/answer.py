@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ...config.make_stages import Answer as Settings
-from ..rows import Row
+from ..rows import Row, with_system
 from ..stage import Outcome, Rejected, Work, unusable
 
 
@@ -12,9 +12,10 @@ class Answer:
         self.settings = settings
 
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
-        system = ({"role": "system", "content": self.settings.system},) if self.settings.system else ()
+        system = self.settings.system
         wanted = [(row, sample) for row in rows for sample in range(self.settings.samples)]
-        asks = [work.ask((*system, *row.question), sample, pretend="An answer.") for row, sample in wanted]
+        asked = [(with_system(system, row.question) if system else row.question, sample) for row, sample in wanted]
+        asks = [work.ask(said, sample, pretend="An answer.") for said, sample in asked]
         outcome = Outcome()
         for (row, sample), answer in zip(wanted, work.answer(asks), strict=True):
             if problem := unusable(answer, cut=False):

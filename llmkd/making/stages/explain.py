@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ...config.make_stages import Explain as Settings
 from ...errors import UserError
-from ..rows import Message, Row
+from ..rows import Row, with_system
 from ..stage import Outcome, Rejected, Work, unusable
 
 
@@ -40,11 +40,3 @@ class Explain:
                 row.child(work.label, work.writer, messages, sample, **{**row.notes, "finish": answer.finish, "system": name})
             )
         return outcome
-
-
-def with_system(text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Messages under a system message, before one that they have."""
-    first, *rest = messages
-    if first["role"] in ("system", "developer"):
-        return ({**first, "content": f"{text}\n\n{first['content']}"}, *rest)
-    return ({"role": "system", "content": text}, *messages)

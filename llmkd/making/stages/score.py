@@ -89,16 +89,26 @@ def fingerprint(scorer: Scorer) -> str:
     return hashlib.sha256(json.dumps(scorer.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def scored_by(row: Row) -> dict[str, str]:
+    """For each score of a row the models that it is of. UserError where the column is not llmkd's."""
+    by = row.columns.get(BY) or {}
+    if not isinstance(by, dict):
+        raise UserError(
+            f"{BY}: the row {row.id} has {by!r:.60} in this column, where scores have their models; set ignore: [{BY}] for the seeds"
+        )
+    return by
+
+
 def _current(row: Row) -> dict[str, str]:
-    """Which scores a row has, without those of the row that it was made of."""
-    by = row.columns.get(BY, {})
+    """The same without those of the row that it was made of."""
+    by = scored_by(row)
     return by if by.get("row", row.id) == row.id else {}
 
 
 def column_of(row: Row, column: str, setting: str) -> float:
     """A row's number in a column. UserError where it has none."""
     value: Any = row.columns.get(column)
-    if column in row.columns.get(BY, {}) and column not in _current(row):
+    if column in scored_by(row) and column not in _current(row):
         raise UserError(
             f"{setting}: found {column}, and the row {row.id} has it from the row that it was made of; add a stage score before"
         )

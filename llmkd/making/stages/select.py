@@ -9,7 +9,7 @@ from ..rows import Row
 from ..selection import ORIGINAL, ByScore, reflection
 from ..stage import Outcome, Rejected, Work
 from .reflect import as_version
-from .score import BY, column_of
+from .score import column_of, scored_by
 
 
 class Select:
@@ -53,7 +53,7 @@ class Select:
 
 def refuse_several_models(rows: Sequence[Row], column: str) -> None:
     """UserError where scores are of different models, and so cannot be compared."""
-    models = {row.columns.get(BY, {}).get(column) for row in rows}
+    models = {scored_by(row).get(column) for row in rows}
     if len(models) > 1:
         raise UserError(
             f"{column}: the rows have scores of {len(models)} different models or ways to score, which cannot be compared; score all rows with one stage"

@@ -8,17 +8,18 @@ from typing import Any
 
 from ...config.make import Writer as Settings
 from ...errors import UserError
-from ...servers.client import Refused, Server
+from ...servers.client import Refused, Server, ServerFailed
 from ...servers.workers import Workers
 from ..asks import Answer, Ask, failed
-from .outside import Ending, bad_text, counted
+from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word
 
 #: Statuses by which no ask would be answered: a wrong key, a path or a model that is not there.
-_FOR_ALL = (401, 403, 404, 405)
+_FOR_ALL = (401, 403, 404, 405, 407)
 #: Where servers put what a model thinks before it answers.
 _REASONING = ("reasoning_content", "reasoning")
-#: So many asks in a row, the first ones, are refused for whatever reason: then no other one is made.
+#: So many asks in a row, the first ones, are refused for whatever reason, or so many, whichever, fail on a server that lives: then no other one is made.
 _FIRST = 8
+_MOST_OF_MODEL = 200  # characters of a model's name
 
 
 class ServedWriter:
@@ -37,7 +38,7 @@ class ServedWriter:
             raise UserError(
                 f"writer: a setting holds the key that is in {settings.api_key_env}, and would be written into files; take it out"
             )
-        self._answered = self._refused = 0
+        self._answered = self._refused = self._broken = 0
 
     def check(self) -> None:
         try:
@@ -58,7 +59,7 @@ class ServedWriter:
                 if not running:
                     return
                 done, _ = wait(running, 0.5, FIRST_COMPLETED)
-                for one in done:
+                for one in sorted(done, key=lambda one: one.exception() is not None):  # answers are kept before an error ends the command
                     yield running.pop(one), one.result()
         except BaseException:
             self.server.end()
@@ -89,6 +90,14 @@ class ServedWriter:
             if error.status in _FOR_ALL or (not self._answered and self._refused >= _FIRST):
                 raise self._explained(error) from None
             return failed(f"the server {error}")
+        except ServerFailed as error:
+            if error.alone is None or not self.server.lives():
+                raise
+            self._broken += 1
+            if self._broken >= _FIRST:
+                raise
+            return failed(f"the server {error.alone}")
+        self._broken = 0
         if answer.problem is None:
             self._answered += 1
         return answer
@@ -99,30 +108,39 @@ class ServedWriter:
             401: "; name the variable that holds the key in writer.api_key_env",
             403: "; name the variable that holds the key in writer.api_key_env",
             404: "; check writer.server and writer.model",
+            407: "; put the proxy's name and password into the environment's variable, as in http://name:password@host:port",
         }.get(error.status, "; check the settings of the writer")
         return UserError(f"writer.server: {self.server.address} {error}{fix}")
 
     def _read(self, found: Any, ask: Ask) -> Answer:
-        """The answer in what the server said. What is not understood is no answer, and is not kept."""
-        choices = found.get("choices") if isinstance(found, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            return failed("the server's answer has not one choice")
-        message, finish = choices[0].get("message"), choices[0].get("finish_reason")
-        message = message if isinstance(message, dict) else {}
-        text = message.get("content")
-        if message.get("tool_calls") or message.get("function_call"):
-            return failed("the server's answer calls a tool")
+        """The answer in what the server said. What is not understood is no answer, and is not kept. Refused where it says that it gives none."""
+        found = found if isinstance(found, dict) else {}
+        choices = found.get("choices")
+        if not choices and found.get("error"):
+            raise Refused(200, self.server.in_a_line(found))
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else None
+        message = choice.get("message") if choice and isinstance(choice.get("message"), dict) else {}
+        text, finish = message.get("content"), choice and choice.get("finish_reason")
         reasoning = next((said for name in _REASONING if isinstance(said := message.get(name), str) and said.strip()), None)
         if text is None and reasoning:  # it was cut off while it reasoned, which was paid for
             text = ""
-        if not isinstance(text, str):
-            return failed("the server's answer has no text")
-        if not isinstance(finish, str):
-            return failed("the server's answer does not say how it ended (finish_reason)")
-        if problem := bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(f"{text}\n{finish}") else None):
-            return failed(problem)
         usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
-        tokens, read = counted(ask, text, usage.get("completion_tokens"), usage.get("prompt_tokens"))
+        cost = counted(ask, text if isinstance(text, str) else "", usage.get("completion_tokens"), usage.get("prompt_tokens"))
+        if problem := self._problem(choice, message, text, finish):
+            return failed(problem, *cost)
         model = found.get("model")
         other = model if isinstance(model, str) and model != self.settings.model and not self.server.holds_key(model) else None
-        return Answer(text, finish[:40], tokens, read, model=other and other[:200], reasoning=reasoning and len(reasoning))
+        named = other and in_a_word(other, _MOST_OF_MODEL)
+        return Answer(text, in_a_word(finish, MOST_OF_FINISH), *cost, model=named, reasoning=reasoning and len(reasoning))
+
+    def _problem(self, choice: dict | None, message: dict, text: Any, finish: Any) -> str | None:
+        """Why an answer is none."""
+        if choice is None:
+            return "the server's answer has not one choice"
+        if message.get("tool_calls") or message.get("function_call"):
+            return "the server's answer calls a tool"
+        if not isinstance(text, str):
+            return "the server's answer has no text"
+        if not isinstance(finish, str):
+            return "the server's answer does not say how it ended (finish_reason)"
+        return bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(f"{text}\n{finish}") else None)

@@ -13,7 +13,7 @@ from ...config.make import Writer as Settings
 from ...console import printable
 from ...errors import UserError
 from ..asks import STOP, Answer, Ask, failed
-from .outside import Ending, bad_text, counted
+from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word
 
 _LONGEST = 64 << 20  # bytes of a line
 
@@ -152,8 +152,8 @@ class ProgramWriter:
         if not isinstance(text, str) or bad_text(text):
             return ask, failed(bad_text(text) if isinstance(text, str) else "the program's answer has no text")
         tokens, read = counted(ask, text, found.get("tokens"), found.get("prompt_tokens"))
-        finish = found.get("finish", STOP)
-        return ask, Answer(text, finish[:40] if isinstance(finish, str) else STOP, tokens, read)
+        finish = found.get("finish")
+        return ask, Answer(text, in_a_word(finish, MOST_OF_FINISH) if isinstance(finish, str) else STOP, tokens, read)
 
     def _ended(self) -> UserError:
         try:

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...console import printable
 from ...errors import Stopped
 from ..asks import Ask, estimated_tokens
 
 #: Seconds in which what is being written may be finished, after a signal.
 GRACE = 10.0
+MOST_OF_FINISH = 40  # characters
 _MOST_TOKENS = 1 << 31  # that one answer may be said to have
 
 
@@ -38,6 +40,11 @@ def bad_text(text: str) -> str | None:
     except UnicodeEncodeError:
         return "the text has half of a surrogate pair, which is not a character"
     return None
+
+
+def in_a_word(text: str, most: int) -> str:
+    """A name or a reason that another program gave, in one line of characters that print."""
+    return printable(" ".join(text.split()))[:most]
 
 
 def counted(ask: Ask, text: str, tokens: Any, prompt_tokens: Any) -> tuple[int, int]:

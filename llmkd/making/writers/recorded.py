@@ -9,8 +9,10 @@ from typing import Any
 from ...config.make import Writer as Settings
 from ...errors import UserError, fix_of
 from ...files import read_file, sha256_file
+from ..answers import PROBLEM
 from ..asks import STOP, Answer, Ask, asked_of, estimated_tokens
 from ..rows import row_id
+from .outside import MOST_OF_FINISH, in_a_word
 
 
 class RecordedWriter:
@@ -33,17 +35,23 @@ class RecordedWriter:
     def _add(self, number: int, line: bytes) -> None:
         try:
             row = json.loads(line)
+            if PROBLEM in row:  # of a run: what was paid for, and was no answer
+                return
             text = row["text"]
             text.encode()
-            tokens, read = int(row.get("tokens", estimated_tokens(text))), int(row.get("prompt_tokens", 0))
-            reasoning = row.get("reasoning")  # characters in the file of a run; a file made by hand may have the text
-            reasoning = len(reasoning) if isinstance(reasoning, str) else int(reasoning or 0)
-            answer = Answer(text, str(row.get("finish", STOP)), tokens, read, reasoning=reasoning or None)
+            tokens, read, reasoning = (row.get(name) for name in ("tokens", "prompt_tokens", "reasoning"))
+            if isinstance(reasoning, str):  # characters in the file of a run; a file made by hand may have the text
+                reasoning = len(reasoning)
+            if not all(one is None or (type(one) is int and one >= 0) for one in (tokens, read, reasoning)):
+                raise ValueError
+            finish = in_a_word(str(row.get("finish") or STOP), MOST_OF_FINISH)
+            answer = Answer(text, finish, estimated_tokens(text) if tokens is None else tokens, read or 0, reasoning=reasoning or None)
             asked = str(row["asked"]) if "asked" in row else None
             said = () if asked else [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"writer.recorded: {self.path}:{number}: expected an object with text, and with messages or asked; correct the line"
+                f"writer.recorded: {self.path}:{number}: expected an object with text, and with messages or asked, whose counts are whole numbers; "
+                "correct the line"
             ) from None
         if asked is None:
             self.by_messages[row_id(said)].append(answer)

@@ -19,20 +19,18 @@ FAULTS = [
         ("again-for-ever", "a refusal is repeated", "raise Refused(status, text)", "raise _Passing(text)", CLIENT),
         ("key-in-messages", "a server's message shows the key", 'text.replace(self._secret, "(the key)")', "text", CLIENT),
         (
-            "drips",
-            "an answer may come for ever",
-            "if time.monotonic() > until:\n                        raise TimeoutError",
-            "if False:\n                        raise TimeoutError",
-            CLIENT,
-        ),
-        (
             "impatient-server",
             "the wait that a server names is not kept",
-            'passing.wait = _seconds(response.headers.get("Retry-After"))',
-            "passing.wait = None",
+            "raise _Passing(said, fix, wait=wait,",
+            "raise _Passing(said, fix, wait=None,",
             CLIENT,
         ),
         ("waits-on", "whoever waits is not let go", "self._ended.set()", "pass", CLIENT),
+    ),
+    *in_file(
+        "llmkd/servers/connections.py",
+        ("drips", "an answer may come for ever", "used.shutdown(socket.SHUT_RDWR)", "pass", CLIENT),
+        ("nameless-proxy", "a proxy is not told its password", "if named else None", "if False else None", CLIENT),
     ),
     *in_file(
         "llmkd/servers/logprobs.py",
