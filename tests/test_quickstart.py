@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmkd.cli import main
 from llmkd.data.reading import skills
@@ -14,7 +15,12 @@ REPO = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_the_distilled_student_is_the_closer_one(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
-    assert main(["train", "--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "q"), "--train.epochs", "2"]) == 0
+    pipeline = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    for name, stage in pipeline["stages"].items():
+        stage["recipe"] = str(REPO / "recipes" / stage["recipe"])
+        stage["set"] = stage.get("set", {}) | {"train.epochs": 1 if name == "teacher" else 2}
+    (tmp_path / "q.yaml").write_text(json.dumps(pipeline))
+    assert main(["train", "--config", str(tmp_path / "q.yaml"), "--output_dir", str(tmp_path / "q")]) == 0
     results = json.loads((tmp_path / "q/summary.json").read_text())
     assert list(results) == ["teacher", "sft_student", "kd_student"]
     for metrics in results.values():

@@ -17,7 +17,8 @@ README = (REPO / "recipes/README.md").read_text()
 
 
 KINDS = ("recipe", "pipeline", "sweep", "make")
-RECIPES, PIPELINES, SWEEPS, MAKES = ([path for path in FILES if loader.file_kind(path) == kind] for kind in KINDS)
+KIND_OF = {path: loader.file_kind(path) for path in FILES}
+RECIPES, PIPELINES, SWEEPS, MAKES = ([path for path, kind in KIND_OF.items() if kind == one] for one in KINDS)
 OF_THE_HUB = [
     path
     for path in RECIPES

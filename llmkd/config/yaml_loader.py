@@ -23,7 +23,7 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-4 is a number; no, on, 010 and 12:30 are text."""
 
 
-class Dumper(yaml.SafeDumper):
+class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # in C where PyYAML was built with libyaml, as its wheels are
     """Quotes texts that `Loader` would otherwise read back as another type."""
 
 

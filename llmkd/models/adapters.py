@@ -145,10 +145,12 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
 
     config = adapted.peft_config[name]
     adapted.peft_config[name] = _in_order(config)
+    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own, and an adapter that is sent to a server has none
     try:
         adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     finally:
         adapted.peft_config[name] = config
+        del adapted.create_or_update_model_card
     for file in (folder / name).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
         file.rename(folder / file.name)
     shutil.rmtree(folder / name, ignore_errors=True)

@@ -5,6 +5,7 @@ program (a notebook, sitecustomize) has set in torch itself is checked in `train
 """
 
 import fnmatch
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -314,6 +315,7 @@ RULES = (
 )
 
 
+@functools.cache
 def rule_for(name: str) -> Rule | None:
     """The first rule that fits the name of a variable."""
     return next((rule for rule in RULES if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.names)), None)

@@ -42,7 +42,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
     }
     recipe = {"student": {"model": str(world / "student"), "lora": lora}, **HELD}
     recipe["data"] = {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}
-    folder = run_sweep(sweep(recipe, grid={}, arms=arms), {}, False)
+    folder = run_sweep(sweep(recipe, grid={}, arms=arms), {"train.max_steps": 3}, False)
     found = state(folder)
     assert (
         [len(group["arms"]) for group in found["groups"]] == [9, 1, 1]

@@ -230,6 +230,7 @@ def test_where_the_first_fails_the_others_try_and_fail_alike(tmp_path):
     assert len((tmp_path / "made").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(tmp_path):
     assert launch(1, make_entry, tmp_path, "die").returncode == -signal.SIGKILL and (tmp_path / "made").exists()
     start = time.perf_counter()

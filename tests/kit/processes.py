@@ -6,6 +6,7 @@ its variables) is tested with `accelerate launch` and torchrun in test_parity.py
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -106,6 +107,8 @@ def serve() -> None:
     from tests.kit.quick_runs import leave_out
 
     leave_out(setattr)
+    gc.collect()
+    gc.freeze()  # of what is imported, a fork's collections look at nothing and copy nothing
     while True:
         try:
             count, function, arguments, variables, cwd, limit, written = pickle.load(sys.stdin.buffer)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 
 from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import UserError
@@ -91,13 +92,19 @@ def test_it_is_refused_with_a_teacher_that_is_offloaded(make_recipe):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_recipe, monkeypatch, tmp_path):
-    """The student's layers are checkpointed, the teacher's are not. All is traced, differentiated and guarded as it is before C++ is written, which takes minutes here."""
+def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_recipe, monkeypatch, tmp_path, world):
+    """The student's layers are checkpointed, the teacher's are not. All is traced, differentiated and guarded as it is before C++ is written, which takes minutes here.
+    One layer of the student, and LoRA on two of its seven matrices: each costs seconds."""
     from llmkd.files import read_jsonl
     from llmkd.training import loop
 
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    changes = {"student__lora__dropout": 0.3, "student__gradient_checkpointing": True, "validation__teacher_check": 0}
+    changes = {
+        "student__lora__dropout": 0.3,
+        "student__lora__target_modules": ["q_proj", "down_proj"],
+        "teacher__model": str(world / "teacher"),
+    }
+    changes |= {"student__layers": [0], "student__gradient_checkpointing": True, "validation__teacher_check": 0}
     changes |= {"checkpoint__every": 3, "train__max_steps": 4}  # without the last step, whose single row takes code of its own
     killed, out, move = tmp_path / "killed", tmp_path / "whole", loop.optimizer_step
 
@@ -140,14 +147,18 @@ def test_students_side_by_side_and_a_base_in_four_bit(world, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     base = {"model": str(world / "student"), "dtype": "float32", "quantization": Quantization(type="nf4"), "layers": (0,)}
-    arms = [Student(**base, lora=Lora(rank=4, dropout=0.3)), Student(**base, lora=Lora(rank=2))]
+    on = {"target_modules": ("q_proj", "down_proj")}
+    arms = [Student(**base, lora=Lora(rank=4, dropout=0.3, **on)), Student(**base, lora=Lora(rank=2, **on))]
     compilation.configure_torch_compile(torch.device("cpu"))
     compared_with_eager(load_students(arms, LoadContext(640, "cpu", seed=7)))
 
 
 @pytest.mark.slow
-def test_the_code_that_is_written_gives_the_same_under_dropout(world):
+def test_the_code_that_is_written_gives_the_same_under_dropout(world, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes that import torch again
     torch._dynamo.reset()
     compilation.configure_torch_compile(torch.device("cpu"))
-    student = Student(model=str(world / "student"), dtype="float32", layers=(0,), lora=Lora(rank=4, dropout=0.3))
+    student = Student(
+        model=str(world / "student"), dtype="float32", layers=(0,), lora=Lora(rank=4, dropout=0.3, target_modules=("q_proj", "down_proj"))
+    )
     compared_with_eager(load_students([student], LoadContext(640, "cpu", seed=7)))

@@ -58,6 +58,7 @@ def test_the_peak_is_within_five_percent_of_what_is_allocated(make_recipe, tmp_p
         assert planned.layer_passes == 2 * 3 + 2
 
 
+@pytest.mark.slow
 def test_so_is_that_of_students_side_by_side(make_recipe, tmp_path):
     recipes = [make_recipe(**FEW | LESS_LOSS | changes) for changes in ({}, *SIDE_BY_SIDE)]
     planned, real = plan(recipes, find(recipes, tmp_path), None, gpu=False), allocated(recipes)

@@ -21,9 +21,9 @@ def test_an_untuned_base_is_warned_of_and_a_tuned_one_is_not(tmp_path, monkeypat
         run(dataclasses.replace(loader.load_recipe(RECIPES / recipe, changes), output_dir=str(tmp_path / out)), False)
         return capfd.readouterr().err
 
-    short = {"train__epochs": None, "train__max_steps": 20}
-    train("quickstart/1_teacher.yaml", "runs/quickstart/teacher", **short)
-    train("quickstart/2_distill.yaml", "tuned", teacher=None, loss__kd_ratio=0, **short | {"train__max_steps": 10})
+    short = {"train__epochs": None, "data__train__limit": 640}
+    train("quickstart/1_teacher.yaml", "runs/quickstart/teacher", train__max_steps=5, **short)
+    train("quickstart/2_distill.yaml", "tuned", teacher=None, loss__kd_ratio=0, train__max_steps=10, **short)
     for student, untuned in ((str(RECIPES / "quickstart/base/student"), True), (str(tmp_path / "tuned/adapter"), False)):
         said = train(
             "on_policy/on_policy.yaml",

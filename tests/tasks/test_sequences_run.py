@@ -82,6 +82,7 @@ def test_a_speech_student_is_used_by_the_pipeline_and_its_encoder_is_the_teacher
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_resumes_bit_for_bit_and_learns_from_a_cache_as_from_the_teacher(recipe, folder):
     """Also with dropout in the adapter, and prompts that are edited for the student in every epoch."""
     from llmkd.commands.cache import cache

@@ -209,6 +209,7 @@ def weights_after(recipe) -> dict:
     return weights(Path(recipe.output_dir))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_teachers_each_on_its_rows_differs_from_either_alone_and_does_not_depend_on_packing(two, world):
     routed = weights_after(two("routed"))
     packed = weights_after(two("packed", data__packing=True, train__micro_batch_size=3))

@@ -69,7 +69,7 @@ def said(capsys) -> list[int]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_auto_finds_what_fits_and_leaves_no_trace(trained, memory, capsys, packing):
-    changes = DROPOUT | {"data__packing": packing}
+    changes = DROPOUT | {"data__packing": packing, "train__max_steps": 3}
     memory.tokens = 400
     torch.manual_seed(5)
     measured = trained("auto", **AUTO, **changes)
@@ -83,7 +83,7 @@ def test_auto_finds_what_fits_and_leaves_no_trace(trained, memory, capsys, packi
 
 
 def test_a_whole_window_is_the_bound(trained, memory, capsys):
-    trained("auto", **AUTO)
+    trained("auto", **AUTO, train__max_steps=2)
     (found,) = said(capsys)
     assert found == max(memory.asked) + 8  # eight of the longest; an input has one token less than its example
 
@@ -99,14 +99,15 @@ def test_memory_that_runs_out_repeats_the_step_with_half(trained, memory, capsys
     monkeypatch.setattr(auto_batch, "forward_backward", shrinking)  # the measuring alone; afterwards there is less
     real = auto_batch.AutoBatchSize.measure
     monkeypatch.setattr(auto_batch.AutoBatchSize, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 200)))
-    whole = trained("whole", train__micro_batch_size=8, data__packing=packing)
+    whole = trained("whole", train__micro_batch_size=8, data__packing=packing, train__max_steps=3)
     memory.asked.clear()
-    got = trained("auto", **AUTO, data__packing=packing)
+    got = trained("auto", **AUTO, data__packing=packing, train__max_steps=3)
     first, *halves = said(capsys)
     assert calls and first > 200 and halves and halves[-1] <= 200 and sum(n > 200 for n in memory.asked[len(calls) + 2 :]) <= len(halves)
     assert distance(got, whole) < BOUND
 
 
+@pytest.mark.slow
 def test_after_that_the_run_is_that_of_the_smaller_budget(make_recipe, memory, capsys, monkeypatch):
     """Dropout and all: a run that went on after step 2 with the smaller number, given by hand, is the same to the last bit."""
     from llmkd.errors import Stopped
@@ -183,7 +184,7 @@ def test_free_memory_bounds_the_budget(trained, capsys, monkeypatch, cautious, g
             self.cautious, self.peaks = cautious, iter([n * 10**6 for n in grows])
 
     monkeypatch.setattr(auto_batch, "memory_gauge", Gauge)
-    trained("auto", **AUTO)
+    trained("auto", **AUTO, train__max_steps=2)
     assert said(capsys) == [152 * times]
 
 

@@ -246,6 +246,7 @@ def train_until_killed(call: int, words: list[str]) -> int:
     return main(["train", *words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 8])
 def test_kill_9_in_the_middle_of_an_accumulation(whole, world, tmp_path, call):
     (tmp_path / "k.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "killed")))

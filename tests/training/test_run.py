@@ -236,6 +236,7 @@ def test_the_settings_that_change_how_it_is_computed_work_and_stay_near(first_st
     assert [found[k] for k in ("ce", "kd", "targets")] == pytest.approx([first_step[k] for k in ("ce", "kd", "targets")], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_float16_keeps_the_gradients_of_a_large_step(world, trained, tmp_path):
     """Divided by 19,229 targets before the backward pass, many would be too small for it (then 0.014 of a gradient is lost)."""
     write_rows(tmp_path / "many.jsonl", 600)
