@@ -33,9 +33,14 @@ _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "s
 #: Other names of max_new_tokens, by which limit_tokens counts.
 _LONGEST = ("max_completion_tokens", "max_output_tokens", "max_new_tokens", "n_predict", "num_predict")
 
-#: Names under which a secret may stand; and such an argument of a program, which ends so or has the secret behind an equals sign.
+#: Names under which a secret may stand; and such an argument of a program: an option that ends so or has the secret behind an equals sign, a variable that is
+#: set to it (and not to another variable), a header.
 _SECRET = re.compile(r"key|authorization|secret|password|(^|[-_])token$", re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(r"^-.*(api[-_]?key|secret|password|[-_](auth|access|api|hf)[-_]?token)(=|$)|^authorization:", re.IGNORECASE)
+_SECRET_ARGUMENT = re.compile(
+    r"^-.*(api[-_]?key|secret|password|[-_](auth|access|api|hf)[-_]?token)(=|$)"
+    r"|(?<![\w-])\w*(api_?key|_key|_token|secret|password)=(?![\"']?(\$|\s|$))|authorization: *(?![\"' ]|\w+ +\$)\S",
+    re.IGNORECASE,
+)
 
 
 @config_dataclass

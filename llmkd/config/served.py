@@ -16,6 +16,8 @@ SERVER_DEFAULTS: dict[str, float | str | None] = {
     "patience": 600.0,
     "api_key_env": None,
 }
+#: Keys such as hf_aBc3... are names that a variable could have.
+_LIKE_A_KEY = re.compile(r"(?=.*[a-z])(?=.*[A-Z0-9]).{20,}")
 #: Settings of a model that is loaded, with their defaults.
 _LOADED = {
     "revision": None,
@@ -81,7 +83,7 @@ def address_problem(address: str) -> str | None:
 
 def env_name_problem(name: str) -> str | None:
     """What is wrong with the name of an environment variable, which may be a key by mistake; None if nothing is."""
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and (name in os.environ or not _LIKE_A_KEY.fullmatch(name)):
         return None
     return "is no name of an environment variable (what was found is not shown); put the key into a variable, and its name here"
 

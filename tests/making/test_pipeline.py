@@ -303,7 +303,23 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     assert "writer.body: has what" in hidden and "writer.command: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
     harmless = {"max_tokens": None, "max_completion_tokens": 9, "response_format": {"properties": {"key": {"type": "string"}}}}
     load_make(write_make(tmp_path, ANSWER, writer=served | {"body": harmless, "max_new_tokens": 9}))
-    load_make(write_make(tmp_path, ANSWER, writer={"command": ["a", "--api-key-env", "KEY", "--max-tokens=9"]}))
+    harmless = [
+        "--api-key-env",
+        "KEY",
+        "--max-tokens=9",
+        "--sort-key=b",
+        "A_KEY=$B x",
+        'API_KEY="$B" x',
+        "-HAuthorization: Bearer $B",
+        "A_KEY= x",
+    ]
+    load_make(write_make(tmp_path, ANSWER, writer={"command": ["a", *harmless]}))
+    for secret in ("HF_TOKEN=hf_1 x", "cd a; OPENAI_API_KEY='sk-123' x", "-HAuthorization: Bearer sk-123", "Authorization:Basic sk-123"):
+        hidden = problems(writer={"command": ["sh", "-c", secret]})
+        assert "writer.command: has what may be a key (not shown)" in hidden and "sk-123" not in hidden, secret
+    hidden = problems(writer=served | {"api_key_env": "hf_aBcDeFgHiJkLmNoPqRsT"})
+    assert "writer.api_key_env: is no name" in hidden and "hf_a" not in hidden
+    load_make(write_make(tmp_path, ANSWER, writer=served | {"api_key_env": "a_variable_of_the_writer"}))
     by = {"do": "select", "by": "ifd", "top": 0.5}
     score = {"do": "score", "student": {"model": "m"}}
     for stages in ([*ANSWER, by], [score, *ANSWER, by], [*ANSWER, score | {"scores": ["ce"]}, by]):

@@ -8,7 +8,7 @@ import pytest
 
 from llmkd.config.make import Writer as Settings
 from llmkd.errors import Stopped, UserError
-from llmkd.making.asks import Answer, Ask, canonical, key_of
+from llmkd.making.asks import Answer, Ask, canonical, failed, key_of
 from llmkd.making.pipeline import say_end
 from llmkd.making.writers import outside
 from llmkd.making.writers.writer import writer_of
@@ -278,13 +278,13 @@ for line in sys.stdin:
     ask = json.loads(line)
     text = ask["messages"][-1]["content"]
     if "1?" in text:
-        print(json.dumps({"key": ask["key"], "error": "too hard"}), flush=True)
+        print(json.dumps({"key": ask["key"], "error": "too hard", "tokens": 8}), flush=True)
     elif "stop" in text:
         sys.exit("out of paper")
     elif "noise" in text:
         print("loading ...", flush=True)
     else:
-        print(json.dumps({"key": ask["key"], "text": "To: " + text, "finish": "length" if "0" in text else "\\ud800", "tokens": 4}), flush=True)
+        print(json.dumps({"key": ask["key"], "error": None, "text": "To: " + text, "finish": "length" if "0" in text else "\\ud800", "tokens": 4}), flush=True)
 """
 
 
@@ -294,7 +294,7 @@ def test_a_program_answers_in_json_lines_and_its_end_is_told(tmp_path):
     found = written(one, asks(3, one))
     assert (
         found[0] == Answer("To: Question 0?", "length", 4, 7)
-        and found[1].problem == "the program says: too hard"
+        and found[1] == failed("the program says: too hard", 8)
         and found[2].finish == "\\ud800"
     )
     for text, message in (

@@ -13,7 +13,7 @@ from ...config.make import Writer as Settings
 from ...console import printable
 from ...errors import UserError
 from ..asks import STOP, Answer, Ask, failed
-from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word
+from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word, told
 
 _LONGEST = 64 << 20  # bytes of a line
 
@@ -146,11 +146,11 @@ class ProgramWriter:
                 f"writer.command: {self._name} has written {printable(line[:80].decode('utf-8', 'replace'))!r}, "
                 "expected a line of JSON with the key of an ask and text; its messages belong to stderr"
             ) from None
-        if "error" in found:
-            return ask, failed(f"the program says: {printable(str(found['error']))[:300]}")
-        text = found.get("text")
+        text, cost = found.get("text"), (told(found.get("tokens"), 0), told(found.get("prompt_tokens"), 0))
+        if found.get("error") is not None:
+            return ask, failed(f"the program says: {printable(str(found['error']))[:300]}", *cost)
         if not isinstance(text, str) or bad_text(text):
-            return ask, failed(bad_text(text) if isinstance(text, str) else "the program's answer has no text")
+            return ask, failed(bad_text(text) if isinstance(text, str) else "the program's answer has no text", *cost)
         tokens, read = counted(ask, text, found.get("tokens"), found.get("prompt_tokens"))
         finish = found.get("finish")
         return ask, Answer(text, in_a_word(finish, MOST_OF_FINISH) if isinstance(finish, str) else STOP, tokens, read)

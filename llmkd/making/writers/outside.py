@@ -49,7 +49,10 @@ def in_a_word(text: str, most: int) -> str:
 
 def counted(ask: Ask, text: str, tokens: Any, prompt_tokens: Any) -> tuple[int, int]:
     """Tokens written and read, as they were told; estimated, where that is no count."""
-    own = (estimated_tokens(text), estimated_tokens(*(one["content"] for one in ask.messages)))
-    told = (tokens, prompt_tokens)
-    written, read = (a if type(a) is int and 0 <= a < _MOST_TOKENS else b for a, b in zip(told, own, strict=True))
-    return written, read
+    read = estimated_tokens(*(one["content"] for one in ask.messages))
+    return told(tokens, estimated_tokens(text)), told(prompt_tokens, read)
+
+
+def told(count: Any, otherwise: int) -> int:
+    """A count that another program gave, where it is one."""
+    return count if type(count) is int and 0 <= count < _MOST_TOKENS else otherwise

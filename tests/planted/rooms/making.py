@@ -9,7 +9,18 @@ FAULTS = [
     *in_file(
         "llmkd/config/make.py",
         ("scores-of-parents", "scores are looked for only when all is paid", "if column not in scored:", "if False:", PIPELINE),
+        (
+            "set-variables",
+            "a key that a program's argument sets is written into files",
+            "(api_?key|_key|_token|secret|password)=(?!",
+            "(no_such_name)=(?!",
+            PIPELINE,
+        ),
         ("nested-secret", "a key inside of a field is written into files", "any(_holds_secret(value, str(name))", "any(False", PIPELINE),
+    ),
+    *in_file(
+        "llmkd/config/served.py",
+        ("keys-as-names", "a key in the place of its variable's name is shown", "or not _LIKE_A_KEY.fullmatch(name)", "or True", PIPELINE),
     ),
     *in_file(
         "llmkd/servers/client.py",
