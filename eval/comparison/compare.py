@@ -19,6 +19,7 @@ CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template"
 #: Metrics of held-out rows, and whether higher is better; all but the last are compared unless others are asked for.
 HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "top1_agreement": True, "accuracy": True, "reverse_kl": False}
 _OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
+_OF_DISTRIBUTION = ("forward_kl", "reverse_kl")  # over fewer events they are smaller
 _ROUNDING = 1e-12
 
 
@@ -85,8 +86,8 @@ def compare(
 
     `common`: compare on the items that all arms have. Otherwise other items are refused, as are other conditions of measurement.
     A group of tasks is the mean that its file defines, over the same items as its tasks; they are drawn within their task.
-    On held-out rows examples of one row of data are one draw, and arms whose teacher was another one than the baseline's
-    are left out of the divergences. `info` gets a line about everything that is left out. Raises UserError.
+    On held-out rows examples of one row of data are one draw, and arms whose teacher was another one than the baseline's, or known in
+    another part (its 64 most likely tokens, from a teacher cache), are left out of the divergences. `info` gets a line about everything that is left out. Raises UserError.
     """
     if len(arms) < 2:
         raise UserError("compare: found one configuration, expected two or more (RUN or NAME=RUN[,RUN...] each)")
@@ -233,6 +234,7 @@ def _ordered(m: Measured, keys: list) -> Measured:
         weights=None if m.weights is None else m.weights[order],
         counted={name: x[order] for name, x in m.counted.items()},
         groups=None if m.groups is None else [m.groups[i] for i in order],
+        teacher_parts=None if m.teacher_parts is None else [m.teacher_parts[i] for i in order],
     )
 
 
@@ -244,7 +246,18 @@ def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str
     elif task == HELD_OUT and metric in _OF_TEACHER and not all(_same_teacher(m, first) for m in runs):
         info(f"{task} {metric}: {arm} left out; it has another teacher than {first.run}: the teachers' cross-entropies differ")
         return False
+    elif (
+        task == HELD_OUT
+        and metric in _OF_DISTRIBUTION
+        and (other := next((m for m in runs if m.teacher_parts != first.teacher_parts), None))
+    ):
+        info(f"{task} {metric}: {arm} left out; {other.run} measured it on {_part(other)} of its teacher, {first.run} on {_part(first)}")
+        return False
     return not lacking
+
+
+def _part(m: Measured) -> str:
+    return " and ".join(sorted(set(filter(None, m.teacher_parts or [])))) or "the whole distribution"
 
 
 def _same_teacher(m: Measured, first: Measured) -> bool:

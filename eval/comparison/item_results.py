@@ -32,6 +32,7 @@ class Measured:
     counted: dict[str, np.ndarray]  # by metric, [items]: the targets that count in it, where examples have weights
     groups: list[str] | None  # [items]: the row of data; examples of one row are resampled together
     others: list[str]  # metrics that are not one number an item
+    teacher_parts: list[str | None] | None = None  # [items]: the part of the teacher's distribution that was known, where not all of it was
     strata: np.ndarray | None = None  # [items], of a group of tasks: which of its tasks an item is of
 
 
@@ -141,7 +142,8 @@ def read(run: Path, task: str) -> Measured:
             values[name], counted[name] = values[name] * given, targets * given
             if not any(given):
                 del values[name]
-    return Measured(run, record, keys, values, targets, counted, groups, others)
+    parts = [item.get("teacher_part") for item in items]
+    return Measured(run, record, keys, values, targets, counted, groups, others, parts if any(parts) else None)
 
 
 def seed_of(run: Path) -> int | None:

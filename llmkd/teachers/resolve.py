@@ -49,6 +49,19 @@ class TeacherSource:
         """Whether a run asks a server: not if its cache is complete."""
         return self.cache is None and bool(self.settings.server)
 
+    @property
+    def part(self) -> str | None:
+        """What a run knows of the teacher's distribution, where that is not all of it: `top 64 tokens`, `50 samples`."""
+        if self.cache:
+            kept, vocab = self.cache.header["kind"], self.cache.header["vocab"]
+        elif self.answers:
+            kept, vocab = self.answers.format.options(), self.answers.format.vocab
+        else:
+            return None
+        if kept["name"] == "topk" and kept["k"] < vocab:
+            return f"top {kept['k']} tokens"
+        return f"{kept['num_samples']} samples" if kept["name"] == "sampled" else None
+
     def open(self, device, models: Iterator, taps: "signals.Taps") -> "signals.Teacher":
         """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`.
 

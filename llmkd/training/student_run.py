@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config.recipe import HIGHER_IS_BETTER, Recipe
 from ..console import info, warn
 from ..data.batch_source import WrittenText
+from ..data.examples import ALL_TEACHERS
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
 from ..model_folder.files import ModelFiles
@@ -79,12 +80,17 @@ class StudentRun:
     def write_held_out(self, held_out: HeldOut) -> None:
         """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""
         data, places = self.prepared.validation, self.prepared.validation_places
+        parts = [one.part for one in self.prepared.teachers]
+        everyone = " and ".join(sorted({part for part in parts if part}))
         lines = []
         for i, targets in enumerate(held_out.targets.tolist()):
             sums = {name: float(values[i]) for name, values in held_out.sums.items()}
             line = {"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}
             if weights := {part: float(w_E[i]) for part, w_E in held_out.weights.items()}:
                 line["weights"] = weights
+            teacher = data.teacher_index[i]
+            if "forward_kl" in sums and (part := everyone if teacher == ALL_TEACHERS else parts[teacher]):
+                line["teacher_part"] = part  # a divergence from a part of a distribution is another metric
             lines.append(json.dumps(line) + "\n")
         content = "".join(lines)
         write_atomic(self.folder.path / "held_out.jsonl", content)

@@ -57,9 +57,13 @@ def test_the_held_out_metrics_come_from_the_cache_too(make_recipe, caches):
         ("narrow", ("top1_agreement", "teacher_ce", "teacher_entropy"), 3e-3),
         ("sampled", ("teacher_ce", "teacher_entropy"), 3e-3),
     ):
-        found = run(from_cache(make_recipe, caches, kind, kind, **held))["validation"]
+        recipe = from_cache(make_recipe, caches, kind, kind, **held)
+        found = run(recipe)["validation"]
         assert {name: found[name] for name in names} == pytest.approx({name: live[name] for name in names}, rel=bound, abs=bound), kind
         assert (kind == "sampled") == ("reverse_kl" not in found)
+        held_out = map(json.loads, Path(recipe.output_dir, "held_out.jsonl").read_text().splitlines())
+        parts = {"narrow": "top 8 tokens", "sampled": "64 samples"}  # topk: all of V
+        assert {row.get("teacher_part") for row in held_out} == {parts.get(kind)}, kind
     narrow = run(from_cache(make_recipe, caches, "narrow", "again", **held))["before"]
     dense = run(make_recipe("dense", **(FLOAT32 | held)))["before"]
     assert 0 < narrow["forward_kl"] < dense["forward_kl"]  # merging tokens into one bucket can only lower it

@@ -137,6 +137,19 @@ def test_an_arm_with_another_teacher_is_left_out_of_the_divergences(home):
     assert "held_out forward_kl: c left out; it has another teacher than a" in said[0] and "d left out; d did not measure it" in said[1]
 
 
+def test_divergences_from_a_part_of_the_teacher_are_another_metric(home):
+    """Over its 64 most likely tokens and one bucket they are smaller; the most likely token is the same."""
+    said, targets = [], np.array([5, 9, 20, 11])
+    sums = {"ce": targets, "forward_kl": targets * 0.1, "top1_agreement": targets * 0.5, "teacher_ce": targets}
+    held_out("a", sums, targets)
+    held_out("b", sums, targets, teacher_part="top 64 tokens")
+    held_out("c", sums, targets, teacher_part="top 64 tokens")
+    rows = compare(arms("a", "b"), info=said.append)
+    assert [(row.metric, row.arm) for row in rows] == [(metric, arm) for metric in ("ce", "top1_agreement") for arm in "ab"]
+    assert said == ["held_out forward_kl: b left out; b measured it on top 64 tokens of its teacher, a on the whole distribution"]
+    assert ("forward_kl", "c") in [(row.metric, row.arm) for row in compare(arms("b", "c"))]
+
+
 def test_a_metric_under_the_name_of_an_older_version_is_left_out_with_a_note(home):
     said, targets = [], np.array([5, 9, 20, 11])
     held_out("a", {"ce": targets, "top1_agreement": targets * 0.5}, targets)

@@ -31,12 +31,12 @@ def evaluated(run: str, metrics: dict[str, list[float]], task: str = "quiz", ord
     return Path(run)
 
 
-def held_out(run: str, sums: dict[str, list[float]], targets: list[int], places=None, hashes=None) -> Path:
+def held_out(run: str, sums: dict[str, list[float]], targets: list[int], places=None, hashes=None, **more) -> Path:
     Path(run).mkdir(parents=True, exist_ok=True)
     lines = []
     for i, count in enumerate(targets):
         item = {"id": i, "hash": hashes[i] if hashes else f"h{i}", "place": places[i] if places else f"t.jsonl:{i}", "targets": int(count)}
-        lines.append(json.dumps(item | {"sums": {name: float(x[i]) for name, x in sums.items()}}))
+        lines.append(json.dumps(item | more | {"sums": {name: float(x[i]) for name, x in sums.items()}}))
     (Path(run) / "held_out.jsonl").write_text("\n".join(lines) + "\n")
     return Path(run)
 

@@ -7,6 +7,26 @@ HANDOFF, COMMAND = "eval/test_handoff.py", "eval/test_eval_command.py"
 
 FAULTS = [
     *in_file(
+        "llmkd/training/student_run.py",
+        (
+            "part-of-the-teacher-not-recorded",
+            "held-out rows do not say that a part of the teacher's distribution was known",
+            'line["teacher_part"] = part',
+            "part = part",
+            "commands/test_cache.py::test_the_held_out_metrics_come_from_the_cache_too",
+        ),
+    ),
+    *in_file(
+        "eval/comparison/compare.py",
+        (
+            "parts-of-a-teacher-compared",
+            "divergences over a few tokens are compared with those over all",
+            "m.teacher_parts != first.teacher_parts",
+            "m.keys != first.keys",
+            COMPARE,
+        ),
+    ),
+    *in_file(
         "eval/comparison/cross_fit.py",
         (
             "same-half-chooses-and-compares",
