@@ -40,6 +40,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_would_save_memory(planned, monk
     assert here["device"] == "this machine" and here["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, capsys):
     """Two adapters on one base before one teacher, then a full student alone, twice; the teacher is what a stage is still to train, one stage writes
     its cache, and one makes data that nothing reads."""

@@ -123,6 +123,7 @@ class Gathered(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"student.method": "full", "student.lora": None}, {"student.gradient_checkpointing": True}], ids=str)
 def test_what_is_exchanged_is_what_fsdp_asks_for(world, tmp_path, changes):
     """In one micro-batch, and in two of a step. Whole gradients are not kept until the second where all weights train."""

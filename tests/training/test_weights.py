@@ -31,6 +31,7 @@ def sources(world, *of_second, limit=20) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["targets", "weights"])
 def test_how_a_step_is_cut_does_not_matter(trained, world, normalize):
     common = LAST | {"data__train": sources(world), "loss__normalize": normalize}
@@ -81,6 +82,7 @@ def test_two_processes_are_one_where_one_of_them_has_no_weights(trained, world, 
     assert_two_processes_are_one(trained, world, tmp_path, changes)
 
 
+@pytest.mark.slow
 def test_side_by_side_each_ends_as_it_would_alone(world, tmp_path):
     """Students with and without a teacher, and with each way to divide, on the same weighted batches."""
     base = plain_recipe(world, tmp_path / "unused")
