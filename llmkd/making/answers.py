@@ -20,11 +20,11 @@ _FIELDS = ("text", "finish", "tokens", "prompt_tokens", "model", "reasoning")
 class Answers:
     """Answers by their keys. A kill loses at most the one that is being written; one process at a time.
 
-    lost  the tokens of what was paid for and was no answer: lines of their own, which `problem` marks
+    tokens  what all asks in the file have cost, read and written; also those that got no answer: lines of their own, which `problem` marks
     """
 
     def __init__(self, path: Path, setting: str = "output_dir"):
-        self.file, self.known, self.new, self.lost = AppendOnly(path, setting), {}, 0, 0
+        self.file, self.known, self.new, self.tokens = AppendOnly(path, setting), {}, 0, 0
         self.dates: list[str] = []
 
     @contextlib.contextmanager
@@ -42,8 +42,8 @@ class Answers:
                 row = json.loads(line)
                 if row["checksum"] != _checksum(row):
                     raise ValueError
+                self.tokens += row["tokens"] + row["prompt_tokens"]
                 if PROBLEM in row:
-                    self.lost += row["tokens"] + row["prompt_tokens"]
                     continue
                 answer = Answer(**{name: row[name] for name in _FIELDS if name in row})
                 key, date = row["key"], row["date"]
@@ -68,18 +68,13 @@ class Answers:
 
     def lose(self, ask: Ask, answer: Answer) -> None:
         """Add what an ask has cost that got no answer, if it has: the next run asks again."""
-        if cost := answer.tokens + answer.prompt_tokens:
+        if answer.tokens or answer.prompt_tokens:
             self._add({"key": ask.key, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, PROBLEM: answer.problem})
-            self.lost += cost
 
     def _add(self, row: dict[str, Any]) -> None:
         row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.file.add([row | {"checksum": _checksum(row)}])
-
-    @property
-    def tokens(self) -> int:
-        """What all asks in the file have cost: tokens read and written."""
-        return self.lost + sum(one.tokens + one.prompt_tokens for one in self.known.values())
+        self.tokens += row["tokens"] + row["prompt_tokens"]
 
 
 def _checksum(row: dict[str, Any]) -> str:

@@ -63,8 +63,8 @@ FAULTS = [
         (
             "lost-is-forgotten",
             "what was paid for nothing is forgotten by the next run",
-            'self.lost += row["tokens"]',
-            'self.lost += 0 * row["tokens"]',
+            'self.tokens += row["tokens"] + row["prompt_tokens"]\n                if PROBLEM',
+            'self.tokens += (row["tokens"] + row["prompt_tokens"]) * (PROBLEM not in row)\n                if PROBLEM',
             WRITERS,
         ),
         ("torn-line-stays", "a part of a last line stays in the file", "            self.file.remove_unfinished()\n", "", PIPELINE),
