@@ -1,5 +1,6 @@
 """The rows that `llmkd make` begins with, read as those of `data.train`. No torch."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -16,6 +17,7 @@ from ..data.reading.row_checks import check_row
 from ..data.reading.sources import no_rows, open_source, some_rows
 from ..errors import UserError
 from .rows import MADE, Message, Row, Sound, row_id
+from .selection import ORIGINAL
 
 #: Columns that are a part of the conversation, and are not carried through apart from it.
 _SAID = (
@@ -51,7 +53,13 @@ def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
             rows.append(Row(row_id("seeds", messages, number), messages, columns, audio=audio, **origin))
     if problems:
         raise UserError(*problems)
-    return rows
+    originals = {None} | {row.notes["original"] for row in rows if row.notes.get("version") == ORIGINAL}
+    return [row if row.notes.get("original") in originals else _without_version(row) for row in rows]
+
+
+def _without_version(row: Row) -> Row:
+    """A version whose original is not there, as after a choice among them: a row like others, of which there may be versions."""
+    return dataclasses.replace(row, notes={name: value for name, value in row.notes.items() if name not in ("version", "original")})
 
 
 def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, Sound | None, dict]]:

@@ -1,5 +1,6 @@
 """The stages score and select: columns with fingerprints, nothing computed twice, rows without a score, the versions of a row."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -16,7 +17,7 @@ from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 from llmkd.making.computed import NAME
 from llmkd.making.prompts import load_prompts
-from llmkd.making.rows import Row, made_row
+from llmkd.making.rows import Row, made_row, row_id
 from llmkd.making.scores.hidden import mean_states
 from llmkd.making.scores.scorer import Scorer
 from llmkd.making.stage import Work
@@ -187,6 +188,14 @@ def test_rows_are_chosen_by_a_column(tmp_path):
     (scored,) = [row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b", "row": "0"}})]
     with pytest.raises(UserError, match="has it from the row that it was made of; add a stage score before"):
         SelectStage(Select(by="ifd", below=1)).run([scored.child("3_evolve", "w", scored.messages)], work(tmp_path))
+    known = dataclasses.replace(scored, columns={"ifd": 0.5, stage.BY: {"ifd": "student:b", "row": row_id(scored.messages)}})
+    for one, why in (
+        (known, None),
+        (known.child("3_evolve", "w", scored.messages), None),
+        (known.child("3_evolve", "w", known.asking("p")), "made of"),
+    ):
+        with pytest.raises(UserError, match=why) if why else contextlib.nullcontext():  # a score is of the messages, whoever has them
+            assert len(SelectStage(Select(by="ifd", below=1)).run([one], work(tmp_path)).kept) == 1
     other = row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b"}})
     with pytest.raises(UserError, match="^ifd: the rows have scores of 2 different models"):
         SelectStage(Select(by="ifd", below=1)).run([*rows, other], work(tmp_path))

@@ -281,6 +281,23 @@ def test_a_cut_answer_is_known_as_one_in_other_words_of_its_question_too(tmp_pat
     assert [row["made"]["finish"] for row in lines(tmp_path / "out" / "train.jsonl")] == ["stop", "stop"]
 
 
+def test_versions_of_an_earlier_run_are_gone_on_with_and_what_was_chosen_among_them_is_a_row_like_others(tmp_path):
+    chat, out = {"path": str(tmp_path / "seeds.jsonl"), "format": "chat"}, tmp_path / "out" / "train.jsonl"
+
+    def versions(stage, rows, **given) -> list[dict]:
+        for one in (tmp_path / "out").glob("*"):
+            one.unlink()
+        run_make(write_make(tmp_path, [{"do": stage}], rows, **given), Function(lambda ask: ask.pretend))
+        return lines(out)
+
+    two = versions("reflect_instruction", PAIRS[:1])
+    four = versions("reflect_response", two, seeds=chat)
+    assert [row["made"]["version"] for row in four] == ["original", "instruction", "response", "both"]
+    assert {row["made"]["original"] for row in four} == {two[0]["made"]["original"]}
+    anew = versions("reflect_instruction", four[3:], seeds=chat)
+    assert [row["made"]["version"] for row in anew] == ["original", "instruction"] and anew[0]["messages"] == four[3]["messages"]
+
+
 def test_reflection_makes_four_versions_of_a_row_and_none_where_marks_are_missing(tmp_path):
     def says(ask):
         text = ask.messages[-1]["content"]

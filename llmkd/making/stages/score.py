@@ -12,12 +12,12 @@ from ...errors import UserError
 from ..computed import Computed, key_of
 from ..progress import shown
 from ..prompts import Prompts
-from ..rows import Message, Row
+from ..rows import Message, Row, row_id
 from ..scores.scorer import Scorer
 from ..scores.views import in_context
 from ..stage import Outcome, Rejected, Work
 
-BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on; and `row`, the row that was scored
+BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on; and `row`, the hash of the messages
 _CHUNK = 256  # rows that are computed, and written down, together
 
 
@@ -70,7 +70,7 @@ class Score:
     def _scored(self, row: Row, found: dict[str, float] | list[str]) -> Row | Rejected:
         if isinstance(found, list):
             return Rejected(row, *found)
-        return row.with_columns(**found, **{BY: _current(row) | {name: self._by(name) for name in found} | {"row": row.id}})
+        return row.with_columns(**found, **{BY: _current(row) | {name: self._by(name) for name in found} | {"row": row_id(row.messages)}})
 
     def _by(self, score: str) -> str:
         models = ("teacher",) if score == "teacher_ce" else ("student", "teacher") if score == "kl" else ("student",)
@@ -100,9 +100,9 @@ def scored_by(row: Row) -> dict[str, str]:
 
 
 def _current(row: Row) -> dict[str, str]:
-    """The same without those of the row that it was made of."""
-    by = scored_by(row)
-    return by if by.get("row", row.id) == row.id else {}
+    """The same without those of other messages, such as of the row that it was made of."""
+    by, said = scored_by(row), row_id(row.messages)
+    return by if by.get("row", said) == said else {}
 
 
 def column_of(row: Row, column: str, setting: str) -> float:

@@ -143,6 +143,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/making/seeds.py",
+        (
+            "chosen-for-ever",
+            "a version that was chosen is never reflected again",
+            "in originals else _without_version(row)",
+            "in originals else row",
+            STAGES,
+        ),
         ("ends-are-forgotten", "rows of an earlier run forget how they ended", '"notes": notes}', '"notes": {}}', PIPELINE),
     ),
     *in_file(
