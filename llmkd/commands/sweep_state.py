@@ -83,7 +83,12 @@ class SweepState:
             whole = False
         if not whole:
             raise UserError(f"{self.path}: is not a sweep's state; {REBUILD}")
-        arms |= kept
+        ends = {"done": "summary.json", "failed": "nonfinite.json"}
+        settled = {name: arm for name, arm in kept.items() if arm["status"] == "done" or arm.get("final")}
+        gone = [name for name, arm in settled.items() if not (self.folder / arm["folder"] / ends[arm["status"]]).exists()]
+        if gone:
+            info(f"note: what {count(len(gone), 'arm')} had left in {self.folder / 'arms'} is gone: {_some(gone)}; trained again")
+        arms |= {name: arm for name, arm in kept.items() if name not in gone}
         self.data |= {"stages": before["stages"], "groups": before["groups"]}
         self._take_out({name for group in before["groups"] for name in group["arms"]} - arms.keys())  # that the file has no more
 

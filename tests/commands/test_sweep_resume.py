@@ -103,11 +103,24 @@ def test_arms_that_the_file_has_no_more_are_left_out_of_the_groups(sweep, tmp_pa
     config = loader.load_sweep(sweep(grid={}, arms={"a": {"optim.lr": 1e-2}}))
     arm = {"status": "done", "seconds": 4.0, "group": 1, "folder": "arms/a"}
     groups = [{"arms": ["gone"], "seconds": 3.0}, {"arms": ["a", "gone too"], "seconds": 8.0}]
-    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/arms/a").mkdir(parents=True)
+    (tmp_path / "sweep/arms/a/summary.json").touch()
     known = {"arms": {"a": arm, "gone": arm, "gone too": arm}, "groups": groups, "stages": {}}
     (tmp_path / "sweep/sweep.json").write_text(json.dumps(known))
     found = SweepState(tmp_path / "sweep", config, {spec.name: spec for spec in expand(config)}, resume=True).data
     assert found["groups"] == [{"arms": ["a"], "seconds": 4.0}] and found["arms"] == {"a": arm | {"group": 0}}
+
+
+@pytest.mark.parametrize(("end", "file"), [({"status": "done"}, "summary.json"), ({"status": "failed", "final": True}, "nonfinite.json")])
+def test_an_arm_whose_folder_was_removed_is_trained_again_with_what_the_file_says_now(sweep, tmp_path, capsys, end, file):
+    config = loader.load_sweep(sweep(grid={}, arms={"a": {"optim.lr": 1e-2}, "b": {}}))
+    arms = {name: {"seconds": 4.0, "group": 0, "changes": {"optim.lr": 1.0}, "folder": f"arms/{name}"} | end for name in "ab"}
+    (tmp_path / "sweep/arms/b").mkdir(parents=True)
+    (tmp_path / "sweep/arms/b" / file).touch()
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps({"arms": arms, "groups": [{"arms": ["a", "b"], "seconds": 8.0}], "stages": {}}))
+    found = SweepState(tmp_path / "sweep", config, {spec.name: spec for spec in expand(config)}, resume=True)
+    assert found.is_waiting("a") and found.data["arms"]["a"]["changes"] == {"optim.lr": 1e-2} and not found.is_waiting("b")
+    assert "what 1 arm had left in " in (said := capsys.readouterr().err) and "is gone: a; trained again" in said
 
 
 def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
