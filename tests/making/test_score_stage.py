@@ -183,6 +183,8 @@ def test_rows_are_chosen_by_a_column(tmp_path):
     rows = [row(f"q {i}", "yes", columns={"ifd": i / 10}) for i in range(20)]
     outcome = SelectStage(Select(by="ifd", below=1, top=0.2)).run(rows, work(tmp_path))
     assert [one.columns["ifd"] for one in outcome.kept] == [0.8, 0.9] and len(outcome.rejected) == 18
+    with pytest.raises(UserError, match=r"^by: found ifd, and the row [0-9a-f]{16} has 10+ there"):
+        SelectStage(Select(by="ifd", below=1)).run([row("q", "yes", columns={"ifd": 10**400})], work(tmp_path))
     with pytest.raises(UserError, match=r"^by: found ce, and the row [0-9a-f]{16} has no such column"):
         SelectStage(Select(by="ce", below=1)).run(rows, work(tmp_path))
     (scored,) = [row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b", "row": "0"}})]

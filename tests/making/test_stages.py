@@ -341,6 +341,9 @@ def test_a_changed_prompt_asks_for_what_depends_on_it_alone(tmp_path):
     )  # and what examines the paraphrases
     run_make(path, third := Function(RIGHT))
     assert not third.asked
+    prompt.write_text("\ufeff" + prompt.read_text())  # as some editors write it
+    run_make(path, fourth := Function(RIGHT))
+    assert not fourth.asked
     for text, message in (
         ("no sections", "has no section"),
         ("[user]\nSay it", r"section \[user\] has no place \{text\}"),

@@ -79,7 +79,7 @@ def load_prompts(name: str, path: str | None, setting: str, places: Mapping[str,
 
 def _parse(name: str, raw: bytes, setting: str) -> Prompts:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # as Windows' editor writes it
     except UnicodeDecodeError as error:
         raise UserError(f"{setting}: {name}:{raw[: error.start].count(10) + 1}: not UTF-8; save the file as UTF-8") from None
     parts = _SECTION.split(text.replace("\r\n", "\n"))

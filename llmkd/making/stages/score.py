@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,8 +112,8 @@ def column_of(row: Row, column: str, setting: str) -> float:
         raise UserError(
             f"{setting}: found {column}, and the row {row.id} has it from the row that it was made of; add a stage score before"
         )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found = "no such column" if value is None else f"{value!r} there"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        found = "no such column" if value is None else f"{value!r:.40} there"
         raise UserError(
             f"{setting}: found {column}, and the row {row.id} has {found}; add a stage score before, or name a column of numbers"
         )
