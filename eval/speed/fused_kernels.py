@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.overrides import _pop_mode_temporarily
 
 #: An H100's, as far as Inductor asks.
 PROPERTIES = types.SimpleNamespace(
@@ -82,7 +83,18 @@ def compiled(launched: Launched, running: Callable[[bool], None], modes: tuple[t
         stack.enter_context(torch._dynamo.config.patch(as_in_a_run))
         stack.enter_context(config.patch(pattern_matcher=False, joint_graph_constant_folding=False, force_disable_caches=True))
         stack.callback(torch._dynamo.reset)
-        yield lambda module: module.compile(backend=backend, dynamic=False)
+
+        def make(module: nn.Module) -> None:
+            module.compile(backend=backend, dynamic=False)
+            call = module._compiled_call_impl
+
+            def called(*args, **options):
+                with _pop_mode_temporarily():  # the default device's, which half of the tracing would be of; a layer names its devices
+                    return call(*args, **options)
+
+            module._compiled_call_impl = called
+
+        yield make
 
 
 def _kernels(gm, example_inputs, options: dict) -> Iterator[tuple[str, int]]:
