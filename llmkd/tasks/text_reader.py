@@ -50,8 +50,9 @@ class TextReader:
     def inputs(self, rows: list[dict], places: list[str], data: Data, setting: str) -> tuple[TextInputs, np.ndarray, np.ndarray]:
         columns = (self.column, "text_pair") if self.column == "text" else (self.column,)
         found, used, longer = text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
-        if data.augment and data.augment.prompt and setting.startswith("data.train") and self.column == _of_student(data):
-            found = with_edits(found, [rows[i] for i in used], data.augment.prompt, columns, data.max_length, self.reader)
+        edits = data.augment.prompt if data.augment else ()
+        if edits and self.column == _of_student(data):  # held-out rows, too: a cache joins them with the others
+            found = with_edits(found, [rows[i] for i in used], edits, columns, data.max_length, self.reader)
         return found, used, longer
 
     def save(self, folder: Path) -> None:
