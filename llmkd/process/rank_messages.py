@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import heartbeat
+from .heartbeat import Heartbeats
 from .machine_errors import DEAD_PEER, machine_error
 
 _SECONDS = 3  # for the server to answer, and for the process that died first to say why
@@ -65,30 +67,83 @@ def tell_launcher(text: str) -> None:
 
 @contextlib.contextmanager
 def ending_with_others() -> Iterator[None]:
-    """Inside, this process ends some seconds after another one of its launch has said its error, if it has not ended by then: it may wait for
-    that one in a collective for as long as the group's timeout. Nothing happens without the launcher's server."""
-    closed = threading.Event()
-
-    def watch() -> None:
-        with contextlib.suppress(Exception):
-            server, failed = connect(), 0.0
-            while not closed.wait(_LOOKS):
-                failed = failed or (time.monotonic() if server.add(_key("count"), 0) else 0.0)
-                if failed and time.monotonic() - failed > _PATIENCE:
-                    os.write(2, f"llmkd: {which_process() or 'this process'} waits for one that has failed, and ends\n".encode())
-                    os._exit(1)
-
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        threading.Thread(target=watch, name="ending_with_others", daemon=True).start()
+    """Inside, this process ends where it may wait for another one of its launch for as long as the group's timeout: some seconds after that one
+    has said its error, and when it stands still (`heartbeat`). Nothing happens without the launcher's server."""
+    global watched
+    closed, answered, launched = threading.Event(), threading.Event(), has_server()
+    threads = [threading.Thread(target=one, args=(closed, answered), name=one.__name__, daemon=True) for one in (_watch, _watch_server)]
+    for thread in threads if launched else ():
+        thread.start()
+    watched = launched
     try:
         yield
     finally:
+        watched = False
         closed.set()
+        for thread in threads if launched else ():
+            thread.join(_SECONDS)
+
+
+#: Whether this process ends with others that fail or stand still.
+watched = False
+
+
+def _watch(closed: threading.Event, answered: threading.Event) -> None:
+    """Look at the others, until `closed`. Sets `answered` whenever the server has."""
+    heartbeats, failed = Heartbeats(_key, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), 0.0
+    while not closed.is_set():
+        with contextlib.suppress(Exception):  # without its server: then once more
+            server = connect()
+            for seconds in _looks(closed):
+                failed += seconds if server.add(_key("count"), 0) else 0.0
+                if failed > _PATIENCE:
+                    _end(f"{which_process() or 'this process'} waits for one that has failed, and ends")
+                if not failed and (found := heartbeats.look(server, seconds)):
+                    tell_launcher(found + _AGAIN)
+                    first = server.add(_key("stands"), 1) == 1
+                    server.add(_key("count"), 1)
+                    _end(found + _AGAIN if first else "")
+                answered.set()
+            heartbeats.leave(server)
+
+
+def _watch_server(closed: threading.Event, answered: threading.Event) -> None:
+    """End this process where the launcher's server is on another machine, and does not answer for as long as a process may stand still."""
+    silent, elsewhere = 0.0, int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    while not (closed.is_set() or answered.wait(_LOOKS)):
+        pass  # this process is still importing torch, by which it asks
+    for seconds in _looks(closed) if elsewhere else ():
+        silent = 0.0 if answered.is_set() else silent + seconds
+        answered.clear()
+        if silent > heartbeat.timeout():
+            _end(f"the launcher on the first machine ({os.environ['MASTER_ADDR']}) has not answered for {silent:,.0f} s" + _AGAIN)
+
+
+_AGAIN = "; train.timeout sets the time, and llmkd train and sweep go on with --resume"
+
+
+def _looks(closed: threading.Event) -> Iterator[float]:
+    """Every second or so, until `closed`, the seconds since the last time, but for those for which this process itself was stopped."""
+    last = time.monotonic()
+    while not closed.wait(_LOOKS):
+        before, last = last, time.monotonic()
+        yield min(last - before, 5 * _LOOKS)
+
+
+def _end(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"llmkd: {text}\n".encode() if text else b"")
+    os._exit(1)
+
+
+def has_server() -> bool:
+    """Whether the launcher of several processes has a key-value server for them."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
 
 
 def connect():
     """A connection to the launcher's server. RuntimeError where there is none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true":
+    if not has_server():
         raise RuntimeError("the launcher has no key-value server")
     from datetime import timedelta
 

@@ -19,6 +19,7 @@ from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step, WrittenText
 from ..data.examples import TokenExamples, concat
 from ..data.written import Prompts, answered, of_written
+from ..process import heartbeat
 from .generate import Completion
 from .replay import Answer, ReplayBuffer
 from .sampling import Sampling, uniform
@@ -153,6 +154,7 @@ class OnPolicySource(ExampleSource):
     ) -> list[Completion]:
         if not asked:
             return []
+        heartbeat.at("answers that a model writes", patient=True)
         began = time.monotonic()
         before()
         found = write_on_all_ranks(writer, prompts, [text_key(*name) for _, name in asked], self.sampling, self.rank, self.ranks)

@@ -19,6 +19,7 @@ from urllib3 import exceptions as failures
 from ..config.served import base_address, key_problem
 from ..console import duration, printable, warn
 from ..errors import UserError
+from ..process import heartbeat
 from .connections import cut_after, pool
 
 #: Statuses of a server that is busy, starting or broken for a moment.
@@ -154,6 +155,7 @@ class Server:
         timeout = self.timeout if within is None else min(self.timeout, within)
         until, attempt = time.monotonic() + patience, 0
         while True:
+            heartbeat.going_on()
             try:
                 answer = self._once(method, path, content, parse, timeout)
                 if self._gone.is_set():

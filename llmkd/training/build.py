@@ -31,6 +31,7 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.load import LoadContext, load_models
 from ..models.model import Model
 from ..output.run_folder import RunFolder
+from ..process import heartbeat
 from ..signals import NO_TAPS, Taps, Teacher
 from ..teachers.connect import check_served, open_served
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
@@ -94,6 +95,7 @@ def build_setup(
     source; each student's terms, optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it;
     only then are the folders locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
     """
+    heartbeat.at("the loading of its models", patient=True)
     recipes = [dataclasses.replace(one, student=prepared.resolved(one.student)) for one in recipes]
     device, recipe = accelerator.device, recipes[0]
     served = open_served(prepared.teachers, device, prepared.vocab, stop_asked)

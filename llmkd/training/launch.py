@@ -6,6 +6,7 @@ import os
 
 from ..console import warn
 from ..errors import UserError
+from ..process import heartbeat, rank_messages
 from .environment import check_environment
 from .process_state import check_accelerator, check_process_state
 
@@ -40,7 +41,9 @@ def start():
     keep_freed_memory()
     if not torch.cuda.is_available() and "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets OMP_NUM_THREADS=1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(minutes=10))]
+    # What ends with others that stand still needs torch's own limit, which names nobody, only where a hang is not seen.
+    seconds = heartbeat.TIMEOUT + (heartbeat.PATIENT if rank_messages.watched else 0)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))]
     once = GradientAccumulationPlugin(num_steps=1)  # Oddity: without it the environment's number comes before an argument
     try:
         accelerator = Accelerator(

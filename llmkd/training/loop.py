@@ -24,6 +24,7 @@ from ..config.fields import part_of
 from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..models.parts import whole
+from ..process import heartbeat
 from ..signals import Teacher, for_students
 from .distiller import Distiller
 from .parallel import REPLICATED, Replicated
@@ -190,6 +191,7 @@ def accumulate_gradients(
     terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     weights: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
+        heartbeat.at(f"step {step.number}, micro-batch {i + 1} of {len(micro_batches)}")
         last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
         micro_seed = derived_seed(seed, step.number, rank, i)
         found = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)

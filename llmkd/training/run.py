@@ -11,6 +11,7 @@ from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
 from ..output.run_folder import RunFolder
+from ..process import heartbeat
 from .environment import check_environment
 from .fsdp_variables import fsdp2_asked, unseen
 from .launch import start
@@ -55,6 +56,8 @@ def as_launched(recipe: Recipe) -> Recipe:
 
 def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
     """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
+    heartbeat.expect_within(recipes[0].train.timeout)
+    heartbeat.at("the reading of its data", patient=True)
     with unseen():
         for_each_student(recipes, check_early)
         with attribute_to_student(0):

@@ -17,6 +17,7 @@ from ..errors import ChangedFiles, NonFinite, Stopped, UserError
 from ..models.model import Model
 from ..output import metrics
 from ..output.progress import ProgressDisplay
+from ..process import heartbeat
 from ..signals import Teacher
 from ..teachers.fidelity import sample_examples
 from ..teachers.timed import TimedTeacher
@@ -135,6 +136,7 @@ class Trainer:
         """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`, which works with one process."""
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
         auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked, self.together)
+        heartbeat.at("the measuring of micro-batches", patient=True)
         auto.measure(self.settings.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return auto if self.accelerator.num_processes == 1 else no_retry
@@ -210,6 +212,7 @@ class Trainer:
         if self.prepared.validation is None or not waiting:
             return
         found = self.measure([one.model for one in waiting], self.prepared.validation, "validation", step)
+        heartbeat.at(f"the validation of step {step}, texts of the student", patient=True)
         for student, held_out in zip(waiting, found, strict=True):
             own = self.measure_own_text(student, step) if self.own_text else {}
             own |= self.evaluator.measures.of_texts(student.model, self.prepared.validation, self.accelerator)
@@ -231,6 +234,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """A checkpoint of every student, unless this step has one; older ones are removed when all are written."""
         if step > self.written:
+            heartbeat.at(f"the checkpoint of step {step}", patient=True)
             self.write_checkpoint(step)
             self.accelerator.wait_for_everyone()
 
@@ -260,6 +264,7 @@ class Trainer:
                 student.fail(error, f"lower optim.lr; {student.folder.checkpoints} keeps what was saved before")
         questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
+            heartbeat.at("the writing of the student", patient=True)
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}
             if whole := student.state.strategy.to_write(student.model, self.main):
                 output = student.finish(self.source.total_steps, scored, whole)

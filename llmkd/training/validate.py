@@ -18,6 +18,7 @@ from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
 from ..models.model import Model
 from ..output.metrics import WEIGHED_BY
+from ..process import heartbeat
 from ..signals import TEACHER_METRICS, Signal, Teacher
 from ..tasks.causal_lm import TokenMeasures
 from ..tasks.task import Measures
@@ -126,6 +127,7 @@ class Evaluator:
             for examples in progress(
                 make_micro_batches(every, data.lengths, self.micro_batch_size, here.process_index, here.num_processes)
             ):
+                heartbeat.at("a batch of validation")
                 if self.stop and self.stop.any_rank(here):
                     raise Stopped("stopped by a signal while validating")
                 yield data.batch(examples).to(here.device)

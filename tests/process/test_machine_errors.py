@@ -124,10 +124,13 @@ def test_a_refusal_that_the_machine_caused_is_the_machines(cause, code, capsys):
 
 
 class Server:
-    """A launcher's key-value server, in this process."""
+    """A launcher's key-value server, in this process, by which no process has sent anything but its own records."""
 
     def __init__(self):
         self.counts = {}
+
+    def set(self, key: str, value: str) -> None:
+        pass
 
     def add(self, key: str, number: int) -> int:
         self.counts[key] = self.counts.get(key, 0) + number
@@ -194,6 +197,8 @@ def test_a_process_that_waits_for_one_that_has_failed_ends_by_itself(launch, cap
     ended, codes = threading.Event(), set()
     monkeypatch.setattr(rank_messages, "_LOOKS", 0.01)
     monkeypatch.setattr(rank_messages, "_PATIENCE", 0.05)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(rank_messages.os, "_exit", lambda code: (codes.add(code), ended.set()))
     with rank_messages.ending_with_others():
         assert not ended.wait(0.2)

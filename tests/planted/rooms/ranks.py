@@ -7,9 +7,44 @@ PASSES = "training/test_accumulation.py"
 RESUME = "training/test_resume.py"
 BEST = "training/test_best.py"
 VALIDATE = "training/test_validate.py"
+HEARTBEAT = "process/test_heartbeat.py"
 RESULT = "training/test_step_result.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/process/heartbeat.py",
+        (
+            "first-is-blamed",
+            "of processes that stand still the first is blamed, not the one that is behind",
+            "if one.place.number == least]",
+            "if rank == 0]",
+            HEARTBEAT,
+        ),
+        (
+            "loading-is-a-hang",
+            "a process that loads for as long as a micro-batch may take ends the run",
+            "(PATIENT if one.place.patient else _timeout)",
+            "_timeout",
+            HEARTBEAT,
+        ),
+        (
+            "finished-is-missed",
+            "a process that has ended well is waited for",
+            "enumerate(seen) if one.beat != _LEFT}",
+            "enumerate(seen)}",
+            HEARTBEAT,
+        ),
+    ),
+    *in_file(
+        "llmkd/process/rank_messages.py",
+        (
+            "suspended-is-a-hang",
+            "the time for which a process was itself stopped counts as the others' silence",
+            "yield min(last - before, 5 * _LOOKS)",
+            "yield last - before",
+            HEARTBEAT,
+        ),
+    ),
     *in_file(
         "llmkd/training/loop.py",
         (
