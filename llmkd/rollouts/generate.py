@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
-from ..models.sharding import is_sharded
+from ..models.sharding import all_agree, is_sharded
 from .draw import choose, entropy
 from .sampling import Sampling
 from .way import Inputs, way_of
@@ -125,15 +125,11 @@ class _Together:
     """Keeps processes in step that hold parts of a model: all make equally many passes, those with nothing left to write of one token."""
 
     def __init__(self, models: list[LanguageModel]):
-        self.models, self.needed = models, any(is_sharded(one.model) for one in models)
+        self.models, self.sharded = models, next((one.model for one in models if is_sharded(one.model)), None)
 
     def goes_on(self, here: bool) -> bool:
         """Before each pass: whether this process, or any other, has something to write."""
-        if not self.needed:
-            return here
-        any_has = torch.tensor(int(here), device=self.models[0].device)
-        torch.distributed.all_reduce(any_has, torch.distributed.ReduceOp.MAX)
-        return bool(any_has)
+        return here if self.sharded is None else not all_agree(self.sharded, not here)
 
     def finish(self) -> None:
         while self.goes_on(False):
