@@ -130,7 +130,7 @@ def build_setup(
     taps = teacher_taps(recipes, [s.state for s in students])
     teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
     lock_folders(students, accelerator)
-    done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
+    done = checkpoint.agreed(restore(students, source, accelerator.is_main_process), accelerator) if folders[0].resume else 0
     if engine:
         check_engine(engine, source, done, accelerator)
     for k, student in enumerate(students if not done else ()):

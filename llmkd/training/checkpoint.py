@@ -187,6 +187,23 @@ def _verify(path: Path, expected: dict) -> None:
         raise Unusable(f"{path.name} does not match its hash")
 
 
+def agreed(done: int, accelerator) -> int:
+    """The step of the checkpoint that every process has found. UserError, on all of them, where some machine does not see the run's folder."""
+    if accelerator.num_processes == 1:
+        return done
+    from accelerate.utils import gather_object
+
+    found = gather_object([done])
+    if other := next((rank for rank, step in enumerate(found) if step != found[0]), None):
+        steps = [f"the checkpoint of step {step}" if step else "no checkpoint" for step in (found[0], found[other])]
+        error = UserError(
+            f"output_dir: process 0 finds {steps[0]} there, and process {other} {steps[1]}; give a folder that all machines have in common"
+        )
+        error.every_rank = True  # Oddity: an attribute on an exception, as in errors.py
+        raise error
+    return done
+
+
 def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put weights, and the optimizer's state, back in place."""
     from safetensors.torch import load_file

@@ -1,14 +1,18 @@
 """What Accelerate's config files and variables ask for is what runs, or is refused in a line before anything is loaded."""
 
 import os
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands import launch as accelerate_launch
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from torch.distributed.run import get_args_parser
 
+from llmkd.commands import arguments
 from llmkd.config.recipe import Recipe
 from llmkd.errors import UserError
 from llmkd.training import fsdp_variables
@@ -112,3 +116,49 @@ def test_fsdp2_of_a_config_file_is_the_recipes_setting(make_recipe, monkeypatch)
 def test_every_option_that_is_read_is_one_of_accelerates():
     source = (Path(accelerate_launch.__file__).parents[1] / "utils/launch.py").read_text()
     assert all(f'"{name}"' in source for name in OPTIONS) and fsdp_variables.ASKED in source
+
+
+def run_slurm_script(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """The script as a job of SLURM's runs it, and the words of its `srun`. The commands of SLURM say what they were given."""
+    said = folder / "words"
+    commands = {"scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"', "srun": f"printf '%s\\n' \"$@\" > {said}"}
+    for name, lines in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / name).chmod(0o755)
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+    }
+    done = subprocess.run(["bash", RECIPES / "accelerate/slurm.sh", *words], env=environment, capture_output=True, text=True)
+    return done, said.read_text().splitlines() if said.exists() else []
+
+
+def test_the_script_for_slurm_starts_one_torchrun_on_each_machine(tmp_path):
+    done, given = run_slurm_script(tmp_path, "my recipe.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    start = given.index("torchrun")
+    assert given[:start] == ["--kill-on-bad-exit=1"]
+    args = get_args_parser().parse_args(given[start + 1 :])  # torchrun's own reading
+    assert (args.nnodes, args.nproc_per_node, args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id) == (
+        "2",
+        "8",
+        "c10d",
+        "node7:29500",
+        "77",
+    )
+    assert args.module and args.training_script == "llmkd"
+    options, overrides = arguments.parse(args.training_script_args[0], args.training_script_args[1:])
+    assert str(options.config) == "my recipe.yaml" and options.resume and overrides == {"train.shard": "full"}
+
+
+def test_the_script_for_slurm_asks_for_what_it_uses():
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", (RECIPES / "accelerate/slurm.sh").read_text(), re.MULTILINE))
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("2", "1", "8")
+    assert asked["signal"] == "TERM@120"  # without B: it goes to the steps' processes, which save
+
+
+def test_the_script_for_slurm_starts_nothing_without_a_recipe(tmp_path):
+    done, given = run_slurm_script(tmp_path)
+    assert done.returncode and not given

@@ -274,6 +274,17 @@ def test_two_processes_resume_bit_for_bit(world, tmp_path):
     assert distance(weights(tmp_path / "out"), weights(tmp_path / "expected")) == 0
 
 
+def test_a_machine_that_does_not_see_the_runs_folder_is_named(monkeypatch):
+    """It would begin at the first step, and the others at a later one."""
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [4, 4, 0])
+    with pytest.raises(
+        UserError, match="process 0 finds the checkpoint of step 4 there, and process 2 no checkpoint; give a folder that all"
+    ):
+        checkpoint.agreed(0, SimpleNamespace(num_processes=3))
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own * 3)
+    assert checkpoint.agreed(4, SimpleNamespace(num_processes=3)) == 4 and checkpoint.agreed(4, SimpleNamespace(num_processes=1)) == 4
+
+
 def test_where_one_of_several_teachers_is_held_may_change_and_who_it_is_may_not(make_recipe, world):
     from llmkd.config.loader import dump
     from llmkd.output.run_folder import RunFolder
