@@ -189,6 +189,18 @@ def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
+def is_lora_alone(files: ModelFiles, setting: str) -> bool:
+    """Whether the adapter of a folder is two matrices for each layer and nothing else, so that it is loaded without a look at the base's values."""
+    config = read_json(files.adapter / "adapter_config.json", setting)
+    more = ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias")
+    plain = (
+        config.get("peft_type") == "LORA"
+        and config.get("bias", "none") == "none"
+        and isinstance(config.get("init_lora_weights", True), bool)
+    )
+    return plain and not any(config.get(one) for one in more) and not any(value for one, value in config.items() if one.endswith("_config"))
+
+
 def refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
     if dora and getattr(model, "is_loaded_in_8bit", False):
         raise UserError(f"{who}.quantization: found int8 with a DoRA adapter, whose second forward pass fails in PEFT; use nf4")

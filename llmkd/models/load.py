@@ -81,8 +81,8 @@ def load_teacher(
     if settings.float8:
         refuse_without_products(held, setting)
     mapped, casts = context.loads_mapped(setting, settings), None
-    if base is None and mapped and not files.adapter:
-        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto)
+    if base is None and mapped and (not files.adapter or adapters.is_lora_alone(files, name)):
+        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto, bool(files.adapter))
     held = None if mapped else held
     how = settings.dtype, settings.attention, held, settings.loaded_in, kind.auto
     model = base or pretrained.load_pretrained(files.base, name, *how)
@@ -124,9 +124,10 @@ def load_students(
     settings, device, kind = many[0], context.device, context.kind("student.model")
     found = found or [files for one in many if (files := context.find(one))]
     torch.manual_seed(context.seed)
-    mapped, casts = context.loads_mapped("student", settings), None
-    if found and mapped and base is None and settings.method == "full":
-        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention, kind.auto)
+    mapped, casts = context.loads_mapped("student", settings), {}
+    if found and mapped and base is None and (settings.method == "full" or _cast_later(many, found, kind)):
+        loaded = any(files.adapter for files in found)
+        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention, kind.auto, loaded)
     device = None if mapped else device
     if found:
         how = settings.dtype, settings.attention, device, settings.quantization, kind.auto
@@ -136,21 +137,23 @@ def load_students(
         model = model if mapped else model.to(device)
     if found and not found[0].adapter:
         kind.started(model, found[0].base, context.seed)
+    first = next(model.parameters())
+    dtype = casts.get(id(first), first.dtype)
     if settings.method == "full":
-        _check_full(model, found[0] if found else None)
+        _check_full(model, found[0] if found else None, dtype)
         for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
     if settings.freeze:
         freeze_encoder(model)
     if settings.gradient_checkpointing:
         activation_checkpointing.enable(model, settings.recomputed, settings.gradient_checkpointing == "offload")
-    if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
+    if settings.mixed_precision == "bf16" and dtype != torch.float32:
         warn("note: student.mixed_precision: bf16 is for float32 weights; these have another dtype, so it changes little or nothing")
     names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
         names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
-        model = _with_adapters(model, found, many, names, context)
+        model = _with_adapters(model, found, many, names, context, casts)
         model = model if mapped else model.to(device)
     kind.refuse_misfit(model, context.vocab, "student.model")
     if "student" in context.sharded:
@@ -162,12 +165,25 @@ def load_students(
     return students
 
 
-def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[str, torch.dtype] | None = None, **options) -> None:
+def _cast_later(many: list[Student], found: list[ModelFiles], kind: ModelKind) -> bool:
+    """Whether the base of adapters may be cast after they are put on it: they copy none of its weights, and compute nothing from them."""
+    for own, files in zip(many, found, strict=True):
+        lora = own.lora or Lora()
+        if files.adapter and not adapters.is_lora_alone(files, "student.model"):
+            return False
+        if not files.adapter and (lora.dora or lora.modules_to_save or kind.peft != CAUSAL.peft):
+            return False
+    return True
+
+
+def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[int, torch.dtype] | None = None, **options) -> None:
     sharding.shard(model, context.sharded[setting], setting, casts, **options)
     pretrained.own_memory(model)  # of buffers, which are whole
 
 
-def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], context: LoadContext) -> nn.Module:
+def _with_adapters(
+    model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], context: LoadContext, casts: Mapping[int, torch.dtype]
+) -> nn.Module:
     """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
     from .lora_product import add_in_place  # loads PEFT
 
@@ -179,7 +195,8 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
             if found[k].adapter:
                 model = adapters.load_to_train(model, found[k], many[k], names[k])
             else:
-                model = add_new_adapter(model, found[k], many[k], names[k], kind.peft, kind.copies(base_of(model), found[k].base))
+                with pretrained.cast_without_values(model, casts):
+                    model = add_new_adapter(model, found[k], many[k], names[k], kind.peft, kind.copies(base_of(model), found[k].base))
     if len(many) > 1:
         model.set_adapter(names[0])
     follow_examples(model)
@@ -200,8 +217,7 @@ def _student(model: nn.Module, name: str | None, settings: Student, context: Loa
     return student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=tuple(unused)))
 
 
-def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
-    dtype = next(model.parameters()).dtype
+def _check_full(model: nn.Module, files: ModelFiles | None, dtype: torch.dtype) -> None:
     refuse_untrainable(files, getattr(model, "is_quantized", False), str(dtype).removeprefix("torch."))
     if dtype == torch.bfloat16:
         warn("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")

@@ -1,10 +1,12 @@
 """Weights from a folder into transformers, with the checks that it leaves out: missing, unknown and misshapen tensors are refused."""
 
 import bisect
+import contextlib
 import functools
 import importlib.util
 import math
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -100,18 +102,21 @@ def _read(folder: Path, setting: str, dtype, attention: str, auto: str, **option
 
 
 def load_as_stored(
-    folder: Path, setting: str, dtype: str, attention: str, auto: str = CAUSAL_LM
-) -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """A model to be sharded that has no adapter: its weights are all mapped from their files. UserError as from `load_pretrained`.
+    folder: Path, setting: str, dtype: str, attention: str, auto: str = CAUSAL_LM, adapter: bool = False
+) -> tuple[nn.Module, dict[int, torch.dtype]]:
+    """A model to be sharded: its weights are mapped from their files, and cast later. UserError as from `load_pretrained`.
 
-    Returns the types too that they are to have, by name; empty where that is what they have.
+    Returns the types too that they are to have, by the parameters' ids; empty where that is what they have.
+
+    adapter  whether one is loaded onto it. PEFT makes that in float32, so that a model in float64 is cast as it is read
     """
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
     stored = {one["dtype"] for one in headers(folder, setting).values()} & STORED.keys()
     config = read_json(folder / "config.json", setting)
-    cast = len(stored) == 1 and "quantization_config" not in config
-    if cast and STORED[one := stored.pop()] != DTYPES[loaded_dtype(config, dtype)]:
+    wanted = DTYPES[loaded_dtype(config, dtype)]
+    cast = len(stored) == 1 and "quantization_config" not in config and not (adapter and (wanted == torch.float64 or "F64" in stored))
+    if cast and STORED[one := stored.pop()] != wanted:
         renaming = _unwrapping(folder, setting) or None
         shapes = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, auto, key_mapping=renaming, device_map={"": "meta"})
         types = {name: p.dtype for name, p in shapes.named_parameters()}
@@ -119,8 +124,22 @@ def load_as_stored(
             model = load_pretrained(folder, setting, str(STORED[one]).removeprefix("torch."), attention, None, auto=auto)
             if _with_buffers_of(shapes, model):
                 model.config.__dict__.update(shapes.config.__dict__)
-                return model, types
+                return model, {id(p): types[name] for name, p in model.named_parameters()}
     return load_pretrained(folder, setting, dtype, attention, None, auto=auto), {}
+
+
+@contextlib.contextmanager
+def cast_without_values(model: nn.Module, types: Mapping[int, torch.dtype]) -> Iterator[None]:
+    """Inside, the weights of `load_as_stored` have the types that they are to have, and zeros, which take no memory, for values: what is made
+    there for them, such as a new adapter, is made as on the model that is cast. No weight may be read, copied or trained there."""
+    held = [(p, p.data) for p in model.parameters() if id(p) in types]
+    for p, _ in held:
+        p.data = torch.zeros((), dtype=types[id(p)]).expand(p.shape)
+    try:
+        yield
+    finally:
+        for p, values in held:
+            p.data = values
 
 
 def _with_buffers_of(shapes: nn.Module, model: nn.Module) -> bool:

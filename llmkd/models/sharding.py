@@ -23,14 +23,14 @@ from .parts import is_part, local
 _OUTLINES: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
 
 
-def shard(model: nn.Module, mesh, setting: str, casts: Mapping[str, torch.dtype] | None = None, keep_outline: bool = False) -> None:
+def shard(model: nn.Module, mesh, setting: str, casts: Mapping[int, torch.dtype] | None = None, keep_outline: bool = False) -> None:
     """Cut a model among the processes of a mesh: from now on each holds its part of every weight, on the mesh's device.
 
     It goes there layer by layer, so that weights which are mapped from their files are never all in memory.
 
     model         a transformers model, or PEFT's wrapper of one, whose parameters require gradients or do not
     setting       of what asks for it: student or teacher, teacher.0, ...
-    casts         types of parameters, by name, which they get on the way
+    casts         types of parameters, by id, which they get on the way
     keep_outline  for `outline_of`
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -43,7 +43,7 @@ def shard(model: nn.Module, mesh, setting: str, casts: Mapping[str, torch.dtype]
     each = [{id(p) for p in layer.parameters()} for layer in layers]
     if sum(map(len, each)) > len(set().union(*each)):
         raise UserError(f"{asked}, and layers of {base.config.model_type} have weights in common; set it to none")
-    types_of = {id(p): (casts or {}).get(name, p.dtype) for name, p in base.named_parameters()}
+    types_of = {id(p): (casts or {}).get(id(p), p.dtype) for p in base.parameters()}
     if len(trained := {types_of[id(p)] for p in model.parameters() if p.requires_grad}) > 1:
         found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
         raise UserError(f"{asked}, and the {setting} trains tensors in {found}; set {setting}.dtype: float32, or train.shard: none")

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from llmkd.config.recipe import Lora, Student, Teacher
+from llmkd.models import pretrained
 from llmkd.models.load import LoadContext, load_models
+from llmkd.models.parts import whole as whole_of
 from llmkd.models.pretrained import load_as_stored, load_pretrained
 from llmkd.models.probe import hidden_and_gradients
 from llmkd.models.sharding import reshard
@@ -19,8 +23,8 @@ def test_a_model_that_is_cast_later_is_the_one_that_is_cast_as_it_is_read(tmp_pa
     right = load_pretrained(tmp_path, "student.model", "float32")
     model, types = load_as_stored(tmp_path, "student.model", "float32", "auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and set(types.values()) == {torch.float32}
-    for name, p in model.named_parameters():
-        p.data = p.data.to(types[name])
+    for p in model.parameters():
+        p.data = p.data.to(types[id(p)])
     for kind in ("named_parameters", "named_buffers"):
         expected, found = (dict(getattr(one, kind)()) for one in (right, model))
         assert expected.keys() == found.keys()
@@ -46,6 +50,29 @@ def test_teacher_and_student_on_one_base_hold_it_once_in_parts(tmp_path, mesh_of
                 next(p for p in one.parameters() if p.requires_grad).add_(1.0)
     reshard(teacher.model)
     assert len(storage_bytes(student).keys() & storage_bytes(teacher).keys()) == len(shared)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_an_adapter_on_a_base_that_is_cast_later_is_that_on_one_that_is_cast_as_it_is_read(
+    tmp_path, mesh_of_one, monkeypatch, stored, dtype
+):
+    """A new one's values are drawn in float32, which a base in bfloat16 would round; one from a folder has its file's."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny("llama", stored, vocab_size=96).save_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    read = []
+    monkeypatch.setattr(pretrained, "load_as_stored", lambda *given: read.append(load_as_stored(*given)) or read[-1])
+    lora = Lora(rank=2, target_modules=("q_proj", "down_proj", "lm_head"))
+    settings = [Student(model=str(base), dtype=dtype, lora=lora)], [("teacher", Teacher(model=str(adapter), dtype=dtype, share_base=False))]
+    whole, cut = (
+        load_models(*settings, LoadContext(96, "cpu", sharded=dict.fromkeys(which, mesh_of_one))) for which in ((), ("student", "teacher"))
+    )
+    assert len(read) == 2 and all(set(types.values()) == {getattr(torch, dtype)} for _, types in read)
+    for (found,), (expected,) in zip(cut, whole, strict=True):
+        for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+            assert a.dtype == b.dtype and torch.equal(whole_of(a), b)
+        assert all(map(torch.equal, hidden_and_gradients(found, view()), hidden_and_gradients(expected, view())))
 
 
 def test_a_model_of_its_files_type_is_only_read(tmp_path):

@@ -65,6 +65,13 @@ FAULTS = [
     *in_file(
         "llmkd/models/pretrained.py",
         (
+            "adapter-of-the-files-type",
+            "a new adapter on a base that is cast when it is sharded is drawn in the type of the base's files",
+            "p.data = torch.zeros((), dtype=types[id(p)]).expand(p.shape)",
+            "pass",
+            "models/test_sharding.py",
+        ),
+        (
             "buffers-as-stored",
             "a model that is cast when it is sharded keeps the buffers of its files' type",
             "            held[which] = module._buffers[which]",
@@ -77,7 +84,7 @@ FAULTS = [
         (
             "cast-whole",
             "a teacher is cast to another type before it is cut",
-            "base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto)",
+            "base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention, kind.auto, bool(files.adapter))",
             "base = pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, None)",
             "training/test_parallel.py::test_no_process_loads_a_whole_model",
         ),
