@@ -18,6 +18,7 @@ REPO = Path(__file__).resolve().parents[1]
 INK, SOFT, PAPER = "#24292f", "#6e7781", "#ffffff"
 TEACHER, STUDENT, DATA = "#8250a8", "#1a7f8e", "#c2661a"
 PALE = {TEACHER: "#efe6f7", STUDENT: "#dff1f3", DATA: "#fbeadb", SOFT: "#f3f4f6"}
+VERDICTS = {"better": STUDENT, "worse": DATA}
 STYLE = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
@@ -214,20 +215,58 @@ def comparison():
         if grid or name in shown:
             rows.append((f"kd_ratio {grid[1]}" if grid else shown[name], *(float(one) for one in numbers), verdict.split(",")[-1].strip()))
     figure, axes = plt.subplots(figsize=(9.6, 3.3))
-    for i, (_, middle, low, high, verdict) in enumerate(rows):
-        colour = {"better": STUDENT, "worse": DATA}.get(verdict, SOFT)
-        axes.plot([low, high], [i, i], color=colour, linewidth=2.5, solid_capstyle="round")
-        axes.plot(middle, i, "o", color=colour, markersize=7)
+    intervals(axes, rows, "held-out cross-entropy, difference to the same student without a teacher (left is better)")
+    for i, (*_, verdict) in enumerate(rows):
         word = verdict if verdict in ("better", "worse") else "no difference shown"
-        axes.text(0.0245, i, word, va="center", fontsize=9.5, color=colour)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-    axes.invert_yaxis()
-    axes.set(xlim=(-0.029, 0.024), xlabel="held-out cross-entropy, difference to the same student without a teacher (left is better)")
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+        axes.text(0.0245, i, word, va="center", fontsize=9.5, color=VERDICTS.get(verdict, SOFT))
+    axes.set(xlim=(-0.029, 0.024))
     figure.tight_layout()
     figure.subplots_adjust(right=0.84)
+    return figure
+
+
+def intervals(axes, rows, label):
+    """One line a row (name, middle, low, high, verdict), the first on top."""
+    for i, (_, middle, low, high, verdict) in enumerate(rows):
+        colour = VERDICTS.get(verdict, SOFT)
+        axes.plot([low, high], [i, i], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot(middle, i, "o", color=colour, markersize=7)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def study():
+    """The first study of eval/results/studies: CE and KL, differences to plain tuning."""
+    text = (REPO / "eval/results/studies/README.md").read_text(encoding="utf-8")
+    shown = {
+        "kd_0.25": "kd_ratio 0.25",
+        "kd_0.5": "kd_ratio 0.5",
+        "kd_1": "kd_ratio 1",
+        "jsd": "0.5, JSD",
+        "reverse_kl": "0.5, reverse KL",
+        "kd_64": "0.5, 64 tokens kept",
+        "untuned": "0.5, untuned teacher",
+        "label_smoothing": "label smoothing",
+        "ce_longer": "no teacher, 48 steps",
+        "kd_0.5_longer": "kd_ratio 0.5, 48 steps",
+    }
+    cell = r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\), (better|worse|none)[^|]*"
+    found = dict(
+        (name, numbers)
+        for name, *numbers in re.findall(rf"^\| `([^`]+)` \|(?: [\d.]+ \|)+ {cell}\| {cell}\|", text, re.MULTILINE)
+        if name in shown
+    )
+    figure, both = plt.subplots(1, 2, figsize=(9.6, 3.9), sharey=True)
+    for axes, start, label in zip(both, (0, 4), ("held-out cross-entropy", "KL to the teacher"), strict=True):
+        rows = [(words, *map(float, found[name][start : start + 3]), found[name][start + 3]) for name, words in shown.items()]
+        intervals(axes, rows, "difference to plain tuning, 24 steps (nats)")
+        axes.set_title(label, fontsize=11, loc="left")
+        axes.axhline(6.5, color=SOFT, linewidth=0.8, linestyle=":")
+    figure.tight_layout()
     return figure
 
 
@@ -306,7 +345,7 @@ def layers():
     return figure
 
 
-PICTURES = (loss, stages, modes, temperature, sweep, comparison, head, layers)
+PICTURES = (loss, stages, modes, temperature, sweep, comparison, study, head, layers)
 
 
 def main(folder: Path) -> None:
