@@ -387,7 +387,7 @@ ACCEPTED = [
     ),
     (SOUNDS, {"data.workers": (1, 2)}),
     (SPEECH, {"student.keep_encoded": (None, 5)}),
-    ({}, {"train.shard": ("none", "full"), "teacher.shard": (None, "full")}),
+    ({}, {"train.shard": ("none", "full"), "train.timeout": (600.0, 60.0), "teacher.shard": (None, "full")}),
     ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
     ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),
     (
