@@ -4,7 +4,7 @@ One program handles one row. It reads both models' logits once for the statistic
 terms and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
 student's logits in the type of the head's weights. It allocates nothing else of the vocabulary's width.
 
-So far it ran in Triton's interpreter only, against float64, and was compiled for sm_90; it has not run on a GPU. The reference is
+So far it ran in Triton's interpreter only, against float64, and was compiled for sm_80 and sm_90; it has not run on a GPU. The reference is
 `objective.py`. `fused.py` decides whether it is used, and imports it only then.
 """
 

@@ -1,10 +1,13 @@
 """The Triton kernel against float64. In Triton's interpreter, which a process is in from its start or not at all."""
 
 import importlib.util
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,24 +46,108 @@ def test_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="an interpreted function is not compiled")
-@pytest.mark.parametrize("which, forward, reverse, soft", [(0, False, True, False), (1, True, True, True), (2, True, True, False)])
-def test_compiles_for_a_gpu_that_is_not_here(which, forward, reverse, soft):
-    triton = pytest.importorskip("triton")
+#: By the number of a GPU's kind, A100 and H100: bytes of shared memory that a block may have (CUDA C++ Programming Guide, table of technical specifications).
+SHARED = {80: 163 << 10, 90: 227 << 10}
+REGISTERS = 64 << 10  # of a multiprocessor, for the threads of a block at least
+#: Vocabularies: of Llama 3, whose rows of logits begin at multiples of 16 numbers, and of Qwen 2.5's tokenizer, whose do not.
+VOCABULARIES = (128_256, 151_665)
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+def launches(monkeypatch, arguments) -> list[tuple[dict, dict]]:
+    """What `loss_and_grad` launches the kernel with, by the names of its arguments, and its options; nothing is run."""
+    from llmkd.losses import kernels
+
+    own, found = kernels.rows_kernel, []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, num_warps, **flags: found.append(
+                (dict(zip(own.arg_names, args, strict=False)) | flags, {"num_warps": num_warps})
+            )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "rows_kernel", Recorded())
+        for name, options, V, dtype, taught, weights, objective in arguments:
+            logits, labels = torch.zeros(2, V), torch.zeros(2, dtype=torch.int64)
+            grad = None if dtype is None else logits.view(dtype)[:, :V]  # over the logits
+            by_row = {term: torch.ones(2) for term in weights}
+            given = logits.clone() if taught else None
+            kernels.loss_and_grad(Objective(*objective, make_divergence(name, **options)), logits, labels, grad, given, weights=by_row)
+    return found
+
+
+def compiled(launch: dict, options: dict, kind: int):
+    """The kernel for a GPU of that kind, specialised as Triton does for such arguments."""
+    import triton
     from triton.backends.compiler import GPUTarget
 
     from llmkd.losses import kernels
 
-    flags = {"KIND": which, "FORWARD": forward, "REVERSE": reverse, "SOFT": soft, "GRADIENT": True, "HARD": True, "TAUGHT": which > 0}
-    flags |= {"CE_BY_ROW": which > 0, "KD_BY_ROW": which > 1}
-    pointers = dict.fromkeys(("logits", "teacher", "ce", "kd", "ce_weights", "kd_weights"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
-    numbers = {"V": "i32"} | dict.fromkeys(("logits_stride", "teacher_stride", "grad_stride"), "i64")
-    types = pointers | numbers | dict.fromkeys(("w_ce", "w_kd", "inverse_T", "share"), "fp32")
-    signature = {name: types.get(name, "constexpr") for name in kernels.rows_kernel.arg_names}
-    constants = {(kernels.rows_kernel.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
-    source = triton.compiler.ASTSource(fn=kernels.rows_kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]  # nothing spilt
+    names = kernels.rows_kernel.arg_names
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(names):
+        value, constant = launch[name], name.isupper() and name != "V"
+        whole = isinstance(value, int) and not constant
+        signature[name] = "constexpr" if constant else TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" if whole else "fp32"
+        if constant:
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(fn=kernels.rows_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", kind, 32), options=options)
+
+
+def usage(cubin: bytes, folder) -> dict[str, int]:
+    """What the kernel in a binary takes of a GPU, by cuobjdump, which is in Triton's wheel: registers of a thread (REG), bytes of its memory (STACK, LOCAL)."""
+    import triton
+
+    (folder / "kernel.cubin").write_bytes(cubin)
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    said = subprocess.run([dump, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def fits(launch: dict, options: dict, kind: int, folder) -> None:
+    found = compiled(launch, options, kind)
+    taken = usage(found.asm["cubin"], folder)
+    flags = {name: value for name, value in launch.items() if not isinstance(value, torch.Tensor)}
+    ragged_mixture = kind == 90 and launch["KIND"] == 2 and launch["V"] % 16
+    # A register that is spilt, or an array, lies in either. Of a mixture of rows that begin anywhere an H100 has room for 128 registers, and spills six.
+    assert taken["LOCAL"] == 0 and taken["STACK"] <= (24 if ragged_mixture else 0), (kind, flags, taken)
+    assert 32 * options["num_warps"] * taken["REG"] <= REGISTERS and found.metadata.shared <= SHARED[kind]
+
+
+not_compiled = pytest.mark.skipif(INTERPRETED, reason="an interpreted function is not compiled")
+
+
+@not_compiled
+def test_compiles_for_a_gpu_that_is_not_here(monkeypatch, tmp_path):
+    """What keeps most in registers: a mixture, and both directions at once."""
+    wanted = [
+        ("generalized_jsd", {}, VOCABULARIES[0], torch.bfloat16, True, ("ce", "kd"), (0.5, 2.0)),
+        ("symmetric_kl", {}, VOCABULARIES[1], torch.bfloat16, True, (), (0.5, 1.0)),
+    ]
+    for (launch, options), kind in zip(launches(monkeypatch, wanted), (90, 80), strict=True):
+        fits(launch, options, kind, tmp_path)
+
+
+@not_compiled
+@pytest.mark.slow
+def test_every_form_compiles_for_an_a100_and_an_h100_without_a_spill(monkeypatch, tmp_path):
+    """Each divergence and cross-entropy alone, at each temperature and vocabulary; types, weights and shares of the loss take turns among them."""
+    forms = [("forward_kl", {}), ("reverse_kl", {}), ("symmetric_kl", {}), ("generalized_jsd", {}), None]
+    turns, wanted = itertools.cycle([torch.bfloat16, torch.float16, torch.float32, None, torch.bfloat16]), []
+    for number, (form, T, V) in enumerate(itertools.product(forms, (1.0, 2.0), VOCABULARIES)):
+        weights = ((), ("ce", "kd"), ("kd",))[number % 3] if form else ("ce",)[: number % 2]
+        name, options = form or forms[0]
+        wanted.append((name, options, V, next(turns), form is not None, weights, ((0.5, 1.0)[number // 2 % 2] if form else 0.0, T)))
+    found = launches(monkeypatch, wanted)
+    every = {"KIND": {0, 1, 2}, "SOFT": {True, False}, "GRADIENT": {True, False}, "HARD": {True, False}, "TAUGHT": {True, False}}
+    every |= dict.fromkeys(("FORWARD", "REVERSE", "CE_BY_ROW", "KD_BY_ROW"), {True, False})
+    assert {flag: {launch[flag] for launch, _ in found} for flag in every} == every
+    for (launch, options), kind in itertools.product(found, SHARED):
+        fits(launch, options, kind, tmp_path)
 
 
 def randn(*shape, seed=0):
