@@ -196,7 +196,6 @@ def plan(options: argparse.Namespace, overrides: dict) -> dict:
         from .planning.model_configs import find_models
 
         recipe = loader.load_recipe(_recipe(options), overrides, check_data=True)
-        refuse_other_task(recipe, "plan")
         find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
     from .commands.plan import Wanted, run
     from .planning.devices import GPUS, SHARE

@@ -11,7 +11,6 @@ from ..output.run_files import RECIPE
 
 #: What is there instead, by command.
 INSTEAD = {
-    "plan": "llmkd train --train.max_steps 2 shows speed and memory",
     "doctor": "llmkd data shows what the models read, and llmkd train checks them on a small batch before its first step",
     "eval": "data.validation measures accuracy and macro F1 in training, and llmkd report shows the confusion matrix",
     "sample": "transformers' pipeline, as in the README.md of the student's folder, uses it",

@@ -228,7 +228,8 @@ def _amount(size: float, unit: str) -> str:
 def _work_text(planned: Plan) -> str:
     work, flops, writing = planned.work, sum(planned.flops.values()), planned.writing
     shape = " x ".join(f"{n:,}" for n in work.batch.student.shape)
-    text = f"largest micro-batch: {shape} tokens, {work.batch.num_targets:,} targets, {flops / 1e12:,.3g} TFLOP"
+    read = "tokens" if "input_ids" in work.batch.student.inputs else "numbers"
+    text = f"largest micro-batch: {shape} {read}, {work.batch.num_targets:,} targets, {flops / 1e12:,.3g} TFLOP"
     if writing:
         text += (
             f"\nwriting: up to {writing.batches * writing.answers:,} answers of {writing.new:,} tokens a step and process, {writing.answers:,} at a time, "
@@ -237,10 +238,8 @@ def _work_text(planned: Plan) -> str:
     if work.tokens is None:
         return f"{text}\nthe run: its data is not known, so times are of one such micro-batch"
     total = sum(planned.total_flops.values())
-    return (
-        f"{text}\nthe run: {work.steps:,} steps, {work.examples:,} examples in all, {work.tokens:,} tokens with padding, {work.targets:,} targets, "
-        f"{total / 1e15:,.3g} PFLOP"
-    )
+    tokens = f"{work.tokens:,} tokens with padding, " if work.batch.student.given is None else ""  # others cost what is no number of tokens
+    return f"{text}\nthe run: {work.steps:,} steps, {work.examples:,} examples in all, {tokens}{work.targets:,} targets, {total / 1e15:,.3g} PFLOP"
 
 
 def _device_rows(planned: Plan, wanted: Wanted) -> list[dict]:

@@ -27,19 +27,23 @@ def cut_parts(files: ModelFiles, wanted: PartLayers) -> ModelFiles:
         raise UserError(
             f"{SETTING}: student.model is an adapter, which belongs to all layers of its base; merge it first, and name that folder"
         )
-    counts, kept = {part: _count(files.config, part) for part in _COUNTS}, kept_parts(files, wanted)
-    if all(len(kept[part]) == counts[part][1] for part in kept):
-        raise UserError(f"{SETTING}: keeps all layers of student.model; leave it out")
+    config, kept = smaller_config(files, wanted), kept_parts(files, wanted)
     words = _words(kept)
 
     def write(part: Path) -> None:
-        config = files.config | {name: len(kept[one]) for one, (name, _) in counts.items()}
-        if _AS_ENCODER in config:
-            config[_AS_ENCODER] = len(kept["encoder"])
         prefixes = _prefixes(files, config, kept)
         write_lists(files.base, part, config, {prefixes[one]: own for one, own in kept.items()}, "student.model")
 
     return made(files, {part: list(own) for part, own in kept.items()}, words, write)
+
+
+def smaller_config(files: ModelFiles, wanted: PartLayers) -> dict:
+    """The configuration of the model that has these layers of another. UserError where they are all of them."""
+    counts, kept = {part: _count(files.config, part) for part in _COUNTS}, kept_parts(files, wanted)
+    if all(len(kept[part]) == counts[part][1] for part in kept):
+        raise UserError(f"{SETTING}: keeps all layers of student.model; leave it out")
+    config = files.config | {name: len(kept[one]) for one, (name, _) in counts.items()}
+    return config | ({_AS_ENCODER: len(kept["encoder"])} if _AS_ENCODER in config else {})
 
 
 def kept_parts(files: ModelFiles, wanted: PartLayers) -> dict[str, tuple[int, ...]]:

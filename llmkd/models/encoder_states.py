@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,32 @@ from .shared_weights import storage_bytes
 
 
 class EncoderStates:
-    """The states [S, H] of at most `most` examples, in the host's memory; of more, those that were used last.
+    """The states [S, H] of at most `most` examples, in the host's memory (`kept`, by `key_of`); of more, those that were used last.
 
     An example is computed alone, so that its states do not depend, even by rounding, on what is in its batch.
     """
 
     def __init__(self, most: int):
-        self.most, self._kept = most, OrderedDict()
+        self.most, self.kept = most, OrderedDict()
 
     def __call__(self, inputs: dict[str, Tensor], encode: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """States [B, S, H] of inputs that have no padding, [B, ...] each."""
         names, out = sorted(inputs), []
         for b in range(len(inputs[names[0]])):
             one = {name: inputs[name][b : b + 1] for name in names}
-            key = hashlib.blake2b(b"".join(x.cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in one.values())).digest()
-            if key not in self._kept:
-                self._kept[key] = encode(one)[0].cpu()
-            self._kept.move_to_end(key)
-            out.append(self._kept[key].to(inputs[names[0]].device))
-        while len(self._kept) > self.most:
-            self._kept.popitem(last=False)
+            key = key_of(one)
+            if key not in self.kept:
+                self.kept[key] = encode(one)[0].cpu()
+            self.kept.move_to_end(key)
+            out.append(self.kept[key].to(inputs[names[0]].device))
+        while len(self.kept) > self.most:
+            self.kept.popitem(last=False)
         return torch.stack(out)
+
+
+def key_of(inputs: dict[str, Tensor]) -> Hashable:
+    """What was read, as a hash."""
+    return hashlib.blake2b(b"".join(x.cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in inputs.values())).digest()
 
 
 def keep_states(students: Iterable[EncoderDecoder], teachers: Iterable[tuple[str, EncoderDecoder]], most: int) -> None:

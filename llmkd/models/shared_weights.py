@@ -6,7 +6,7 @@ tensors are frozen, so no model changes them for the others.
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,20 +62,23 @@ def _held(module: nn.Module) -> Iterator[object]:
         yield from (held for held in kept if held is not None)
 
 
-def deduplicate_weights(models: Iterable[nn.Module], without_values: bool = False) -> None:
+def deduplicate_weights(
+    models: Iterable[nn.Module], without_values: bool = False, named: Callable[[str], bool] = lambda name: True
+) -> None:
     """Make frozen parameters that have the same name and are bitwise equal in several models one tensor in memory.
 
     Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
 
     models          transformers models, with PEFT's layers in them or not
     without_values  they are of one base, and their tensors, which have no values, are equal where they are alike
+    named           by the name of a parameter whether it is looked at
     """
     same = alike if without_values else _same
     first: dict[str, list[nn.Parameter]] = {}
     for model in models:
         reshard(model)
         owners, replaced = _owners(model), False
-        for name, parameter in list(_frozen(model)):
+        for name, parameter in [one for one in _frozen(model) if named(one[0])]:
             other = next((one for one in first.setdefault(name, []) if same(parameter, one)), None)
             if other is None:
                 first[name].append(parameter)

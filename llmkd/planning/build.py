@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ..config.features import feature_teacher
 from ..config.recipe import Recipe, distils, divergences_of
 from ..losses.terms import Term
-from ..models.language_model import LanguageModel
+from ..models.encoder_states import keep_states
+from ..models.model import Model
 from ..models.shared_weights import deduplicate_weights
 from ..signals import NO_TAPS
 from ..teachers.cache.records import HiddenFormat
@@ -29,7 +30,7 @@ def build(
     recipes: Sequence[Recipe],
     found: Found,
     depth: Depth,
-    of_teachers: list[int],
+    of_teachers: list[int | None],
     memory: float | None,
     gpu: bool,
     accelerator: OneProcess = ON_CPU,
@@ -45,23 +46,25 @@ def build(
     learn = any(map(distils, recipes))
     for setting, one, config in found.teachers:
         if one.cache is not None or one.server:
-            format = format_of(one, setting, found.vocab, config)
+            format = format_of(one, setting, found.vocab, config, found.kind())
             if isinstance(format, HiddenFormat):
                 models.append(format.head.on(device).project)
             teachers[setting] = RecordsWithoutValues(format, device)
             continue
         if one.ema is not None:
             continue
-        live[setting] = build_teacher(one, config, setting, found.vocab, of_teachers.pop(0), packing)
+        live[setting] = build_teacher(one, config, setting, found.vocab, of_teachers.pop(0), packing, found.kind(f"{setting}.model"))
         if one.device:
             elsewhere.add(id(live[setting]))
-    as_student = [one.student for one in recipes], found.students, found.vocab, depth, packing
+    as_student = [one.student for one in recipes], found.students, found.vocab, depth, packing, found.kind()
     students = build_students(*as_student)
     for setting in found.averages:
         live[setting] = build_students(*as_student)[0].requires_grad_(False).eval()
     for setting, model in [*live.items(), *(("student", one) for one in students)]:
         accelerator.shard(recipe, setting, model)
     _share_bases(found, students[0], live)
+    if recipe.student.keep_encoded:
+        keep_states(students, live.items(), recipe.student.keep_encoded)
     models += live.values()
     strategy = accelerator.strategy(recipe)
     strategy.hold(students)
@@ -82,7 +85,7 @@ def build(
     return Ready(states, teacher, students, models, frozenset(elsewhere))
 
 
-def _terms(recipe: Recipe, student: LanguageModel, live: dict[str, LanguageModel]) -> list[Term]:
+def _terms(recipe: Recipe, student: Model, live: dict[str, Model]) -> list[Term]:
     """The terms that need the models; as a run looks for what it reads inside them."""
     features, attention = recipe.loss.features, recipe.loss.attention
     if attention:
@@ -97,14 +100,15 @@ def work_steps(recipe: Recipe) -> int:
     return recipe.train.max_steps or 1_000_000
 
 
-def _share_bases(found: Found, student: LanguageModel, live: dict[str, LanguageModel]) -> None:
+def _share_bases(found: Found, student: Model, live: dict[str, Model]) -> None:
     """Hold what is equal in models of one base once, as a run does, quantised weights with their scales. A merged adapter has changed its base: such
     a teacher is counted whole."""
-    on: dict[str, list[LanguageModel]] = {found.student.base: [student, *(live[setting] for setting in found.averages)]}
+    base = found.student.cut_from or found.student.base
+    on: dict[str, list[Model]] = {base: [student, *(live[setting] for setting in found.averages)]}
     for setting, one, config in found.live:
         if one.share_base and not one.device and not (config.adapter and one.merge_adapter):
             on.setdefault(config.base, []).append(live[setting])
     for models in on.values():
         bases = [model.base_model for model in models]
-        deduplicate_weights(bases, without_values=True)
+        deduplicate_weights(bases, without_values=True, named=found.student.has_as_its_base)
         share_scales(bases)

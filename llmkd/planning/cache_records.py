@@ -8,6 +8,8 @@ from ..batch import Batch
 from ..config.recipe import Teacher
 from ..errors import UserError
 from ..model_folder.files import loaded_dtype, width_of
+from ..models.classifier import ClassifierKind
+from ..models.kinds import CAUSAL, ModelKind
 from ..models.quantization import DTYPES
 from ..signals import Signal
 from ..teachers.cache.records import HiddenFormat, RecordFormat, make_record_format, read_record_format
@@ -28,19 +30,20 @@ class RecordsWithoutValues:
         return self.format.signal(torch.empty(batch.num_targets, self.format.bytes, dtype=torch.uint8), self.device)
 
 
-def format_of(settings: Teacher, setting: str, vocab: int, found: ModelConfig | None) -> RecordFormat:
+def format_of(settings: Teacher, setting: str, vocab: int, found: ModelConfig | None, kind: ModelKind = CAUSAL) -> RecordFormat:
     """The format of a cache that is there, or else of the one that `llmkd cache` would write for the teacher of that configuration; of a
-    server's answers those of a cache of kind topk."""
+    server's answers those of a cache of kind topk. `kind`: of the student; classifiers' logits are the hidden states of their caches."""
     if settings.cache is None:
         return listed_format(settings, vocab)
     folder = Path(settings.cache.path).expanduser()
     if (folder / "cache.json").is_file():
         return read_record_format(read_header(folder, f"{setting}.cache.path")["kind"], vocab, folder)
-    if settings.cache.kind != "hidden":
+    classes = isinstance(kind, ClassifierKind)
+    if (settings.cache.kind or ("hidden" if classes else "topk")) != "hidden":
         return make_record_format(settings.cache, vocab)
     if found is None:
         raise UserError(f"{setting}.cache.path: there is no teacher cache at {settings.cache.path}; a plan then needs {setting}.model")
-    width, dtype = width_of(found.config), loaded_dtype(found.config, settings.dtype)
+    width, dtype = vocab if classes else width_of(found.config), loaded_dtype(found.config, settings.dtype)
     head = StoredHead({"weight": torch.empty(vocab, width, dtype=DTYPES[dtype])}, 1.0, None)
     kept = {"float64": "float32"}.get(dtype, dtype)
     wanted = settings.cache.hidden_dtype

@@ -8,6 +8,7 @@ from ..config.recipe import Recipe, Teacher
 from ..losses.fused import default_chunk
 from ..model_folder.files import loaded_dtype
 from ..signals import Dense
+from ..teachers.cache.records import HiddenFormat
 from ..teachers.live import LiveTeacher
 from .cache_records import format_of
 from .fakes import fake_tensors
@@ -58,14 +59,14 @@ def cachings(recipe: Recipe, found: Found, gpu: bool) -> list[Caching]:
 def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: ModelConfig, gpu: bool) -> Caching:
     size, known = recipe.validation.micro_batch_size, found.data
     with fake_tensors(gpu):
-        width = format_of(one, setting, found.vocab, config).bytes
-    hidden = one.cache.kind == "hidden"
+        format = format_of(one, setting, found.vocab, config, found.kind())
+    hidden, width = isinstance(format, HiddenFormat), format.bytes
     longest = sorted(range(len(known.examples)), key=lambda i: -known.examples.max_lengths[i])[:size]
     batch = known.examples.batch(longest)
 
     def passed(counts) -> Measured:
         with fake_tensors(gpu):
-            model = build_teacher(one, config, setting, found.vocab, counts[0], 0)
+            model = build_teacher(one, config, setting, found.vocab, counts[0], 0, found.kind(f"{setting}.model"))
             memory = LiveMemory(ROUND_ON_GPU if gpu else 1)
             for tensor in (*model.parameters(), *model.buffers()):
                 memory.add(tensor, "teacher's weights")
@@ -77,8 +78,8 @@ def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: M
         return Measured({TEACHER: dict(memory.phases[TEACHER].parts)}, {TEACHER: memory.phases[TEACHER].flops})
 
     whole = depth_of(config.config, f"{setting}.model")
-    alike = len(set(layer_sizes(config.config, f"{setting}.model"))) == 1
-    measured = extended((min(_FEW, whole),), (whole,), passed) if alike and whole > _FEW + 1 else passed((whole,))
+    alike = not found.whole and len(set(layer_sizes(config.config, f"{setting}.model"))) == 1
+    measured = extended((min(_FEW, whole),), (whole,), passed) if alike and whole > _FEW + 1 else passed((None if found.whole else whole,))
     targets, batches, flops = _all(known, size, batch.num_targets, batch.teacher.size, measured.flops[TEACHER])
     return Caching(setting, measured.phases[TEACHER], flops, loaded_dtype(config.config, one.dtype), targets, width, batches, whole)
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from ..config.recipe import Recipe
 from ..config.sharding import sharded_student, sharded_teacher
-from ..models.families import layers_of
+from ..models.model import Model
 from .devices import Device
 from .fakes import fake_tensors
 from .find import Found
 from .models import Depth, build_students, build_teacher
+from .step import layers_apart
 
 PER_NODE = 8  # GPUs of one machine
 BETWEEN = 50e9  # bytes a second that a GPU sends to another machine: a network card of 400 Gb/s for each
 LINK_SHARE = 0.7  # of a stated rate that is reached: a plain assumption
-_ALL = 1_000_000  # more layers than any model has
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -58,17 +58,19 @@ def sizes_of(recipe: Recipe, found: Found) -> Sizes:
     """Of a recipe's models at their full depth."""
     with fake_tensors(False):
         own = recipe.student
-        (student,) = build_students([own], [found.student], found.vocab, Depth(_ALL), 0)
-        layers, rest = _parted(student.base_model)
+        (student,) = build_students([own], [found.student], found.vocab, Depth(None), 0, found.kind())
+        layers, rest = _parted(student)
         trained = sum(p.nbytes for p in student.trainable().values())
-        teachers = [_parted(build_teacher(one, config, name, found.vocab, _ALL, 0).base_model) for name, one, config in found.live]
+        teachers = [
+            _parted(build_teacher(one, config, name, found.vocab, None, 0, found.kind(f"{name}.model"))) for name, one, config in found.live
+        ]
     of_teachers = sum(a for a, _ in teachers), sum(b for _, b in teachers)
     return Sizes(layers, rest, trained, *of_teachers, recipe.student.method == "full")
 
 
-def _parted(model) -> tuple[float, float]:
-    every = {id(p): p.nbytes for p in model.parameters()}
-    inside = {id(p): p.nbytes for layer in layers_of(model) or [] for p in layer.parameters()}
+def _parted(model: Model) -> tuple[float, float]:
+    every = {id(p): p.nbytes for p in model.base_model.parameters()}
+    inside = {id(p): p.nbytes for layer in layers_apart(model) for p in layer.parameters()}
     return float(sum(inside.values())), float(sum(every.values()) - sum(inside.values()))
 
 

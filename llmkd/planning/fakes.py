@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from .. import batch, head
 from ..batch import PackedLayout
 from ..losses import fused, ratio
-from ..models import activation_offload, attention, attention_taps, norms, startup_checks
+from ..models import activation_offload, attention, attention_taps, encoder_states, norms, startup_checks
 from ..training import loop
 from .live_memory import attention_flops, multiplied
 
@@ -24,13 +24,18 @@ from .live_memory import attention_flops, multiplied
 @contextlib.contextmanager
 def fake_tensors(gpu: bool) -> Iterator[None]:
     """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention and loss allocate what they do on a GPU in half precision."""
-    changes = [(nn.Module, "_apply", _apply), (loop, "read_step_metrics", lambda *_: ({}, {})), (fused, "log_backend", lambda how: None)]
+    changes = [
+        (nn.Module, "_apply", _apply),
+        (FakeTensor, "__deepcopy__", _copied),
+        (loop, "read_step_metrics", lambda *_: ({}, {})),
+        (fused, "log_backend", lambda how: None),
+    ]
     changes += [(batch, "by_pattern", lambda none: {})]  # no target is left out
     changes += [(ratio, "in_range", lambda x_nV, mean_n1: True)]
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
-    changes += [(norms, "agrees", lambda module: True)]
+    changes += [(norms, "agrees", lambda module: True), (encoder_states, "key_of", _place), (encoder_states, "storage_bytes", _storages)]
     if gpu:
         from ..models import lora_product  # loads PEFT
 
@@ -50,6 +55,23 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
             setattr(owner, name, new)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+def _copied(self: Tensor, memo: dict) -> Tensor:
+    """`Tensor.__deepcopy__`, which would read and write memory that fake tensors do not have: PEFT copies the modules that train in full."""
+    with torch.no_grad():
+        made = self.clone()
+    return memo.setdefault(id(self), nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made)
+
+
+def _place(inputs: dict[str, Tensor]) -> tuple:
+    """Where inputs are in memory, in place of what they are: the same for student and teacher."""
+    return tuple((x.untyped_storage()._cdata, x.storage_offset()) for x in inputs.values())
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """`shared_weights.storage_bytes` of storages without an address."""
+    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in model.parameters()}
 
 
 def _apply(self: nn.Module, change, recurse: bool = True) -> nn.Module:

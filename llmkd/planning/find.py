@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,7 +10,9 @@ from ..config.recipe import Recipe, Teacher, used_teachers
 from ..data.encoding.tokenizer import shared_vocab
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import rows_of
+from ..models.kinds import CAUSAL, ModelKind
 from .model_configs import Coming, ModelConfig, find_teachers, student_config
+from .other_tasks import find_of_task
 from .work import KnownData, Made, known_data
 
 
@@ -20,12 +22,23 @@ class Found:
 
     students   of each student that trains before the teacher
     teachers   the setting and settings of each; without a configuration only a cache or a server is known
+    vocab      entries of the tokenizer that all models have; of classifiers the classes
+    kinds      of models that are no causal language models, by setting (student.model, ...)
     """
 
     students: list[ModelConfig]
     teachers: list[tuple[str, Teacher, ModelConfig | None]]
     vocab: int
     data: KnownData
+    kinds: dict[str, ModelKind] = field(default_factory=dict)
+
+    def kind(self, setting: str = "student.model") -> ModelKind:
+        return self.kinds.get(setting, CAUSAL)
+
+    @property
+    def whole(self) -> bool:
+        """Whether models are run with all of their layers: only of causal language models do a few layers stand for many."""
+        return bool(self.kinds)
 
     @property
     def student(self) -> ModelConfig:
@@ -60,10 +73,16 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
     recipe, students = recipes[0], []
     for k, one in enumerate(recipes):
         with attribute_to_student(k):
-            refuse_unplanned(one)
             students.append(student_config(one.student, recipe_folder, coming=coming))
     student = students[0]
     teachers = find_teachers(used_teachers(recipe), recipe_folder, coming)
+    if recipe.task != "causal_lm":
+        of_task = find_of_task(recipe, student, teachers, made)
+        students = [dataclasses.replace(one, config=of_task.configs["student.model"]) for one in students]
+        teachers = [
+            (name, one, config and dataclasses.replace(config, config=of_task.configs[f"{name}.model"])) for name, one, config in teachers
+        ]
+        return Found(students, teachers, of_task.vocab, of_task.data, of_task.kinds)
     rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
     data = known_data(recipe, student, made)
     known = [count for count in rows.values() if count]
@@ -76,11 +95,3 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
     if student.config.get("vocab_size") is None and "text_config" not in student.config:
         students = [dataclasses.replace(one, config={"vocab_size": vocab} | one.config) for one in students]
     return Found(students, teachers, vocab, data)
-
-
-def refuse_unplanned(recipe: Recipe) -> None:
-    """UserError for what a plan does not know."""
-    if recipe.task != "causal_lm":
-        raise UserError(
-            f"task: found {recipe.task}, and llmkd plan is for language models; llmkd train --train.max_steps 2 shows speed and memory"
-        )

@@ -41,7 +41,8 @@ def ready_here(recipes: Sequence[Recipe], prepared: Prepared, device: torch.devi
     """Students and teacher with their weights, as `training.build.build_setup` makes them; without servers."""
     recipe, accelerator = recipes[0], OneProcess(device)
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
-    context = LoadContext(prepared.vocab, device, recipe.seed, recipe.data.packing * longest_row(recipe.train, recipe.data))
+    packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
+    context = LoadContext(prepared.vocab, device, recipe.seed, packing, kind=prepared.kind, find=prepared.files_of)
     own, attention = [prepared.resolved(one.student) for one in recipes], [one.loss.attention for one in recipes]
     students, models = load(own, live, context, recipe.data.share_prefixes, recipe.train.compile, attention)
     by_setting, states = {setting: model for (setting, _), model in zip(live, models, strict=True)}, []

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from ..batch import Batch
 from ..config.recipe import Optim, Recipe
+from ..errors import UserError
 from ..model_folder.files import loaded_dtype
 from ..models.quantization import DTYPES
 from .build import build
@@ -20,7 +22,8 @@ from .find import Found
 from .live_memory import Phase
 from .models import Depth, depth_of, full_depth, layer_sizes
 from .ranks import fake_ranks
-from .step import BACKWARD, BUCKETS, LOSS, TEACHER, WRITING, Ready, watched_step
+from .step import BACKWARD, BUCKETS, LOSS, STATES, TEACHER, WRITING, Ready, watched_step
+from .work import KnownData
 from .writing import watched_writing, writing_of
 
 _KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run of a deeper model
@@ -32,10 +35,12 @@ class Measured:
     """What was in memory in each phase of a step, in bytes by part, and its floating-point operations.
 
     flops   of the teachers' passes (TEACHER), of the heads and the loss (LOSS), and of the student's body (BACKWARD)
+    kept    bytes of the encoder states of examples other than the micro-batch's, in the host's memory
     """
 
     phases: dict[str, dict[str, float]]
     flops: dict[str, float]
+    kept: int = 0
 
     @property
     def peak(self) -> str:
@@ -51,6 +56,8 @@ def measure(
     ranks       processes that hold the models as the recipe says; the first one's memory is measured
     """
     recipe = recipes[0]
+    if found.whole:
+        return _measure(recipes, found, batch, gradients, None, memory, gpu, ranks)
     whole = full_depth(found.student.config, recipe.student.recomputed, "student.model")
     live = [(f"{name}.model", config) for name, _, config in found.live]
     full = (whole.layers - whole.recomputed, whole.recomputed, *(depth_of(config.config, name) for name, config in live))
@@ -90,21 +97,31 @@ def _measure(
     found: Found,
     batch: Batch,
     gradients: bool,
-    counts: Sequence[int],
+    counts: Sequence[int] | None,
     memory: float | None,
     gpu: bool,
     ranks: int,
 ) -> Measured:
-    depth, of_teachers = Depth(counts[0] + counts[1], counts[1]), list(counts[2:])
+    depth, of_teachers = (Depth(counts[0] + counts[1], counts[1]), list(counts[2:])) if counts else (Depth(None), [None] * len(found.live))
     recipe = recipes[0]
     with fake_ranks(ranks) as accelerator, fake_tensors(gpu):
         ready = build(recipes, found, depth, of_teachers, memory, gpu, accelerator)
-        phases = watched_step(ready, batch, gradients, accelerator, ROUND_ON_GPU if gpu else 1)
+        inputs = []
+        if found.whole:
+            batch = _without_values(batch)
+            inputs = [x for view in (batch.student, batch.teacher, *batch.of_teachers.values()) for x in view.inputs.values()]
+        try:
+            phases = watched_step(ready, batch, gradients, accelerator, ROUND_ON_GPU if gpu else 1, inputs=inputs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(
+                f"student.model: a step with {found.student.config.get('model_type')} reads values ({error}), which a plan does not have; "
+                "llmkd train --train.max_steps 2 shows speed and memory"
+            ) from error
         if ranks > 1:
             _add_buckets(phases, ready)
         if writing := writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks):
             phases[WRITING] = watched_writing(ready, writing, recipe.on_policy, ROUND_ON_GPU if gpu else 1)
-        less = _less_than_adamw(ready, recipe.optim, gpu)
+        less, kept = _less_than_adamw(ready, recipe.optim, gpu), _kept_states(ready, recipe, found.data)
     found_phases: dict[str, dict[str, float]] = {}
     flops: Counter = Counter()
     for name, phase in phases.items():
@@ -112,11 +129,28 @@ def _measure(
         corner = _corner(name, depth)
         if corner and (corner not in found_phases or sum(found_phases[corner].values()) < phase.peak):
             found_phases[corner] = dict(phase.parts)
+    for parts in found_phases.values() if kept and not gpu else ():
+        parts[STATES] = kept
     for parts in found_phases.values() if less else ():
         parts["optimizer"] = parts.get("optimizer", 0) - less
     if TEACHER in found_phases:
         _add_offloaded(found_phases[TEACHER], found, recipe)
-    return Measured(found_phases, dict(flops))
+    return Measured(found_phases, dict(flops), kept)
+
+
+def _without_values(batch: Batch) -> Batch:
+    """Of fake tensors, each made once, so that what models read is counted as such and not by what is computed from it."""
+    made: dict[int, torch.Tensor] = {}
+    return batch.each(lambda x: made.setdefault(id(x), torch.empty_like(x)))
+
+
+def _kept_states(ready: Ready, recipe: Recipe, data: KnownData) -> int:
+    """Bytes of what `student.keep_encoded` keeps when every example was read, less the states of this micro-batch, which are there."""
+    states = recipe.student.keep_encoded and ready.student_models[0].states
+    if not states:
+        return 0
+    have, size = list(states.kept.values()), recipe.student.keep_encoded
+    return have[0].nbytes * max(0, (min(size, len(data.examples)) if data.complete else size) - len(have))
 
 
 def _add_buckets(phases: dict[str, Phase], ready: Ready) -> None:

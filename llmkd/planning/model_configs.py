@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from ..config.loader import load_recipe
+from ..config.media import InputFeatures
 from ..config.paths import written_by
-from ..config.recipe import Lora, Student, Teacher
+from ..config.recipe import Lora, PartLayers, Recipe, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles, check_config, refuse_mistyped_folder
 from ..model_folder.layers import layer_count, layer_words
@@ -17,10 +19,11 @@ from ..model_folder.weights import read_json
 from .known_models import KNOWN
 
 _TABLE = "llmkd's own table, since the hub was not reached"
+NEW = "new weights"  # the base of a student without one
 
 
-#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, and its student.
-Coming = Mapping[Path, tuple[Path, Student]]
+#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, and the recipe.
+Coming = Mapping[Path, tuple[Path, Recipe]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class ModelConfig:
     adapter  the settings of an adapter on it; None for none
     files    the folder of the base, if it is one here; for its tokenizer
     origin   where all this was found, where that is not the model itself; else ""
+    coming   whether a run is still to write it, and then by its recipe
+    tokenizer, features   what reads data for it in place of its files
+    cut_from, parts  of an encoder-decoder model of fewer layers: its base, and the numbers of the layers that are kept, by part
     """
 
     config: dict
@@ -37,6 +43,16 @@ class ModelConfig:
     adapter: Lora | None = None
     files: Path | None = None
     origin: str = ""
+    coming: bool = False
+    tokenizer: str | None = None
+    features: InputFeatures | None = None
+    cut_from: str = ""
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def has_as_its_base(self, name: str) -> bool:
+        """Whether a parameter of this name is the one of its base, and not one of another layer."""
+        found = re.search(r"(encoder|decoder)\.(?:layers|block)\.(\d+)\.", name)
+        return not (self.parts and found) or self.parts[found[1]][int(found[2]) : int(found[2]) + 1] == (int(found[2]),)
 
 
 def find_models(
@@ -83,7 +99,7 @@ def find_config(
     if (of_run := coming.get(place.parent)) and of_run[0] not in writers:
         return _of_coming_run(folder, of_run[1], (*writers, of_run[0]), coming)
     if (writer := written_by(place, recipe_folder)) and writer not in writers:
-        return _of_coming_run(folder, load_recipe(writer).student, (*writers, writer), coming)
+        return _of_coming_run(folder, load_recipe(writer), (*writers, writer), coming)
     refuse_mistyped_folder(name, setting)
     reason = ""
     for file in ("config.json", "adapter_config.json"):
@@ -103,10 +119,13 @@ def find_config(
     )
 
 
-def _of_coming_run(folder: Path, student: Student, writers: tuple[Path, ...], coming: Coming) -> ModelConfig:
-    """Of a folder that is not there yet: what the last of `writers`, whose run makes it, says of its student."""
+def _of_coming_run(folder: Path, recipe: Recipe, writers: tuple[Path, ...], coming: Coming) -> ModelConfig:
+    """Of a folder that is not there yet: what the last of `writers`, the recipe whose run makes it, says of its student."""
+    student = recipe.student
     found = student_config(student, writers[-1].parent, writers, coming)
     origin = "; ".join(filter(None, [f"{writers[-1]}, whose run is still to come", found.origin]))
+    read_by = {"tokenizer": student.tokenizer or found.tokenizer, "features": recipe.data.features or found.features}
+    found = dataclasses.replace(found, coming=True, **read_by)
     if folder.name == "adapter":
         return dataclasses.replace(found, adapter=found.adapter or student.lora or Lora(), origin=origin)
     return dataclasses.replace(found, adapter=None, base=str(folder), origin=origin)
@@ -151,8 +170,10 @@ def student_config(
 ) -> ModelConfig:
     """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
     if student.architecture is not None:
-        return ModelConfig(dict(student.architecture), "new weights")
+        return ModelConfig(dict(student.architecture), NEW)
     found = find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers, coming)
+    if isinstance(student.layers, PartLayers):
+        return _cut_parts(found, student.layers)
     return found if student.layers is None else _cut(found, student)
 
 
@@ -165,6 +186,15 @@ def _cut(found: ModelConfig, student: Student) -> ModelConfig:
     kept = kept or evenly(student.layers.count, layer_count(found.config)[1])
     config = smaller_config(found.config, transformers_config(found.config, "student.model"), kept)
     return dataclasses.replace(found, config=config, base=f"{found.base}, {layer_words(kept)}")
+
+
+def _cut_parts(found: ModelConfig, wanted: PartLayers) -> ModelConfig:
+    """The same of an encoder-decoder model's parts."""
+    from ..models.depth_parts import described, kept_parts, smaller_config
+
+    files = ModelFiles(Path(found.base), None, found.config)
+    smaller = {"config": smaller_config(files, wanted), "base": described(files, wanted)}
+    return dataclasses.replace(found, cut_from=found.base, parts=kept_parts(files, wanted), **smaller)
 
 
 def transformers_config(config: dict, setting: str):

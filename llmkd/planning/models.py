@@ -6,29 +6,37 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..config.recipe import Lora, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import loaded_dtype
 from ..models import activation_checkpointing, attention, float8, norms
+from ..models.classifier import Classifier
 from ..models.dropout import follow_examples
-from ..models.families import layers_of, non_text_parameters
+from ..models.families import base_of, freeze_encoder, layers_of, non_text_parameters
+from ..models.kinds import CAUSAL, ModelKind
 from ..models.language_model import LanguageModel
 from ..models.last_layer import put_on
 from ..models.lora import add_lora
+from ..models.model import Model
+from ..models.probe import example_view
 from ..models.quantization import DTYPES
 from .model_configs import ModelConfig, transformers_config
 from .quantized import quantize
 
+NOWHERE = Path("/nonexistent")  # in place of the folder of a base that is not here
+
 
 @dataclass(frozen=True)
 class Depth:
-    """How many layers of a model are built: the first `layers`; of a student's, the activations of the first `recomputed` are not kept."""
+    """How many layers of a model are built: the first `layers`, or all; of a student's, the activations of the first `recomputed` are not kept."""
 
-    layers: int
+    layers: int | None
     recomputed: int = 0
 
 
@@ -37,8 +45,12 @@ def text_config(config: dict) -> dict:
 
 
 def depth_of(config: dict, setting: str) -> int:
-    """The number of layers by transformers' own configuration, which also knows its family's default."""
-    return transformers_config(config, setting).get_text_config().num_hidden_layers
+    """The number of layers by transformers' own configuration, which also knows its family's default: of an encoder and a decoder those of
+    both, and at least 1."""
+    own = transformers_config(config, setting)
+    text = own.get_text_config()
+    decoder = (getattr(own, name, None) for name in ("decoder_layers", "num_decoder_layers") if own.is_encoder_decoder)
+    return (getattr(text, "num_hidden_layers", None) or getattr(own, "blocks", 1)) + next(filter(None, decoder), 0)
 
 
 def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth:
@@ -49,9 +61,11 @@ def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth
     return Depth(layers, min(max(1, round(checkpointing * layers)), layers - 1))
 
 
-def empty_model(config: dict, setting: str, dtype: str, implementation: str, layers: int | None = None) -> nn.Module:
-    """A model of that configuration, with weights that have no values (in a fake mode, or on torch's meta device)."""
-    from transformers import AutoModelForCausalLM
+def empty_model(
+    config: dict, setting: str, dtype: str, implementation: str, layers: int | None = None, auto: str = CAUSAL.auto
+) -> nn.Module:
+    """A model of that configuration, with weights that have no values (in a fake mode, or on torch's meta device). `auto`: transformers' class."""
+    import transformers
 
     own = transformers_config(config, setting)
     text = own.get_text_config()
@@ -61,7 +75,7 @@ def empty_model(config: dict, setting: str, dtype: str, implementation: str, lay
             text.layer_types = text.layer_types[:layers]
     try:
         with _without_initial_values():
-            return AutoModelForCausalLM.from_config(
+            return getattr(transformers, auto).from_config(
                 own,
                 dtype=DTYPES[loaded_dtype(config, dtype)],
                 attn_implementation=None if implementation == "auto" else implementation,
@@ -96,18 +110,20 @@ def _layer_sizes(config: str, setting: str) -> tuple[int, ...]:
 
 
 def build_students(
-    settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int
-) -> list[LanguageModel]:
+    settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int, kind: ModelKind = CAUSAL
+) -> list[Model]:
     """Several students share one base, each with its adapter; a single one may use any method. As `models.load.load_students`."""
     from ..models.lora_product import add_in_place
 
     first = settings[0]
-    model = empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers)
+    model = empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers, kind.auto)
     if first.quantization:
         quantize(model, first.quantization)
     if first.method == "full":
         for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
+    if first.freeze:
+        freeze_encoder(model)
     if depth.recomputed:
         activation_checkpointing.enable(model, True, first.gradient_checkpointing == "offload")
         for number, layer in enumerate(layers_of(model) or []):
@@ -118,36 +134,44 @@ def build_students(
         names = [f"student{k}" for k in range(len(settings))] if len(settings) > 1 else ["default"]
         order = sorted(range(len(settings)), key=lambda k: _lora(settings[k], found[k]).target_modules != "all-linear")
         for k in order:
-            model = add_lora(model, _lora(settings[k], found[k]), None, names[k])
+            copies = kind.copies(base_of(model), found[k].files or NOWHERE)
+            model = add_lora(model, _lora(settings[k], found[k]), None, names[k], kind.peft, copies, first.freeze is not None)
         follow_examples(model)
         add_in_place(model)
         if len(settings) > 1:
             model.set_adapter(names[0])
     autocast = torch.bfloat16 if first.mixed_precision == "bf16" else None
-    models = [LanguageModel(model, vocab, name, autocast=autocast).train() for name in names]
-    return [_as_checked(one, packing, first.attention) for one in models]
+    models = [kind.wrapper(model, vocab, name, autocast=autocast).train() for name in names]
+    return [_as_checked(one, packing, first.attention, kind, "student.model") for one in models]
 
 
 def _lora(settings: Student, found: ModelConfig) -> Lora:
     return found.adapter or settings.lora or Lora()
 
 
-def build_teacher(settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int, packing: int) -> LanguageModel:
+def build_teacher(
+    settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int | None, packing: int, kind: ModelKind = CAUSAL
+) -> Model:
     """A live teacher, frozen. As `models.load.load_teacher`; one whose adapter is merged is its base."""
-    model = empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers)
+    model = empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers, kind.auto)
     if settings.loaded_in:
         quantize(model, settings.loaded_in)
     if found.adapter and not settings.merge_adapter:
-        model = add_lora(model, found.adapter, None)
-    teacher = LanguageModel(model, vocab)
+        model = add_lora(model, found.adapter, None, kind=kind.peft, copies=kind.copies(base_of(model), found.files or NOWHERE))
+    teacher = kind.wrapper(model, vocab)
     teacher.requires_grad_(False).eval()
     if settings.float8:
         float8.convert(teacher.base_model)
-    return _as_checked(teacher, packing, settings.attention)
+    return _as_checked(teacher, packing, settings.attention, kind, f"{setting}.model")
 
 
-def _as_checked(model: LanguageModel, packing: int, implementation: str) -> LanguageModel:
+def _as_checked(model: Model, packing: int, implementation: str, kind: ModelKind, setting: str) -> Model:
     """With what the startup checks find of a family that llmkd knows; whether they do is seen when the run starts."""
+    if isinstance(model, Classifier):
+        with unset_fake_temporarily():
+            model.probe = example_view(kind.examples, [0], setting, "cpu")
+    if not isinstance(model, LanguageModel):
+        return model
     norms.fuse(model.base_model)
     packed = bool(packing and implementation == "auto" and attention.enable(model.base_model))
     last = put_on(model.base_model)

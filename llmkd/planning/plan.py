@@ -13,7 +13,7 @@ from .find import Found
 from .measure import measure
 from .model_configs import transformers_config
 from .models import depth_of, full_depth
-from .step import LOSS, PARTS, TEACHER, WRITING
+from .step import INPUTS, LOSS, PARTS, TEACHER, WRITING
 from .work import Work, work_of
 from .writing import Writing, writing_of
 
@@ -57,7 +57,7 @@ class Plan:
         work = self.work
         if work.tokens is None:
             return None
-        by_token, by_target = work.tokens / work.batch_tokens, work.targets / max(1, work.batch.num_targets)
+        by_token, by_target = work.tokens / work.cost, work.targets / max(1, work.batch.num_targets)
         return {name: count * (by_target if name == LOSS else by_token) for name, count in self.flops.items()}
 
     def seconds(self, rate: Callable[[str], float], per_layer: float, whole: bool) -> float | None:
@@ -88,6 +88,8 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     largest = max(measured, key=lambda one: sum(one.phases[one.peak].values()))
     at = largest.peak
     parts = {name: largest.phases[at][name] for name in PARTS if largest.phases[at].get(name, 0) > 0}
+    if not gpu and INPUTS in parts:  # the other micro-batches of the step, and those of the next, which is made one step ahead
+        parts[INPUTS] *= 2 * work.in_step
     student = recipe.student
     layers = len(recipes) * (
         depth_of(found.student.config, "student.model") * 3
@@ -102,6 +104,8 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
         notes.append(
             f"student.gradient_checkpointing: {in_host_memory(recipe, found, work.batch_tokens) / 1e9:.2g} GB wait in the host's memory, by formula"
         )
+    if gpu and largest.kept:
+        notes.append(f"student.keep_encoded: {largest.kept / 1e9:.2g} GB of states wait in the host's memory")
     writing = writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks)
     if writing:
         parameters = sum(

@@ -6,7 +6,7 @@ The loop, its students and its teacher are those of a run. On fake tensors this 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,13 +19,14 @@ from ..config.recipe import Recipe
 from ..data.batch_source import Step
 from ..models.families import layers_of
 from ..models.language_model import LanguageModel
+from ..models.model import Model
 from ..signals import Signal, Teacher
 from ..training.loop import StepHooks, StudentState, train, unwrap
 from ..training.parallel import REPLICATED, Replicated
 from .live_memory import LiveMemory, Phase, local
 
 TEACHER, FORWARD, LOSS, BACKWARD, OPTIMIZER = "teacher's pass", "student's pass", "loss", "backward pass", "optimizer step"
-BUCKETS, WRITING = "exchange of gradients", "writing"
+BUCKETS, WRITING, STATES, INPUTS = "exchange of gradients", "writing", "encoder's states", "inputs"
 #: What memory consists of, in the order in which it is told.
 PARTS = (
     "student's weights",
@@ -34,6 +35,8 @@ PARTS = (
     "gradients",
     BUCKETS,
     "optimizer",
+    STATES,
+    INPUTS,
     "activations",
     "teacher's pass",
     "head and loss",
@@ -105,16 +108,20 @@ def watched_step(
     accelerator: OneProcess = ON_CPU,
     round_to: int = 1,
     before: Callable[[], None] = lambda: None,
+    inputs: Iterable[Tensor] = (),
 ) -> dict[str, Phase]:
     """The phases of a step of one micro-batch, with the optimizer's state there, as in every step after the first.
 
     gradients   those of micro-batches before it in its step are there
     before      called when all is there and the step begins
+    inputs      of the batch those that are counted as what the models read
 
     Of a sharded student the gradients of earlier micro-batches may be whole: the step then has two micro-batches. Operations are of one.
     Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
     """
     memory = all_there(ready, round_to)
+    for x in inputs:
+        memory.add(x, INPUTS)
     with contextlib.ExitStack() as stack:
         twice = gradients and not all(state.strategy.alone for state in ready.students)
         with memory:
@@ -123,7 +130,7 @@ def watched_step(
         for state in ready.students:
             for hook in _hooks(memory, state):
                 stack.callback(hook.remove)
-        for number, layer in enumerate(layers_of(ready.student_models[0].base_model) or []):  # those of all students
+        for number, layer in enumerate(layers_apart(ready.student_models[0])):  # those of all students
             stack.callback(layer.register_forward_pre_hook(functools.partial(_note_layer, memory, number)).remove)
         teacher = ready.teacher and functools.partial(_asked, memory, ready.teacher)
         accelerator, source = _watched(accelerator, memory), OneStep([batch] * (1 + twice))
@@ -202,6 +209,11 @@ def _hooks(memory: LiveMemory, state: StudentState) -> Iterator[torch.utils.hook
     for parameter in state.parameters.values():
         yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(local(p.grad), "gradients"))
     yield state.optimizer.register_step_pre_hook(lambda *_: memory.enter(OPTIMIZER, "optimizer"))
+
+
+def layers_apart(model: Model) -> Iterable[nn.Module]:
+    """The layers of a causal language model, whose backward passes are phases of their own, and which are sharded one by one; none of another."""
+    return layers_of(model.base_model) or () if isinstance(model, LanguageModel) else ()
 
 
 def _note_layer(memory: LiveMemory, number: int, layer: nn.Module, args: tuple) -> None:

@@ -52,6 +52,8 @@ class KnownData:
 @dataclass(frozen=True)
 class Work:
     """batch      the largest micro-batch: of those with the most tokens, padding counted, that with the most targets
+    cost       of it: its tokens as `tokens` counts them; of sounds hundredths of a second, of images their number
+    in_step    how many times that the micro-batches of a step of one process cost, at most
     later      the largest of those that come after others in their step, whose gradients are then in memory; None where none does
     tokens, targets, micro_batches   of the whole run, padding counted; None where the data is not known
     steps      optimizer steps of the whole run; None where the data is not known
@@ -59,6 +61,8 @@ class Work:
 
     batch: Batch
     later: Batch | None
+    cost: int
+    in_step: float
     tokens: int | None
     targets: int | None
     micro_batches: int | None
@@ -91,14 +95,9 @@ def known_data(recipe: Recipe, student: ModelConfig, made: Made = MappingProxyTy
 
 def _known_data(recipe: Recipe, student: ModelConfig, made: Made) -> KnownData:
     """The recipe's training data as examples, if it and a tokenizer are on this machine; otherwise examples as long as data.max_length."""
-    sources = as_tuple(recipe.data.train)
-    remote = [source.path for source in sources if not is_local(source.path, "data") and not source.path.startswith("builtin:")]
-    unmade = [path for path in (Path(os.path.abspath(source.path)) for source in sources) if path.parent in made and not path.exists()]
     tokenizer = _tokenizer_here(recipe, student)
-    if unmade or remote or tokenizer is None:
-        lacking = f"{remote[0]} is not on this machine" if remote else "the student's tokenizer is not on this machine"
-        if unmade:
-            lacking = f"{unmade[0]} is made by the stage {made[unmade[0].parent]}, which has not run yet"
+    if (lacking := lacking_data(recipe, made)) or tokenizer is None:
+        lacking = lacking or "the student's tokenizer is not on this machine"
         length = recipe.data.max_length
         assumed = f"{lacking}: every example is taken to have {length:,} tokens (data.max_length), all of them supervised"
         return KnownData(assumed_examples(max(ASSUMED, recipe.train.batch_size), length), tokenizer, False, assumed)
@@ -109,6 +108,16 @@ def _known_data(recipe: Recipe, student: ModelConfig, made: Made) -> KnownData:
     if data.source.complete:
         return KnownData(data.train, tokenizer, True)
     return KnownData(data.train, tokenizer, False, "data.streaming: the rows of the first step stand for all")
+
+
+def lacking_data(recipe: Recipe, made: Made) -> str:
+    """Which training data is not on this machine, in words; "" where all of it is."""
+    sources = as_tuple(recipe.data.train)
+    for path in (Path(os.path.abspath(source.path)) for source in sources):
+        if path.parent in made and not path.exists():
+            return f"{path} is made by the stage {made[path.parent]}, which has not run yet"
+    remote = (source.path for source in sources if not is_local(source.path, "data") and not source.path.startswith("builtin:"))
+    return next((f"{path} is not on this machine" for path in remote), "")
 
 
 def _tokenizer_here(recipe: Recipe, student: ModelConfig):
@@ -156,7 +165,9 @@ def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
     number = None if share is None else math.ceil(share * sum(map(len, steps)))
     draw = Draw(recipe.seed, 0, 1)
     later = None if later is None else examples.batch(later, draw)
-    return Work(examples.batch(largest, draw), later, *known_sums, total, number)
+    cost = weigh[id(largest)][0]
+    in_step = max(sum(weigh[id(micro)][0] for micro in step) for step in cut) / cost
+    return Work(examples.batch(largest, draw), later, cost, in_step, *known_sums, total, number)
 
 
 def _tokens(lengths: np.ndarray, packing: bool) -> int:

@@ -204,7 +204,6 @@ def test_data_is_shown_and_other_commands_refuse_in_one_line(recipe, teacher, fo
     out = capsys.readouterr().out
     assert "fish" in out and "example " in out and "class '" in out
     for words in (
-        ["plan", "--config", str(loader_file)],
         ["doctor", "--config", str(loader_file)],
         ["sample", str(teacher)],
     ):

@@ -3,9 +3,23 @@
 from tests.planted.fault import in_file
 
 PLAN, HELD, COMMAND = "planning/test_plan.py", "planning/test_held_to_measurement.py", "commands/test_plan.py"
-RANKS = "planning/test_ranks.py"
+RANKS, OTHERS = "planning/test_ranks.py", "planning/test_other_tasks.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/planning/other_tasks.py",
+        (
+            "coming-reads-as-nothing",
+            "a model that is still to be trained has no tokenizer of its recipe",
+            "    if found.tokenizer:\n",
+            "    if False:\n",
+            OTHERS,
+        ),
+    ),
+    *in_file(
+        "llmkd/planning/assumed.py",
+        ("given-are-targets", "the tokens that are given count as targets", "processor.longest) - given)", "processor.longest))", OTHERS),
+    ),
     *in_file(
         "llmkd/planning/build.py",
         (
@@ -14,6 +28,13 @@ FAULTS = [
             "        deduplicate_weights(bases, without_values=True)\n",
             "",
             PLAN,
+        ),
+        (
+            "cut-apart",
+            "what a model of fewer decoder layers has of its base is counted twice",
+            "found.student.cut_from or found.student.base",
+            "found.student.base",
+            OTHERS,
         ),
         ("scales-apart", "scales of a base that two models hold are counted twice", "        share_scales(bases)\n", "", PLAN),
         (
@@ -64,6 +85,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/planning/measure.py",
+        (
+            "kept-states-forgotten",
+            "states of an encoder that are kept take no memory",
+            "        parts[STATES] = kept\n",
+            "        pass\n",
+            OTHERS,
+        ),
         (
             "base-not-whole",
             "one layer too few is extended to",
