@@ -89,7 +89,11 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
 
     recipes = staged({})
     stages = {name: (stage, recipes[name]) for name, stage in whole.stages.items() if not stage.make}
-    coming = {Path(os.path.abspath(one.output_dir)): (Path(stage.recipe), one) for stage, one in stages.values() if stage.recipe}
+    coming = {
+        Path(os.path.abspath(one.output_dir)): (Path(stage.recipe), one.student, one.data.features)
+        for stage, one in stages.values()
+        if stage.recipe
+    }
     made = {Path(os.path.abspath(folder / name)): name for name, stage in whole.stages.items() if stage.make}
     out = []
     for name, (stage, recipe) in stages.items():

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from ..config.loader import load_recipe
 from ..config.media import InputFeatures
 from ..config.paths import written_by
-from ..config.recipe import Lora, PartLayers, Recipe, Student, Teacher
+from ..config.recipe import Lora, PartLayers, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles, check_config, refuse_mistyped_folder
 from ..model_folder.layers import layer_count, layer_words
@@ -22,8 +22,8 @@ _TABLE = "llmkd's own table, since the hub was not reached"
 NEW = "new weights"  # the base of a student without one
 
 
-#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, and the recipe.
-Coming = Mapping[Path, tuple[Path, Recipe]]
+#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, its student, and its features of files.
+Coming = Mapping[Path, tuple[Path, Student, InputFeatures | None]]
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def find_config(
         return ModelConfig(_own_config(folder, name, setting), str(folder.resolve()), files=folder)
     place = Path(os.path.abspath(folder))
     if (of_run := coming.get(place.parent)) and of_run[0] not in writers:
-        return _of_coming_run(folder, of_run[1], (*writers, of_run[0]), coming)
+        return _of_coming_run(folder, *of_run[1:], (*writers, of_run[0]), coming)
     if (writer := written_by(place, recipe_folder)) and writer not in writers:
-        return _of_coming_run(folder, load_recipe(writer), (*writers, writer), coming)
+        other = load_recipe(writer)
+        return _of_coming_run(folder, other.student, other.data.features, (*writers, writer), coming)
     refuse_mistyped_folder(name, setting)
     reason = ""
     for file in ("config.json", "adapter_config.json"):
@@ -119,12 +120,13 @@ def find_config(
     )
 
 
-def _of_coming_run(folder: Path, recipe: Recipe, writers: tuple[Path, ...], coming: Coming) -> ModelConfig:
+def _of_coming_run(
+    folder: Path, student: Student, features: InputFeatures | None, writers: tuple[Path, ...], coming: Coming
+) -> ModelConfig:
     """Of a folder that is not there yet: what the last of `writers`, the recipe whose run makes it, says of its student."""
-    student = recipe.student
     found = student_config(student, writers[-1].parent, writers, coming)
     origin = "; ".join(filter(None, [f"{writers[-1]}, whose run is still to come", found.origin]))
-    read_by = {"tokenizer": student.tokenizer or found.tokenizer, "features": recipe.data.features or found.features}
+    read_by = {"tokenizer": student.tokenizer or found.tokenizer, "features": features or found.features}
     found = dataclasses.replace(found, coming=True, **read_by)
     if folder.name == "adapter":
         return dataclasses.replace(found, adapter=found.adapter or student.lora or Lora(), origin=origin)

@@ -113,7 +113,8 @@ def test_a_sweep_is_planned_before_its_teacher_is_there(tmp_path):
 def test_a_model_to_come_is_read_by_what_its_recipe_reads_with(tmp_path):
     """A teacher of descriptions, whose tokenizer its own recipe names, next to a student of sounds."""
     model = str(tmp_path / "runs" / "views" / "1_teacher")
-    coming = {Path(model): (VIEWS.parent / "1_teacher.yaml", loader.load_recipe(VIEWS.parent / "1_teacher.yaml"))}
+    first = VIEWS.parent / "1_teacher.yaml"
+    coming = {Path(model): (first, loader.load_recipe(first).student, None)}
     recipe = loader.load_recipe(VIEWS, FEW | ALONE | {"teacher.model": f"{model}/model"})
     found = plan([recipe], find([recipe], tmp_path, coming), None, gpu=False).parts["teacher's weights"]
     words, width, mlp = len(skills.tokenizer()), 48, 96
