@@ -143,6 +143,7 @@ def test_imports_at_load_time_have_no_cycle():
 TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare", "training.build")
 TAKE_RECIPES += (
     "planning.find",
+    "planning.other_tasks",
     "planning.build",
     "planning.here",
     "planning.measure",

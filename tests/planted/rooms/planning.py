@@ -25,7 +25,7 @@ FAULTS = [
         (
             "bases-apart",
             "a base of student and teacher is counted twice",
-            "        deduplicate_weights(bases, without_values=True)\n",
+            "        deduplicate_weights(bases, without_values=True, named=found.student.has_as_its_base)\n",
             "",
             PLAN,
         ),
