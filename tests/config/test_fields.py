@@ -17,7 +17,7 @@ CHANGEABLE = (
     *("output_dir", "report_to", "push_to_hub", "push_to_hub.repo", "push_to_hub.private"),
     *("student.gradient_checkpointing", "student.keep_encoded", "teacher.device", "teacher.share_base", "loss.chunk_size"),
     *("teacher.server", "teacher.requests", "teacher.timeout", "teacher.patience", "teacher.api_key_env"),
-    *("teacher.shard", "train.shard"),
+    *("teacher.shard", "train.shard", "train.timeout"),
     *("on_policy.batch_size", "on_policy.validation_prompts", "on_policy.record"),
     *(path for path in SETTINGS if path.startswith("on_policy.engine.") and path.rpartition(".")[2] not in ("push_every", "importance")),
     *("train.compile", "train.log_every", "train.micro_batch_size", "train.micro_batch_tokens"),
