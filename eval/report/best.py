@@ -62,6 +62,8 @@ def find_cross_fit(sweep: SweepFolder, rows: list[Row], one: Best) -> CrossFit |
         {row.arm: [run.folder for run in sweep.arms[row.arm].done] for row in block if sweep.arms[row.arm].distils == kind}
         for kind in (False, True)
     )
+    if not plain or not distilled:
+        return None
     try:
         return cross_fit(plain, distilled, one.best.task, one.best.metric, one.best.higher_is_better)
     except UserError:
