@@ -11,6 +11,7 @@ from llmkd_eval.comparison.compare_text import p_text
 from llmkd_eval.report.best import Best, best_sentence
 from llmkd_eval.report.sweep_charts import over_seeds as band_of
 from llmkd_eval.report.sweep_files import read_sweep
+from llmkd_eval.report.write import read_report
 
 from tests.kit.sweep_report import TWO, checked, lines, written
 
@@ -58,7 +59,9 @@ def test_a_plain_arm_that_is_the_best_is_said_to_be(made):
 
 
 def test_without_plain_arms_the_best_is_named_alone(made):
-    text = head(written(made({"a": ({}, 0.5), "b": ({"loss.divergence": "jsd"}, 0.8)}))[1])
+    folder = made({"a": ({}, 0.5), "b": ({"loss.divergence": "jsd"}, 0.8)})
+    text = head(written(folder)[1])
+    assert {one["cross_fit"] for one in read_report(folder).numbers()["best"]} == {None}
     assert "Held-out CE: b is the best (" in text and "plain" not in text and "learning rate" not in text
 
 
