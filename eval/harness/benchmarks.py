@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
 from llmkd.console import info, warn
@@ -152,4 +153,6 @@ def _quiet() -> None:
     """The harness prints a line for every shortened request, and its bars and those of its libraries fill log files."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if (loaded := sys.modules.get("datasets")) and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
+        loaded.disable_progress_bars()  # it read the variable when it was imported
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
