@@ -6,22 +6,38 @@ from typing import Any
 
 from .problems import BadRow
 
-Names = Mapping[str, Sequence[str]]  # by column
+
+class ClassName(str):
+    """The name of a class. `number`: its own in the data set."""
+
+    number: int
+
+
+Names = Mapping[str, Sequence[ClassName]]  # by column
 _UNKNOWN = -1  # what the library writes where a row has no class
 
 
 def names_of_data(data: Any) -> Names:
     """Of a data set of the library; a stream may not know its columns."""
-    return {name: one.names for name, one in (getattr(data, "features", None) or {}).items() if getattr(one, "names", None)}
+    features = getattr(data, "features", None) or {}
+    return {column: _numbered(one.names) for column, one in features.items() if getattr(one, "names", None)}
 
 
 def names_of_schema(schema: Any) -> Names:
     """Of the schema of an Arrow or Parquet file, into which the library writes the features."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"}
+        classes = {column: one for column, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"}
+        return {column: _numbered(one["names"]) for column, one in classes.items()}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+def _numbered(names: Sequence[str]) -> list[ClassName]:
+    found = [ClassName(name) for name in names]
+    for number, name in enumerate(found):
+        name.number = number
+    return found
 
 
 def with_names(row: dict[str, Any], names: Names) -> dict[str, Any]:
@@ -29,7 +45,7 @@ def with_names(row: dict[str, Any], names: Names) -> dict[str, Any]:
     return row | {column: _named(row[column], column, known) for column, known in names.items() if column in row}
 
 
-def _named(value: Any, column: str, known: Sequence[str]) -> Any:
+def _named(value: Any, column: str, known: Sequence[ClassName]) -> Any:
     if type(value) is not int:
         return value
     if not _UNKNOWN <= value < len(known):

@@ -12,6 +12,7 @@ from typing import Any
 from ...config.data import Source
 from ...config.formats import FILES, FORMATS
 from .calls import read_tools
+from .class_names import ClassName
 from .column_hints import column_hint, row_hint
 from .conversations import read_messages, read_system
 from .meanings import is_about
@@ -183,6 +184,8 @@ def _near(name: str, columns: frozenset[str]) -> str | None:
 
 def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollector) -> None:
     options, answer = row.get("choices"), row.get("answer")
+    if isinstance(answer, ClassName):  # MMLU's A to D
+        answer = row["answer"] = answer.number
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
         problems.add(f"{place}: choices is {kind(options)}, expected a list of at least two texts")
     elif any(surrogate(option) is not None for option in options):

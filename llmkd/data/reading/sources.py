@@ -313,7 +313,8 @@ def _as_bytes(data: Any) -> Any:
 
 def _hub(source: Source, setting: str) -> Opened:
     data = from_hub(source, setting)
-    digest, names = hashlib.sha256(), names_of_data(data)
+    names = names_of_data(data)
+    digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode() if names else b"")
 
     def found() -> Records:
         for i, row in enumerate(data):

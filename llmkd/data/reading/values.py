@@ -70,7 +70,8 @@ def parsed(value: Any) -> Any:
 def kind(value: Any) -> str:
     """The type of a value, in the words of JSON rather than Python."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", bytes: "bytes"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+    own = str if isinstance(value, str) else type(value)
+    return "null" if value is None else names.get(own, f"a {own.__name__}")
 
 
 def opened(row: dict, names: Iterable[str]) -> dict:

@@ -107,6 +107,13 @@ FAULTS = [
         ),
         ("sample-without-seed", "every seed draws the same rows", 'random.Random(f"sample {seed}")', 'random.Random("sample")', SOURCES),
         (
+            "names-unhashed",
+            "rows whose classes have other names are taken from the token cache",
+            "json.dumps(names, sort_keys=True).encode() if names else",
+            "",
+            "data/test_class_names.py",
+        ),
+        (
             "content-of-the-first",
             "files that a limit leaves unread may change unnoticed",
             "            if name not in self.hashes:\n                self._bytes(name, path)",
