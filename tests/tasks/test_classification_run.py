@@ -1,6 +1,7 @@
-"""Runs of classifiers, from a recipe to the folder that they leave; and what is refused before one."""
+"""Runs of classifiers, from a recipe to the folder that they leave."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -17,33 +18,14 @@ from llmkd.config import loader
 from llmkd.data.encoding.tokenizer import load_tokenizer
 from llmkd.data.prompt_edits import edited
 from llmkd.data.reading.sources import read_sources
-from llmkd.errors import UserError
 from llmkd.files import read_jsonl
 from llmkd.models.classifier import ClassifierKind
 from llmkd.models.pretrained import new_model
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.kit.by_hand import adam_steps, logged
+from tests.kit.classifiers import SMALL, made, rows_of
 from tests.kit.processes import assert_one_end, train_on_two
-
-SMALL = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 64,
-}
-ROWS = {"path": "builtin:skills", "name": "kinds", "format": "labelled"}
-BASE = {
-    "task": "classification",
-    "student": {"architecture": SMALL, "tokenizer": "builtin:skills", "method": "full"},
-    "data": {"train": {**ROWS, "limit": 40}, "validation": {**ROWS, "split": "validation", "limit": 24}, "max_length": 64},
-    "train": {"batch_size": 10, "max_steps": 4},
-    "optim": {"lr": 2e-2},
-    "validation": {"every": 2, "teacher_check": 4},
-    "checkpoint": {"every": 2, "best_by": "f1"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(folder):
-    def made(name: str, **changes):
-        (folder / "base.yaml").write_text(json.dumps(BASE | {"output_dir": str(folder / name)}))
-        return loader.load_recipe(folder / "base.yaml", {key.replace("__", "."): value for key, value in changes.items()})
-
-    return made
+    return functools.partial(made, folder)
 
 
 @pytest.fixture(scope="module")
@@ -211,103 +189,6 @@ def test_data_is_shown_and_other_commands_refuse_in_one_line(recipe, teacher, fo
         assert "is for language models; " in capsys.readouterr().err, words
 
 
-WRONG = {
-    "format": ({"data__train__format": "text", "data__train__name": "prose"}, "which task: classification does not read"),
-    "packing": ({"data__packing": True}, "data.packing: set with task: classification"),
-    "attention": ({"loss__attention": {}, "teacher__model": "t"}, "loss.attention: set with task: classification"),
-    "shard": ({"train__shard": "full"}, "train.shard: set with task: classification"),
-    "formats": (
-        {"data__validation": {"path": "birds", "format": "audio"}},
-        "data.validation.format: found audio with data.train.format: labelled",
-    ),
-    "new sound": (
-        {"data": {"train": {"path": "builtin:sounds", "format": "audio"}}, "validation": {}, "checkpoint": {}},
-        "student.architecture: found bert with rows of sounds or images, .* builtin_cnn",
-    ),
-    "server": ({"teacher__server": "http://x:1"}, "teacher.server: set with task: classification"),
-    "best": (
-        {"task": "causal_lm", "data__train__format": "text", "data__train__name": "prose", "data__validation": None},
-        "a metric of task",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_go_with_a_classifier_is_refused_by_name(recipe, case):
-    changes, said = WRONG[case]
-    with pytest.raises(UserError, match=said):
-        recipe("refused", **changes)
-
-
-def rows_of(path: Path, *rows: dict) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-PAIRS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "text_pair": "d", "label": "x"}]
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "said"),
-    [
-        ([*PAIRS, {"text": "e"}], PAIRS, r"train.jsonl:4: no column 'label'"),
-        ([*PAIRS, {"text": "e", "label": None}], PAIRS, r"train.jsonl:4: label is null, expected the name of a class"),
-        ([*PAIRS, {"text": "e", "label": 0.5}], PAIRS, r"train.jsonl:4: label is"),
-        (
-            PAIRS,
-            [*PAIRS, {"text": "e", "label": "z"}],
-            r"validation.jsonl:4: the label 'z' is none of the student's classes; it has 'x', 'y'",
-        ),
-        (PAIRS[:1], PAIRS[:1], "have 1 class"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_named(recipe, tmp_path, train, held_out, said):
-    plain = {"format": "labelled"}
-    files = {
-        f"data__{name}": plain | {"path": str(rows_of(tmp_path / f"{name}.jsonl", *rows))}
-        for name, rows in (("train", train), ("validation", held_out))
-    }
-    with pytest.raises(UserError, match=said):
-        prepare(recipe("refused", **files))
-
-
-def test_labels_of_teacher_and_student_are_compared(recipe, teacher, tmp_path):
-    prepared = prepare(recipe("refused", teacher__model=str(teacher / "model")))
-    names = prepared.processor.labels
-    assert prepared.train.names == names and prepared.vocab == 8
-    for change, said in (
-        ({"id2label": {str(i): name for i, name in enumerate(reversed(names))}}, "its classes are in another order than the student's"),
-        ({"id2label": {str(i): f"LABEL_{i}" for i in range(8)}}, "write teacher.model's names as id2label"),
-        ({"id2label": {str(i): f"other {i}" for i in range(8)}}, "its classes are others than the student's"),
-        ({"problem_type": "multi_label_classification"}, "teacher.model: its config.json says problem_type: multi_label_classification"),
-        ({"architectures": ["BertModel"]}, "has no head of a classifier; train it"),
-    ):
-        shutil.copytree(teacher / "model", tmp_path / "model", dirs_exist_ok=True)
-        (tmp_path / "model/llmkd.json").unlink(missing_ok=True)
-        config = json.loads((teacher / "model/config.json").read_text())
-        (tmp_path / "model/config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=said):
-            prepare(recipe("refused", teacher__model=str(tmp_path / "model")))
-    config = json.loads((teacher / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps(config | {"id2label": config["id2label"] | {"1": names[0]}}))
-    with pytest.raises(UserError, match=f"student.model: id2label in its config.json calls 2 classes '{names[0]}'"):
-        prepare(recipe("refused", student__architecture=None, student__tokenizer=None, student__model=str(tmp_path / "model")))
-
-
-def test_a_number_and_its_digits_are_one_class(recipe, tmp_path):
-    """Of files that write labels otherwise."""
-    rows = [{"text": text, "label": label} for text, label in (("a", 1), ("b", "1"), ("c", 0), ("d", 10), ("e", 2))]
-    file = {"path": str(rows_of(tmp_path / "rows.jsonl", *rows)), "format": "labelled"}
-    train = prepare(recipe("digits", data__train=file, data__validation=None, validation__every=None, checkpoint__best_by=None)).train
-    assert train.names == ("0", "1", "10", "2") and train.labels.tolist() == [1, 1, 0, 2, 3]
-
-
-def test_a_teacher_that_is_the_students_average_needs_another_input(recipe, teacher):
-    given = {"student__architecture": None, "student__tokenizer": None, "student__model": str(teacher / "model"), "loss__kd_ratio": 1.0}
-    with pytest.raises(UserError, match=r"teacher.ema: set with loss.kd_ratio 1"):
-        prepare(recipe("averaged", **given, teacher={"ema": 0.9}))
-
-
 def test_edited_texts_are_what_the_student_learns_from_and_a_killed_run_goes_on(recipe, teacher, folder):
     """0.1 CE + 0.9 T^2 KL at T 10, four steps of two epochs by torch's Adam: the student reads edited texts and the teacher clean ones."""
     still = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -326,13 +207,13 @@ def test_edited_texts_are_what_the_student_learns_from_and_a_killed_run_goes_on(
         "checkpoint__every": 1,
         "checkpoint__keep": 9,
     }
-    made = recipe("edited", **given)
-    run(made)
-    prepared, tokenizer = prepare(made), load_tokenizer("builtin:skills", "", ends=False)
-    rows = [row for read in read_sources(made.data.train, "data.train") for row in read.rows]
-    torch.manual_seed(made.seed)
+    plan = recipe("edited", **given)
+    run(plan)
+    prepared, tokenizer = prepare(plan), load_tokenizer("builtin:skills", "", ends=False)
+    rows = [row for read in read_sources(plan.data.train, "data.train") for row in read.rows]
+    torch.manual_seed(plan.seed)
     kind = ClassifierKind("", prepared.processor.labels, len(tokenizer), prepared.processor.readers.student.pad)
-    student = new_model(made.student, kind.architecture(8), "AutoModelForSequenceClassification").train()
+    student = new_model(plan.student, kind.architecture(8), "AutoModelForSequenceClassification").train()
     theirs = transformers.BertForSequenceClassification.from_pretrained(teacher / "model", dtype=torch.float64).eval()
 
     def logits(model, text):
@@ -344,38 +225,23 @@ def test_edited_texts_are_what_the_student_learns_from_and_a_killed_run_goes_on(
             for i in (int(i) for batch in batches for i in batch.example_N):
                 text, label = rows[i]["text"], prepared.train.labels[i]
                 key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-                z = logits(student, edited(text, asked, made.seed, (step.number - 1) // 2, f"{key} 1"))
+                z = logits(student, edited(text, asked, plan.seed, (step.number - 1) // 2, f"{key} 1"))
                 with torch.no_grad():
                     p = (logits(theirs, text) / 10).softmax(0)
                 terms.append(-0.1 * z.log_softmax(0)[label] + 0.9 * 100 * (p * (p.log() - (z / 10).log_softmax(0))).sum())
             yield torch.stack(terms).mean()
 
-    found = adam_steps(student, made, losses())
-    assert len(found) == 4 and np.allclose(found, logged(made), rtol=1e-9, atol=0)
+    found = adam_steps(student, plan, losses())
+    assert len(found) == 4 and np.allclose(found, logged(plan), rtol=1e-9, atol=0)
     shutil.copytree(folder / "edited", out := folder / "killed")
     (out / "summary.json").unlink()
     for name in ("model", "checkpoints/step-4"):
         shutil.rmtree(out / name)
-    run(dataclasses.replace(made, output_dir=str(out)), resume=True)
+    run(dataclasses.replace(plan, output_dir=str(out)), resume=True)
     ours, theirs = (load_file(folder / name / "model/model.safetensors") for name in ("edited", "killed"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and logged(made) == [
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and logged(plan) == [
         record["loss"] for record in read_jsonl(out / "metrics.jsonl") if "loss" in record
     ]
-
-
-def test_long_texts_and_pairs(recipe, tmp_path):
-    file = rows_of(tmp_path / "long.jsonl", *PAIRS, {"text": "robin " * 30, "label": 3})
-    given = {
-        "data__train": {"path": str(file), "format": "labelled"},
-        "data__validation": None,
-        "validation__every": None,
-        "checkpoint__best_by": None,
-    }
-    dropped, cut = (prepare(recipe("long", **given, data__max_length=12, data__too_long=how)).train for how in ("drop", "truncate"))
-    assert (len(dropped), len(cut)) == (3, 4) and cut.lengths.max() == 12 and cut.names == ("3", "x", "y")
-    assert dataclasses.replace(cut, counts={}).lengths[2] > cut.lengths[0]  # both texts of a pair
-    with pytest.raises(UserError, match=r"long.jsonl:4: \d+ tokens, and data.max_length is 12"):
-        prepare(recipe("long", **given, data__max_length=12, data__too_long="refuse"))
 
 
 @pytest.fixture(scope="module")

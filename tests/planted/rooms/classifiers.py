@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 STEP, RUN, METRICS = "tasks/test_classifier.py", "tasks/test_classification_run.py", "tasks/test_metrics.py"
+BEFORE = "tasks/test_classification_rows.py"
 VIEWS = "tasks/test_views.py"
 
 FAULTS = [
@@ -88,6 +89,13 @@ FAULTS = [
             VIEWS,
         ),
         (
+            "too-long-among-trained",
+            "rows that are too long are counted by the numbers of other rows",
+            "trained[longer], counts",
+            "longer, counts",
+            "tasks/test_sequences_run.py::test_targets_that_are_long_or_empty_and_the_teacher_of_a_source",
+        ),
+        (
             "too-long-for-one",
             "rows that only one of the models finds too long are left out without a word",
             "functools.reduce(np.union1d, [long for *_, long in found.values()])",
@@ -114,6 +122,33 @@ FAULTS = [
             'return self.teachers.get(setting.removesuffix(".model"), self.student)',
             "return self.student",
             f"{VIEWS}::test_steps_of_a_student_of_sound_with_a_teacher_of_text",
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/text_reader.py",
+        (
+            "edits-of-other-rows",
+            "after a row that is left out the edited texts are those of others",
+            "[rows[i] for i in used]",
+            "rows",
+            "data/test_edited_texts.py",
+        ),
+        (
+            "pair-of-another-column",
+            "a teacher that reads another text reads the student's second text too",
+            '(self.column, "text_pair") if self.column == "text" else (self.column,)',
+            '(self.column, "text_pair")',
+            f"{VIEWS}::test_a_teacher_reads_another_text_which_is_not_edited",
+        ),
+    ),
+    *in_file(
+        "llmkd/tasks/target_views.py",
+        (
+            "empty-is-long",
+            "a row without a target is counted as too long too",
+            " if rows[i][self.target].strip()]",
+            "]",
+            "tasks/test_target_views.py::test_a_prompt_that_is_too_long_with_its_target_is_left_out_and_not_cut",
         ),
     ),
     *in_file(
@@ -191,7 +226,7 @@ FAULTS = [
             "classes in another order are taken for the same",
             "        if theirs == names:",
             "        if sorted(theirs) == sorted(names):",
-            RUN,
+            BEFORE,
         ),
         (
             "class-unseen",
