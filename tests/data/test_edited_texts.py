@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import transformers
 
-from llmkd.config.data import Data
+from llmkd.config.data import Data, Source
+from llmkd.config.media import Augment
 from llmkd.data.encoding import edited_texts
-from llmkd.data.encoding.edited_texts import with_edits
-from llmkd.data.encoding.labelled_text import text_inputs
 from llmkd.data.examples import Draw
 from llmkd.data.labelled import LabelledExamples
 from llmkd.data.prompt_edits import edited
+from llmkd.tasks.text_reader import TextReader
 
 ASKED = ({"swap": 0.4}, {"delete": 0.2})
 ROWS = [
@@ -30,9 +30,12 @@ def reader(backwards: bool = False) -> transformers.BertTokenizerFast:
 
 
 def texts(tokenizer, max_length: int = 64):
-    columns = ("text", "text_pair")
-    found, used, _ = text_inputs(ROWS, [f"t:{i}" for i in range(4)], columns, Data(max_length=max_length), tokenizer, 0, "data.train")
-    return with_edits(found, [ROWS[i] for i in used], ASKED, columns, max_length, tokenizer)
+    """Of ROWS, which stand after one that is too long."""
+    rows = [{"text": "owl " * 99}, *ROWS]
+    data = Data(train=Source(path="t", format="labelled"), max_length=max_length, augment=Augment(prompt=ASKED))
+    found, used, longer = TextReader("text", tokenizer, 0).inputs(rows, [f"t:{i}" for i in range(5)], data, "data.train")
+    assert used.tolist() == [1, 2, 3, 4] and longer.tolist() == [0] and found.edits.tokenizer is not tokenizer
+    return found
 
 
 def by_hand(row: dict, epoch: int) -> list[str]:

@@ -157,10 +157,11 @@ def test_the_hub_is_streamed_by_its_own_library(monkeypatch):
 
     def load(path, name=None, **settings):
         asked.append(settings)
-        return datasets.Dataset.from_list([row(i) for i in range(10)]).to_iterable_dataset()
+        rows = datasets.Dataset.from_list([row(i) | {"output": i % 2} for i in range(10)])
+        return rows.cast_column("output", datasets.ClassLabel(names=["owl", "wren"])).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    feed = stream("owner/rows", split="test", revision="v1")
+    feed = stream("owner/rows", split="test", revision="v1", where={"output": ["owl", "wren"]})
     assert sorted(itertools.chain(*told(feed)))[:8] == [1] * 8 and asked[0] == {"split": "test", "revision": "v1", "streaming": True}
     assert feed.places[0].startswith("owner/rows[test]:") and feed.origin["revision"] == "v1"
 

@@ -38,7 +38,8 @@ def test_pixels_are_colours_from_minus_one_to_one_and_each_model_has_its_process
     inputs = PictureInputs(read, student).take(np.array([1]))
     mine, theirs = (replace(inputs, reader=one).batch([0], None) for one in (student, teacher))
     assert np.abs(mine["pixel_values"][0].numpy() - (values / 127.5 - 1).transpose(2, 0, 1)).max() < 1e-6
-    assert theirs["pixel_values"].shape == (1, 3, 4, 4) and inputs.joined([inputs, inputs]).lengths.tolist() == [1, 1]
+    three = inputs.joined([replace(inputs, files=replace(inputs.files, places=[one])) for one in "abc"])
+    assert theirs["pixel_values"].shape == (1, 3, 4, 4) and three.lengths.tolist() == [1, 1, 1] and three.files.places == ["a", "b", "c"]
     assert inputs.content(0) != replace(inputs, reader=teacher).content(0)
     low, out = np.random.default_rng(1).integers(0, 256, (3, 8, 3), np.uint8), io.BytesIO()  # as many pixels high as there are colours
     Image.fromarray(low).save(out, "PNG")

@@ -173,7 +173,9 @@ def test_targets_that_are_long_or_empty_and_the_teacher_of_a_source(recipe, fold
     with pytest.raises(UserError, match=r"targets.jsonl:3: its target has 10 tokens, and at most 6 are used"):
         prepare(recipe("text_to_text", "unused", **given, data__too_long="refuse"))
     (both := folder / "both.jsonl").write_text(
-        "".join(json.dumps({"prompt": "what is " * n, "completion": "it is " * n}) + "\n" for n in (1, 9, 9))
+        "".join(
+            json.dumps({"prompt": "what is " * n, "completion": "it is " * n, "train": i > 0}) + "\n" for i, n in enumerate((1, 1, 9, 9))
+        )
     )
     counted = prepare(recipe("text_to_text", "unused", **given | {"data__train__path": str(both)}, data__too_long="truncate")).train.counts
     assert counted["too_long"] == 2  # rows, of whose sources and targets both are cut

@@ -1,6 +1,7 @@
 """What models read of sounds: extractors of several families, their longest clip, and two views."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -102,5 +103,8 @@ def test_extractors_are_saved_found_and_compared(tmp_path):
     log_mel.save_pretrained(tmp_path)
     assert settings_of(find_extractor(tmp_path, None, "teacher.model")) == settings_of(log_mel)
     assert settings_of(log_mel) != settings_of(find_extractor(None, InputFeatures("log_mel", rate=8_000, mels=21, seconds=0.2), ""))
+    (whisper := tmp_path / "whisper").mkdir()
+    (whisper / "processor_config.json").write_text(json.dumps({"feature_extractor": WhisperFeatureExtractor(feature_size=20).to_dict()}))
+    assert find_extractor(whisper, None, "teacher.model").feature_size == 20
     with pytest.raises(UserError, match="teacher.model: .* has no preprocessor_config.json"):
         find_extractor(tmp_path / "none", None, "teacher.model")

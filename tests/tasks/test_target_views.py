@@ -127,10 +127,12 @@ def test_of_a_target_that_is_cut_a_teacher_predicts_as_much(words):
 
 
 def test_a_prompt_that_is_too_long_with_its_target_is_left_out_and_not_cut(words):
-    """With their targets and an end the texts have 13, 21, 31, 15 and 23 bytes."""
-    goes_on = {"model": str(words / "goes_on"), "reads": "prompt"}
-    train = prepare(speech(words, "long", goes_on, data__max_length=22, data__too_long="truncate")).train
-    assert train.row.tolist() == [0, 1, 3] and train.counts["too_long"] == 2
+    """With their targets and an end the texts have 13, 21, 31, 15 and 23 bytes; another row has no target."""
+    goes_on, rows = {"model": str(words / "goes_on"), "reads": "prompt"}, (words / "train.jsonl").read_text()
+    (words / "one_empty.jsonl").write_text(rows + json.dumps(json.loads(rows.splitlines()[0]) | {"text": ""}) + "\n")
+    given = {"data__train__path": str(words / "one_empty.jsonl"), "data__max_length": 22, "data__too_long": "truncate"}
+    train = prepare(speech(words, "long", goes_on, **given)).train
+    assert train.row.tolist() == [0, 1, 3] and (train.counts["too_long"], train.counts["unsupervised"]) == (2, 1)
 
 
 def test_targets_that_are_not_the_students_are_refused_by_row(words):

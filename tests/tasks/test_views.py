@@ -276,7 +276,9 @@ def test_augmentation_does_not_touch_a_teacher_that_reads_another_column(birds, 
 def test_a_teacher_reads_another_text_which_is_not_edited(birds):
     """One of the student's own kind, by the column `prompt`; of two such teachers one reads what the student reads, edited."""
     rows = [json.loads(line) for line in (birds / "rows.jsonl").read_text().splitlines()]
-    (birds / "texts.jsonl").write_text("".join(json.dumps(row | {"long": f"{row['text']} a song"}) + "\n" for row in rows))
+    (birds / "texts.jsonl").write_text(
+        "".join(json.dumps(row | {"long": f"{row['text']} a song", "text_pair": "low"}) + "\n" for row in rows)
+    )
     source = {"path": str(birds / "texts.jsonl"), "format": "labelled", "fields": {"prompt": "long"}, "ignore": ["audio", "image"]}
     teachers = [{"model": str(birds / "reads"), "reads": "prompt"}, {"model": str(birds / "reads")}]
     given = {"student": {"model": str(birds / "reads"), "method": "full"}, "data__features": None, "data__validation": None}
@@ -286,8 +288,8 @@ def test_a_teacher_reads_another_text_which_is_not_edited(birds):
     batch, tokenizer = train.batch([4, 1], Draw(0, 0, 1)), transformers.BertTokenizerFast.from_pretrained(birds / "reads")
     texts = lambda view: [tokenizer.decode(ids, skip_special_tokens=True) for ids in view.inputs["input_ids"]]  # noqa: E731
     assert texts(batch.view_of("teacher.0")) == [f"{rows[i]['text']} a song" for i in (4, 1)]
-    assert batch.view_of("teacher.1") is batch.student and texts(train.batch([4, 1]).student) == [rows[i]["text"] for i in (4, 1)]
-    assert texts(batch.student) != [rows[i]["text"] for i in (4, 1)]
+    assert batch.view_of("teacher.1") is batch.student and texts(train.batch([4, 1]).student) == [f"{rows[i]['text']} low" for i in (4, 1)]
+    assert texts(batch.student) != [f"{rows[i]['text']} low" for i in (4, 1)]
 
 
 def test_layers_are_compared_with_clean_clips_nowhere_and_with_another_column(birds):

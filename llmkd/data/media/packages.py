@@ -5,7 +5,7 @@ import importlib
 from ...errors import UserError, brief
 
 #: By the kind of the files: what they are called, the extra, and its packages that read them.
-_PACKAGES = {"audio": ("sounds", "audio", ("soundfile", "soxr")), "image": ("images", "image", ("PIL",))}
+_PACKAGES = {"audio": ("sounds", "audio", ("soundfile", "soxr")), "image": ("images", "image", ("PIL.Image",))}
 
 
 def refuse_missing_packages(kind: str, setting: str) -> None:

@@ -4,7 +4,7 @@ from tests.planted.fault import in_file
 
 DECODE, MEL, AUGMENT = "data/audio/test_decode.py", "data/audio/test_log_mel.py", "data/audio/test_augment.py"
 WORKERS, MEDIA, EDITS = "data/media/test_workers.py", "data/test_media.py", "data/test_prompt_edits.py"
-TEXTS, TRANSCRIBE = "data/test_edited_texts.py", "making/test_transcribe.py"
+TEXTS, TRANSCRIBE, CLASSES = "data/test_edited_texts.py", "making/test_transcribe.py", "data/test_class_names.py"
 CNN, TRANSCRIPTS = "models/test_builtin_cnn.py", "tasks/test_transcripts.py"
 PICTURES = "data/images/test_augment.py"
 SOUND, IMAGES, RUNS = "tasks/test_sound.py", "data/images/test_decode.py", "tasks/test_sound_runs.py"
@@ -30,9 +30,6 @@ FAULTS = [
         ("numpy-unseeded", "numpy's generator is not seeded", "            np.random.seed(numpy)\n", "", AUGMENT),
         ("python-left", "Python's generator is left where augmentation ended", "            random.setstate(before[0])\n", "", AUGMENT),
         ("numpy-left", "numpy's generator is left where augmentation ended", "            np.random.set_state(before[1])\n", "", AUGMENT),
-    ),
-    *in_file(
-        "llmkd/data/media/augment.py",
         (
             "library-before-setting",
             "a library of transforms that is not there is no line",
@@ -42,12 +39,12 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/tasks/media.py",
+        "llmkd/data/media/packages.py",
         (
-            "packages-per-file",
-            "a package that is not there shows at the first file",
-            "            refuse_missing_packages(kind, setting)\n",
-            "",
+            "library-of-a-package",
+            "a package whose own library is not there is no line",
+            "(ImportError, OSError)",
+            "ImportError",
             "data/media/test_packages.py",
         ),
     ),
@@ -60,6 +57,7 @@ FAULTS = [
             "sum(answers, [])[i]",
             WORKERS,
         ),
+        ("asked-by-two", "two threads that ask get each other's clips", "        with self._lock:\n", "        if True:\n", WORKERS),
     ),
     *in_file(
         "llmkd/data/media/worker.py",
@@ -94,6 +92,17 @@ FAULTS = [
     *in_file(
         "llmkd/data/reading/class_names.py",
         ("no-class", "a row without a class is of the last one", "None if value == _UNKNOWN else known[value]", "known[value]", MEDIA),
+        ("number-of-a-name", "a class has another number than the data set's", "enumerate(found)", "enumerate(found, 1)", CLASSES),
+    ),
+    *in_file(
+        "llmkd/data/stream.py",
+        (
+            "numbers-in-a-stream",
+            "a stream of the hub has numbers where its rows without streaming have names",
+            "names = names_of_data(rows)",
+            "names = {}",
+            "data/test_stream.py::test_the_hub_is_streamed_by_its_own_library",
+        ),
     ),
     *in_file(
         "llmkd/making/sounds.py",
@@ -147,6 +156,27 @@ FAULTS = [
     *in_file(
         "llmkd/tasks/media.py",
         (
+            "packages-per-file",
+            "a package that is not there shows at the first file",
+            "            refuse_missing_packages(kind, setting)\n",
+            "",
+            "data/media/test_packages.py",
+        ),
+        (
+            "sources-backwards",
+            "files of three sources are joined in another order than their rows",
+            "first.files.joined([one.files for one in others])",
+            "first.files.joined([one.files for one in others[::-1]])",
+            "tasks/test_pictures.py",
+        ),
+        (
+            "one-kind-of-folder",
+            "an extractor in processor_config.json is not found",
+            ' and not (folder / "processor_config.json").is_file()',
+            "",
+            SOUND,
+        ),
+        (
             "rate-of-the-last-model",
             "sounds are decoded at the last model's rate, also where another one's is higher",
             "self.rate = max(self.rate, extractor.sampling_rate)",
@@ -184,9 +214,5 @@ FAULTS = [
             "False",
             RUNS,
         ),
-    ),
-    *in_file(
-        "llmkd/data/media/workers.py",
-        ("asked-by-two", "two threads that ask get each other's clips", "        with self._lock:\n", "        if True:\n", WORKERS),
     ),
 ]
