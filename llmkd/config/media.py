@@ -42,8 +42,8 @@ class Augment:
     )
     prompt: Transforms = fixed(
         (),
-        description="Of language models edits of the users' texts, of task text_to_text of the prompts, of classifiers of the texts, each with the share of words that it changes: "
-        "[{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. Targets stay as they are.",
+        description="Edits, each with the share of words that it changes: [{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. They are made in the users' texts for language models, "
+        "in the prompts for task text_to_text, in the texts for classifiers. Targets stay as they are.",
     )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",

@@ -1,4 +1,4 @@
-"""Sounds and images: those of a run, decoded once before training and in the same processes for every batch, and what is alike in how models read them."""
+"""The sounds and images of a run, and the common part of how models read them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ class MediaOfRun:
 
 @dataclass(frozen=True)
 class MediaInputs:
-    """Files as a model reads them, but for `lengths`, `shown` and `batch`; see `data.inputs.Inputs`. `reader`: its feature extractor or image processor."""
+    """A base of `data.inputs.Inputs` of files; a subclass has `lengths`, `shown` and `batch`. `reader`: the model's feature extractor or image processor."""
 
     files: MediaFiles
     reader: Any
@@ -79,7 +79,7 @@ class MediaInputs:
 
 @dataclass(frozen=True)
 class MediaReader:
-    """What reads a column of files, as a `Reader` but for `kind` and `inputs`."""
+    """A base of a `Reader` of files; a subclass has `kind` and `inputs`."""
 
     column: str
     reader: Any

@@ -91,8 +91,8 @@ class Readers:
         return {"the tokenizer" if name == "tokenizer" else name: value for name, value in self.provenance.items()}
 
     def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, dict[str, Reading], np.ndarray, np.ndarray, dict[str, int]]:
-        """What the student reads of a source's rows, and by setting what those teachers read that do not read the same; the numbers of the rows
-        that are used, and of those that a model finds too long, which are used where they are cut; and counts."""
+        """Of a source's rows: the student's inputs; by setting those of the teachers that read otherwise; the numbers of the rows that are used;
+        the numbers of those that are too long for a model, which are used where they are cut; and counts."""
         trained = np.array([i for i, row in enumerate(read.rows) if row.get("train") is not False], np.int64)
         if not len(trained):
             raise UserError(f"{setting}: all of its {len(read.rows)} rows are marked as not trained on; check the rows")

@@ -10,7 +10,7 @@ from llmkd.files import read_jsonl
 
 
 def adam_steps(model: torch.nn.Module, recipe: Recipe, losses: Iterator[torch.Tensor]) -> list[float]:
-    """A step at each loss, which is computed with the weights after the step before. Returns the losses."""
+    """A step of rate 0.01 at each loss, which is computed with the weights after the step before. Returns the losses."""
     adam, found = torch.optim.Adam(model.parameters(), 1e-2, recipe.optim.betas, recipe.optim.eps), []
     for loss in losses:
         adam.zero_grad()

@@ -90,10 +90,7 @@ def losses() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }  # no processes that import torch again
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that import torch again
     install(Path(sys.argv[1]))
     print(json.dumps({"steps": steps(), "losses": losses()}))

@@ -1,4 +1,4 @@
-"""Texts that are edited anew in every epoch, as what classifiers and encoders read: targets are no part of them."""
+"""Texts of classifiers and encoders that are edited anew in every epoch. Targets are no part of them."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,9 @@ class Edits:
 
 @dataclass
 class EditedTexts(TextInputs):
-    """`TextInputs` whose training batches have edited texts. Identity, lengths and what is read without a draw are of the texts as they are.
+    """Texts that are edited in batches with a draw. Their content, their lengths and batches without a draw are those of the texts as they are.
 
-    rows   of each the row that it was made of
+    rows   of each text the row that it is from
     """
 
     rows: Sequence[dict] = ()

@@ -37,10 +37,9 @@ def class_numbers(read: Rows, names: tuple[str, ...], setting: str, whose: str) 
     for i, (row, place) in enumerate(zip(read.rows, read.places, strict=True)):
         label = str(row["label"])
         if label not in known:
-            has = (
-                f"it has {listed(names)}; correct it, or leave such rows out (where): classes of a new head are those of the training rows"
-            )
-            fix = f"write its names as id2label into {whose}'s config.json" if is_default(names) else has
+            fix = f"it has {listed(names)}; correct the label, or leave such rows out (where): a new head has the classes of the training rows"
+            if is_default(names):
+                fix = f"write its names as id2label into {whose}'s config.json"
             problems.add(f"{place}: the label {label!r} is none of {whose}'s classes; {fix}", alike=f"label {label!r}")
         out[i] = known.get(label, 0)
     problems.raise_if_any()
