@@ -56,7 +56,7 @@ def _pair(sweep: SweepFolder, plain: Row | None, distilled: Row | None) -> Row |
 
 
 def find_cross_fit(sweep: SweepFolder, rows: list[Row], one: Best) -> CrossFit | None:
-    """The best distilled arm against the best plain one, each chosen by the half of the rows that it is not compared on. None: there is no such comparison."""
+    """The best distilled arm against the best plain one, each chosen by the half of the rows that it is not compared on. None: there is no such comparison, as of a group of tasks."""
     block = [row for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric) and _known(sweep, row)]
     plain, distilled = (
         {row.arm: [run.folder for run in sweep.arms[row.arm].done] for row in block if sweep.arms[row.arm].distils == kind}

@@ -37,21 +37,22 @@ def check_stage_caches(recipe: Recipe, stages: dict[str, Recipe]) -> None:
 
     stages   the recipes of the stages that write caches
     """
+    written: dict[str, tuple[str, dict[str, object]]] = {}  # by path: the stage, and what its cache will hold
+    for name, stage in stages.items():
+        for _, by in with_setting_names(stage.teacher, "teacher"):
+            if by.cache:
+                kind = by.cache.kind or ("hidden" if stage.task == "classification" else "topk")
+                written[by.cache.path] = name, {"kind": kind} | by.cache.options(kind)
     problems = []
     for setting, teacher in with_setting_names(recipe.teacher, "teacher"):
-        for name, stage in stages.items():
-            written = [by.cache for _, by in with_setting_names(stage.teacher, "teacher") if by.cache]
-            if teacher.cache and (cache := next((one for one in written if one.path == teacher.cache.path), None)):
-                kind = cache.kind or ("hidden" if stage.task == "classification" else "topk")
-                form = {"kind": kind} | {
-                    key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[kind].items()
-                }
-                for key, value in vars(teacher.cache).items():
-                    then = form.get(key, f"kind {kind}")
-                    if key != "path" and value not in (None, "auto", then) and then != "auto":
-                        problems.append(
-                            f"{setting}.cache.{key}: found {value}, and stage {name} writes {cache.path} with {then}; leave it out, or change one of them"
-                        )
+        if teacher.cache and teacher.cache.path in written:
+            name, form = written[teacher.cache.path]
+            for key, value in vars(teacher.cache).items():
+                then = form.get(key, f"kind {form['kind']}")
+                if key != "path" and value not in (None, "auto", then) and then != "auto":
+                    problems.append(
+                        f"{setting}.cache.{key}: found {value}, and stage {name} writes {teacher.cache.path} with {then}; leave it out, or change one of them"
+                    )
     if problems:
         raise UserError(*problems)
 

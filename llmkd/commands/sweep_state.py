@@ -22,6 +22,8 @@ from ..output.run_folder import lock_folder
 #: What to do about a damaged sweep.json.
 REBUILD = "delete it and run the sweep again with --resume, which keeps the finished arms"
 STATES = ("waiting", "done", "failed")
+#: What a run that has ended so has left in its folder.
+ENDS = {"done": "summary.json", "failed": "nonfinite.json"}
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -83,9 +85,8 @@ class SweepState:
             whole = False
         if not whole:
             raise UserError(f"{self.path}: is not a sweep's state; {REBUILD}")
-        ends = {"done": "summary.json", "failed": "nonfinite.json"}
         settled = {name: arm for name, arm in kept.items() if arm["status"] == "done" or arm.get("final")}
-        gone = [name for name, arm in settled.items() if not (self.folder / arm["folder"] / ends[arm["status"]]).exists()]
+        gone = [name for name, arm in settled.items() if not (self.folder / arm["folder"] / ENDS[arm["status"]]).exists()]
         if gone:
             info(f"note: what {count(len(gone), 'arm')} had left in {self.folder / 'arms'} is gone: {_some(gone)}; trained again")
         arms |= {name: arm for name, arm in kept.items() if name not in gone}
@@ -97,10 +98,10 @@ class SweepState:
         run = self.folder / arm["folder"]
         if arm["status"] != "waiting":
             return
-        if (run / "summary.json").exists():
+        if (run / ENDS["done"]).exists():
             arm |= {"status": "done", "reason": None, "run": self._run(arm)}
-        elif (run / "nonfinite.json").exists():
-            found = read_run_file(run / "nonfinite.json", "delete it and run the sweep again with --resume, which trains that arm further")
+        elif (run / ENDS["failed"]).exists():
+            found = read_run_file(run / ENDS["failed"], "delete it and run the sweep again with --resume, which trains that arm further")
             arm |= {"status": "failed", "final": True, "reason": f"step {found.get('step')}: {found.get('term')} is not finite"}
 
     def _run(self, arm: dict) -> str | None:

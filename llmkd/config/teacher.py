@@ -63,6 +63,10 @@ class Cache:
         None, description="hidden: dtype of the states; auto: the teacher's own; int8: with one scale per target."
     )
 
+    def options(self, kind: str) -> dict[str, object]:
+        """The options of a kind, with its defaults where they are not given."""
+        return {key: default if getattr(self, key) is None else getattr(self, key) for key, default in CACHE_KINDS[kind].items()}
+
     @property
     def is_written(self) -> bool:
         """Whether the folder holds a finished cache."""

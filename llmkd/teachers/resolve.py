@@ -54,7 +54,7 @@ class TeacherSource:
         """What a run knows of the teacher's distribution, where that is not all of it: `top 64 tokens`, `50 samples`."""
         if self.cache:
             kept, vocab = self.cache.header["kind"], self.cache.header["vocab"]
-        elif self.answers:
+        elif self.answers is not None:
             kept, vocab = self.answers.format.options(), self.answers.format.vocab
         else:
             return None

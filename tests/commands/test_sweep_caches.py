@@ -1,12 +1,15 @@
 """A stage of a sweep that writes the teacher's cache, and arms that read it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from llmkd.commands.cache_selection import check_stage_caches
 from llmkd.commands.pipeline import stage_recipes
 from llmkd.commands.sweep import run_sweep
 from llmkd.config.loader import load_pipeline
+from llmkd.config.teacher import Cache, Teacher
 from llmkd.errors import UserError
 from tests.conftest import distance, weights
 from tests.kit.sweeps import state
@@ -67,3 +70,25 @@ def test_a_stage_writes_the_cache_that_the_arms_read(world, sweep, tmp_path, cap
     ):
         stage_recipes(load_pipeline(str(tmp_path / "pipeline.yaml"), None), tmp_path / "pipeline.yaml", {})
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "writes", "reads", "found"),
+    [
+        ("causal_lm", {}, {"kind": "topk", "k": 64}, []),  # the defaults
+        ("causal_lm", {}, {"k": 32}, ["k: found 32, and stage cached writes there with 64"]),
+        ("causal_lm", {}, {"kind": "hidden"}, ["kind: found hidden, and stage cached writes there with topk"]),
+        ("classification", {}, {"kind": "hidden"}, []),
+        ("causal_lm", {"kind": "hidden"}, {"hidden_dtype": "int8"}, []),  # auto is the teacher's own, whatever that is
+        ("causal_lm", {"kind": "hidden", "hidden_dtype": "int8"}, {"hidden_dtype": "auto"}, []),
+        ("causal_lm", {"kind": "sampled", "seed": 1}, {"seed": 0}, ["seed: found 0, and stage cached writes there with 1"]),
+        ("causal_lm", {"path": "elsewhere"}, {"k": 32}, []),
+    ],
+)
+def test_what_a_stage_writes_has_the_defaults_of_its_kind(task, writes, reads, found):
+    recipes = [SimpleNamespace(task=task, teacher=Teacher(model="m", cache=Cache(**{"path": "there"} | one))) for one in (writes, reads)]
+    try:
+        check_stage_caches(recipes[1], {"cached": recipes[0]})
+        assert not found
+    except UserError as error:
+        assert [problem.removeprefix("teacher.cache.").split(";")[0] for problem in error.problems] == found

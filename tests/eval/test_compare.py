@@ -148,6 +148,18 @@ def test_divergences_from_a_part_of_the_teacher_are_another_metric(home):
     assert [(row.metric, row.arm) for row in rows] == [(metric, arm) for metric in ("ce", "top1_agreement") for arm in "ab"]
     assert said == ["held_out forward_kl: b left out; b measured it on top 64 tokens of its teacher, a on the whole distribution"]
     assert ("forward_kl", "c") in [(row.metric, row.arm) for row in compare(arms("b", "c"))]
+    for run, order in (("d", [0, 1, 2, 3]), ("e", [2, 0, 3, 1])):  # of two rows, whatever the order they stand in
+        path = held_out(
+            run,
+            {name: np.array(x)[order] for name, x in sums.items()},
+            targets[order],
+            hashes=[f"h{i}" for i in order],
+            places=[f"p{i}" for i in order],
+        )
+        rows = [json.loads(line) for line in (path / "held_out.jsonl").read_text().splitlines()]
+        lines = [json.dumps(row | ({"teacher_part": "top 64 tokens"} if row["hash"] in ("h0", "h1") else {})) + "\n" for row in rows]
+        (path / "held_out.jsonl").write_text("".join(lines))
+    assert ("forward_kl", "e") in [(row.metric, row.arm) for row in compare(arms("d", "e"))]
 
 
 def test_a_metric_under_the_name_of_an_older_version_is_left_out_with_a_note(home):

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llmkd_eval.comparison.cross_fit import cross_fit
+from llmkd_eval.comparison.compare import compare
+from llmkd_eval.comparison.cross_fit import CrossFit, cross_fit, halves
+from llmkd_eval.comparison.item_results import read
+from llmkd_eval.report.best import Best, cross_fit_sentence
 from llmkd_eval.report.write import read_report
 
 from llmkd.errors import UserError
@@ -19,12 +22,18 @@ TARGETS = np.array([2 + i % 3 for i in range(ROWS)], float)
 HALF = np.array([zlib.crc32(f"('r{i}',)".encode()) & 1 == 1 for i in range(ROWS)])
 
 
-def run(folder: Path, name: str, seed: int, ce: np.ndarray, order=range(ROWS)) -> list[Path]:
-    """A run whose held-out rows have that CE a target."""
+def run(folder: Path, name: str, seed: int, ce: np.ndarray, order=range(ROWS), metric="ce", places=None) -> list[Path]:
+    """A run whose held-out rows have that CE, or other metric, a target."""
     (folder / name).mkdir()
     (folder / name / "recipe.yaml").write_text(f"seed: {seed}\n")
     rows = [
-        {"id": place, "hash": f"r{i}", "place": f"held.jsonl:{i}", "targets": TARGETS[i], "sums": {"ce": ce[i] * TARGETS[i]}}
+        {
+            "id": place,
+            "hash": f"r{i}",
+            "place": places[i] if places else f"held.jsonl:{i}",
+            "targets": TARGETS[i],
+            "sums": {metric: ce[i] * TARGETS[i]},
+        }
         for place, i in enumerate(order)
     ]
     (folder / name / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,6 +77,22 @@ def test_the_difference_is_that_of_numpy_over_arms_and_seeds(tmp_path):
     assert fit.row.seed_interval == pytest.approx((differences.mean() - half_width, differences.mean() + half_width), rel=1e-9)
 
 
+def test_of_a_metric_of_which_more_is_better_the_highest_is_chosen(tmp_path):
+    share = {"low": 0.4, "high": 0.6}
+    distilled = {name: run(tmp_path, name, 0, np.full(ROWS, x), metric="top1_agreement") for name, x in share.items()}
+    plain = {"plain": run(tmp_path, "plain", 0, np.linspace(0.4, 0.6, ROWS), metric="top1_agreement")}
+    fit = cross_fit(plain, distilled, "held_out", "top1_agreement", True)
+    assert set(fit.chosen) == {("plain", "high")} and fit.row.better is True and fit.row.value == pytest.approx(0.6)
+
+
+def test_examples_of_one_row_of_data_are_in_one_half(tmp_path):
+    places = [f"held.jsonl:{i // 4}" for i in range(ROWS)]
+    half = halves(read(run(tmp_path, "a", 0, np.zeros(ROWS), places=places)[0], "held_out"))
+    groups = read(tmp_path / "a", "held_out").groups
+    of = {place: {bool(h) for h, name in zip(half, groups, strict=True) if name == place} for place in places}
+    assert all(len(sides) == 1 for sides in of.values()) and len({True, False} & set().union(*of.values())) == 2
+
+
 def test_where_both_halves_choose_one_pair_the_difference_is_that_of_all_rows(tmp_path):
     rng = np.random.default_rng(11)
     ce = {name: level + rng.normal(0, 0.01, ROWS) for name, level in (("p1", 1.0), ("p2", 1.4), ("d1", 0.9), ("d2", 1.2))}
@@ -97,7 +122,11 @@ def test_the_report_says_it_and_which_arms_the_halves_choose(made):  # noqa: F81
     of = next(one for one in read_report(folder).numbers()["best"] if one["best"].metric == "ce")
     fit = of["cross_fit"]
     assert f"better ({fit.row.difference:+.4f}"[:-1] in line and "one half of the rows chooses, the other compares" in text
-    if set(fit.chosen) == {(of["plain"].arm, of["distilled"].arm)}:
-        assert line.endswith("Either half chooses these two arms.")
-    else:
-        assert all(name in line for pair in fit.chosen for name in pair)
+    assert fit.chosen[0] == fit.chosen[1] == (of["plain"].arm, of["distilled"].arm) and line.endswith("Either half chooses these two arms.")
+
+
+def test_arms_that_the_halves_choose_otherwise_are_named(tmp_path):
+    plain, distilled = compare({name: run(tmp_path, name, 0, np.full(ROWS, x)) for name, x in (("p", 0.5), ("d", 0.2))}, "p")
+    fit = CrossFit(distilled, (("p", "d"), ("p", "e")))
+    said = "".join(getattr(part, "text", part) for part in cross_fit_sentence(Best(distilled, distilled, plain, distilled, 4), fit))
+    assert said.endswith("One half chooses d and p, the other e and p.")

@@ -30,8 +30,11 @@ def command(capsys, *words) -> tuple[int, str, str]:
 
 
 def test_nothing_is_evaluated_twice_or_mixed_up(base, small, tmp_path, tasks_dir, capsys, monkeypatch):
+    import datasets
+
     from llmkd.models import pretrained
 
+    datasets.enable_progress_bars()  # as where the library was imported before the command
     loaded, real = [], pretrained.load_pretrained
     monkeypatch.setattr(pretrained, "load_pretrained", lambda folder, *a, **k: (loaded.append(folder), real(folder, *a, **k))[1])
     out = tmp_path / "out"

@@ -278,6 +278,24 @@ def test_the_held_out_figures_are_those_of_the_ensemble(two, world):
     assert found["teacher_entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), abs=1e-9)
 
 
+def test_held_out_rows_say_which_part_of_their_own_teachers_distribution_was_known(tmp_path):
+    """A row of one teacher says it of that one, a row of all says it where it is so of any."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from llmkd.training.student_run import StudentRun
+    from llmkd.training.validate import HeldOut
+
+    examples = SimpleNamespace(teacher_index=[0, 1, -1], student_hash=str)
+    teachers = [SimpleNamespace(part="top 8 tokens"), SimpleNamespace(part=None)]
+    prepared = SimpleNamespace(validation=examples, validation_places="abc", teachers=teachers)
+    student = SimpleNamespace(prepared=prepared, folder=SimpleNamespace(path=tmp_path))
+    for metric, parts in (("forward_kl", ["top 8 tokens", None, "top 8 tokens"]), ("ce", [None] * 3)):
+        StudentRun.write_held_out(student, HeldOut(np.ones(3, int), {metric: np.zeros(3)}))
+        assert [json.loads(line).get("teacher_part") for line in (tmp_path / "held_out.jsonl").read_text().splitlines()] == parts
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

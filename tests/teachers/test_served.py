@@ -49,6 +49,7 @@ def served(server, tokenizer, tmp_path):
     def go(name: str = "answers", stop=lambda: False, **settings):
         one = Teacher(**({"server": server.url, "model": "adapter", "top_k": K, "patience": 0.0} | settings))
         source = with_answers(TeacherSource("teacher", one, None, None), Data(train=None, cache_dir=str(tmp_path / name)), tokenizer, 640)
+        assert source.part == f"top {one.top_k} tokens"
         return open_served([source], "cpu", 640, stop)["teacher"]
 
     return go

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...batch import Example
-from ...config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Cache
+from ...config.teacher import TAIL_EXPONENTS, Cache
 from ...errors import UserError
 from ...head import Passed
 from ...losses.fused import default_chunk
@@ -175,7 +175,7 @@ def make_record_format(cache: Cache, vocab: int, teacher=None) -> RecordFormat:
     """The format of a cache to be written, from its settings and the defaults of its kind. `hidden` needs the teacher (a `Model`); of a
     classifier, whose logits are few, it is the default."""
     name = cache.kind or ("hidden" if teacher is not None and isinstance(teacher.head.project, Passed) else "topk")
-    options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
+    options = cache.options(name)
     if name == "topk":
         return TopKFormat(vocab, min(options["k"], vocab), options["value_bits"])
     if name == "sampled":

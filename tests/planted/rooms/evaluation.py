@@ -9,6 +9,13 @@ FAULTS = [
     *in_file(
         "llmkd/training/student_run.py",
         (
+            "part-of-one-of-several-teachers",
+            "a row of all teachers says what was known of one of them",
+            "everyone if teacher == ALL_TEACHERS else parts[teacher]",
+            "parts[teacher]",
+            "teachers/test_mixture.py",
+        ),
+        (
             "part-of-the-teacher-not-recorded",
             "held-out rows do not say that a part of the teacher's distribution was known",
             'line["teacher_part"] = part',
@@ -18,6 +25,13 @@ FAULTS = [
     ),
     *in_file(
         "eval/comparison/compare.py",
+        (
+            "parts-of-a-teacher-not-ordered",
+            "what was known of the teacher is compared row by row in another order",
+            "teacher_parts=None if m.teacher_parts is None else [m.teacher_parts[i] for i in order],",
+            "",
+            COMPARE,
+        ),
         (
             "parts-of-a-teacher-compared",
             "divergences over a few tokens are compared with those over all",
@@ -33,6 +47,20 @@ FAULTS = [
             "the half that chooses is the one that compares",
             "[half == chooses].sum()",
             "[half != chooses].sum()",
+            "eval/test_cross_fit.py",
+        ),
+        (
+            "half-by-example",
+            "examples of one row of data may be in both halves",
+            "zip(measured.groups or names, names",
+            "zip(names, names",
+            "eval/test_cross_fit.py",
+        ),
+        (
+            "lowest-is-chosen",
+            "of a metric of which more is better the lowest is chosen",
+            "value[arm, chooses] if higher_is_better else -value[arm, chooses]",
+            "-value[arm, chooses]",
             "eval/test_cross_fit.py",
         ),
         (
