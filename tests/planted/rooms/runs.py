@@ -171,7 +171,7 @@ FAULTS = [
         (
             "finished-arms-trained-again",
             "with sweep.json the finished arms are lost",
-            '        if (run / "summary.json").exists():\n',
+            '        if (run / ENDS["done"]).exists():\n',
             "        if False:\n",
             f"{DAMAGED}::test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs",
         ),
