@@ -42,7 +42,7 @@ _SHORTEST_SECRET = 8  # characters: a shorter key (EMPTY, x) hides nothing, and 
 class ServerFailed(UserError):
     """A server that cannot be reached, or does not answer. What was done before is not lost.
 
-    alone  what became of a request, where that may be due to it and not to the server: an error 500, a broken answer, a time-out. None otherwise
+    alone  how a request failed, where that may be due to it and not to the server: an error 500, a broken answer, a time-out. None otherwise
     """
 
     exit_code = 1
@@ -113,7 +113,7 @@ class Server:
         return self._asked("POST", path, json.dumps(content).encode(), patience)
 
     def tell(self, path: str, content: dict, patience: float | None = None) -> None:
-        """`post`, where what the server says to it is of no interest, and may be no JSON."""
+        """`post` without its answer, which may be no JSON."""
         self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
 
     def reach(self, path: str) -> None:
@@ -125,7 +125,7 @@ class Server:
                 raise ServerFailed(f"{self.setting}: {self.address} {error}; {self._fixed(error)}") from None
 
     def lives(self) -> bool:
-        """Whether it answers a question, with whatever, within ten seconds."""
+        """Whether it answers a request, even with an error, within ten seconds."""
         try:
             self._once("GET", "/v1/models", None, lambda body: None, min(_CONNECT, self.timeout))
         except _Passing as error:
@@ -210,7 +210,7 @@ class Server:
                     raise
                 response.release_conn()
             except (failures.HTTPError, OSError) as error:
-                raise _failure(TimeoutError() if over.is_set() else error, timeout, self.timeout) from None
+                raise _failure(error, over.is_set(), timeout, self.timeout) from None
         return self._read(response, b"".join(parts), parse)
 
     def _read(self, response, body: bytes, parse: Callable[[bytes], Any]) -> Any:
@@ -265,13 +265,13 @@ def _key(name: str, setting: str) -> str:
     return os.environ[name]
 
 
-def _failure(error: Exception, timeout: float, most: float) -> _Passing:
-    """What happened to a request. `most`: the time-out of the settings, which `timeout` may be less than."""
-    if isinstance(error, failures.ConnectTimeoutError) or not isinstance(error, failures.ReadTimeoutError | TimeoutError):
-        text = _in_words(error, timeout)
-        return _Passing(text, alone=text == _BROKE_OFF)
-    fix = _START if timeout < most else "raise {section}.timeout if it is working, or start it"
-    return _Passing(f"has not answered within {timeout:g} seconds", fix, alone=True)
+def _failure(error: Exception, over: bool, timeout: float, most: float) -> _Passing:
+    """What happened to a request. `over`: whether it was cut off; `most`: the time-out of the settings, which `timeout` may be less than."""
+    if (over or isinstance(error, failures.ReadTimeoutError | TimeoutError)) and not isinstance(error, failures.ConnectTimeoutError):
+        fix = _START if timeout < most else "raise {section}.timeout if it is working, or start it"
+        return _Passing(f"has not answered within {timeout:g} seconds", fix, alone=True)
+    text = _in_words(error, timeout)
+    return _Passing(text, alone=text == _BROKE_OFF)
 
 
 def _in_words(error: Exception, timeout: float) -> str:

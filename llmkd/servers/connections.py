@@ -17,12 +17,13 @@ _thread = threading.local()
 
 
 class _Shown:
-    """A connection that says to its thread's request which socket it uses."""
+    """A connection that tells `cut_after` which socket this thread's request uses."""
 
     def request(self, *args, **kwargs):
-        super().request(*args, **kwargs)
-        if (own := getattr(_thread, "own", None)) is not None:
-            own.append(self.sock)
+        try:
+            super().request(*args, **kwargs)
+        finally:  # urllib3 reads on where the server has not read all
+            _thread.use(self.sock)
 
 
 class _Http(urllib3.HTTPConnectionPool):
@@ -39,23 +40,30 @@ def cut_after(seconds: float) -> Iterator[threading.Event]:
 
     A time-out of a socket is one of each read: what comes a byte at a time outlives it. To connect and to send have limits of their own.
     """
-    over, own = threading.Event(), []
-    _thread.own = own
+    over, used = threading.Event(), []
 
     def cut() -> None:
         over.set()
-        for used in own:
-            with contextlib.suppress(OSError, AttributeError):
-                used.shutdown(socket.SHUT_RDWR)
+        for one in used:  # a duplicate, since TLS may be read at this moment, and is no socket within TLS
+            with (
+                contextlib.suppress(OSError, AttributeError),
+                socket.fromfd(one.fileno(), socket.AF_INET, socket.SOCK_STREAM) as duplicate,
+            ):
+                duplicate.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(seconds, cut)
+    def use(one) -> None:
+        used.append(one)
+        if over.is_set():  # before all was sent
+            cut()
+
+    _thread.use, timer = use, threading.Timer(seconds, cut)
     timer.daemon = True
     timer.start()
     try:
         yield over
     finally:
         timer.cancel()
-        _thread.own = None
+        del _thread.use
 
 
 def pool(address: str, connections: int, setting: str) -> urllib3.PoolManager:

@@ -8,10 +8,11 @@ import threading
 import time
 
 import pytest
+import urllib3
 
 from llmkd.config.teacher import Teacher
 from llmkd.errors import UserError
-from llmkd.servers import client, logprobs
+from llmkd.servers import client, connections, logprobs
 from llmkd.servers.client import Refused, Server, ServerFailed
 from llmkd.teachers.served_models import served_model
 from tests.kit.served import serving
@@ -37,10 +38,12 @@ def told(fake, answer, patience=0.0, timeout=5.0) -> str:
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 408])
-def test_a_server_that_is_busy_is_asked_again(fake, status, caplog):
-    fake.misbehave = lambda right, number: status if number < 3 else {"a": 1}
+def test_a_server_that_is_busy_is_asked_again(fake, status, monkeypatch):
+    """And each time the other processes of a run hear that this one goes on."""
+    monkeypatch.setattr(client.heartbeat, "going_on", lambda: signs.append(len(fake.asked)))
+    fake.misbehave, signs = lambda right, number: status if number < 3 else {"a": 1}, []
     assert Server(fake.url, "teacher.server", patience=5).post("/x", {"b": 2}) == {"a": 1}
-    assert fake.asked == [{"b": 2}] * 4
+    assert fake.asked == [{"b": 2}] * 4 and signs == [0, 1, 2, 3]
 
 
 def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_back(fake, caplog):
@@ -115,23 +118,51 @@ def test_a_server_that_hangs_and_one_that_drips(fake):
     fix = "raise teacher.timeout if it is working, or start it"
     assert told(fake, "hang", timeout=0.2) == f"teacher.server: URL has not answered within 0.2 seconds; {fix}"
     assert time.monotonic() - started < 2
-    head, whole = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n", b"HTTP/1.1 200 OK\r\n\r\n{}"
-    for begin, part in ((head + b"\r\n", b" "), (head, b"A: 1\r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (whole, b" ")):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+    whole = b"HTTP/1.1 200 OK\r\n\r\n{}"
+    for begin, part in ((HEAD + b"\r\n", b" "), (HEAD, b"A: 1\r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (whole, b" ")):
+        assert seconds_of_dripping(begin, part) < 1.5
 
-            def drip(begin=begin, part=part, listener=listener):
-                with listener.accept()[0] as connection, contextlib.suppress(OSError):
-                    connection.recv(4096)
-                    connection.sendall(begin)
-                    for _ in range(40):
-                        connection.sendall(part)
-                        time.sleep(0.05)
 
-            threading.Thread(target=drip, daemon=True).start()
-            started = time.monotonic()
-            with pytest.raises(ServerFailed, match="has not answered within 0.2 seconds"):
-                Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher.server", timeout=0.2, patience=0).post("/x", {})
-            assert time.monotonic() - started < 1.5
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n"
+
+
+def seconds_of_dripping(begin: bytes, part: bytes) -> float:
+    """After how long a server is given up that sends parts of an answer for two seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(begin)
+                for _ in range(40):
+                    connection.sendall(part)
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(ServerFailed, match="has not answered within 0.2 seconds"):
+            Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher.server", timeout=0.2, patience=0).post("/x", {})
+        return time.monotonic() - started
+
+
+def test_the_time_out_counts_from_before_a_request_is_sent(monkeypatch):
+    def slowly(connection, *args, real=urllib3.connection.HTTPConnection.request, **kwargs):
+        real(connection, *args, **kwargs)
+        time.sleep(0.3)
+        raise BrokenPipeError  # it may have answered before it closed its end
+
+    monkeypatch.setattr(urllib3.connection.HTTPConnection, "request", slowly)
+    assert seconds_of_dripping(HEAD + b"\r\n", b" ") < 1.5
+
+
+def test_a_server_that_accepts_no_connection_is_no_slow_one(monkeypatch):
+    def connect(*args, **kwargs):
+        time.sleep(0.1)
+        raise TimeoutError
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
+    with pytest.raises(ServerFailed, match="accepts no connection within 0.05 seconds; start it, or correct the address"):
+        Server("http://127.0.0.1:9", "teacher.server", timeout=0.05, patience=0).get("/x")
 
 
 def test_nobody_listens_and_a_host_that_is_not_known(fake):
@@ -158,7 +189,7 @@ def test_the_servers_own_wait_is_kept_and_one_beyond_the_patience_ends_at_once(f
     assert client._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def test_whoever_waits_for_a_server_is_let_go(fake):
+def test_requests_that_wait_for_a_server_are_let_go(fake):
     fake.misbehave = lambda right, number: 503
     server = Server(fake.url, "teacher.server", patience=60)
     started = time.monotonic()
@@ -193,6 +224,9 @@ def test_the_proxy_of_the_environment_is_not_asked_for_this_machine(fake, monkey
     assert Server(fake.url, "teacher.server", patience=0).get("/v1/models") == {"data": []}
     with pytest.raises(ServerFailed, match="proxy"):
         Server("http://192.0.2.1:80", "teacher.server", patience=0).get("/x")
+    monkeypatch.setenv("no_proxy", "192.0.2.1")
+    for address, through in (("http://192.0.2.1:80", False), ("http://192.0.2.2:80", True)):
+        assert isinstance(connections.pool(address, 1, "teacher.server"), urllib3.ProxyManager) is through
 
 
 def test_a_proxy_is_told_its_name_and_password_and_nobody_else_is(monkeypatch):

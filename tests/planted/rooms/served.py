@@ -25,11 +25,18 @@ FAULTS = [
             "raise _Passing(said, fix, wait=None,",
             CLIENT,
         ),
-        ("waits-on", "whoever waits is not let go", "self._ended.set()", "pass", CLIENT),
+        ("waits-on", "requests that wait are not let go", "self._ended.set()", "pass", CLIENT),
     ),
     *in_file(
         "llmkd/servers/connections.py",
-        ("drips", "an answer may come for ever", "used.shutdown(socket.SHUT_RDWR)", "pass", CLIENT),
+        ("drips", "an answer may come for ever", "duplicate.shutdown(socket.SHUT_RDWR)", "pass", CLIENT),
+        (
+            "drips-after-sending",
+            "so it may after a request that was sent slowly",
+            "if over.is_set():  # before",
+            "if False:  # before",
+            CLIENT,
+        ),
         ("nameless-proxy", "a proxy is not told its password", "if named else None", "if False else None", CLIENT),
     ),
     *in_file(
