@@ -66,7 +66,7 @@ class FakeServer:
                 pass
 
         class Listener(ThreadingHTTPServer):
-            daemon_threads, allow_reuse_address = True, True
+            daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
 
             def handle_error(self, *args):  # a client that has gone
                 pass

@@ -219,9 +219,20 @@ def test_an_ask_that_a_living_server_fails_at_is_no_answer_of_that_ask_alone_and
     with pytest.raises(UserError, match="answers 500: status 500; "):
         written(one := writer(**settings), asks(50, one))
     assert len(fake.asked) - before == 8
-    fake.stop()
+    fake.misbehave = lambda right, number: fake.stop() or right
+    with pytest.raises(UserError, match="closed the connection before its answer was whole; start it"):  # it is gone, whatever is asked
+        written(one := writer(**settings), asks(1, one))
     with pytest.raises(UserError, match="refuses the connection"):
         written(one := writer(**settings), asks(1, one))
+
+
+@pytest.mark.parametrize(("requests", "answer", "which"), [(1, 500, [*range(7), *range(8, 15)]), (16, "hang", [*range(0, 16, 2)])])
+def test_asks_that_fail_between_others_do_not_end_the_command(fake, requests, answer, which):
+    """Neither two rows of seven nor eight that are asked at one moment, and so time out at one."""
+    fake.misbehave = lambda right, number: answer if int(fake.asked[number]["messages"][0]["content"][9:-1]) in which else right
+    one = writer(server=fake.url, model="m", requests=requests, patience=0.0, timeout=0.5)
+    found = written(one, asks(16, one))
+    assert [i for i, answer in enumerate(found) if answer.problem] == which
 
 
 def test_what_was_paid_for_and_is_no_answer_counts_toward_the_limit_also_of_the_next_run(fake, tmp_path):

@@ -17,7 +17,7 @@ from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word
 _FOR_ALL = (401, 403, 404, 405, 407)
 #: Where servers put what a model thinks before it answers.
 _REASONING = ("reasoning_content", "reasoning")
-#: So many asks in a row, the first ones, are refused for whatever reason, or so many, whichever, fail on a server that lives: then no other one is made.
+#: The command ends where so many asks, the first ones, are refused, or so many in a row fail on a server that lives.
 _FIRST = 8
 _MOST_OF_MODEL = 200  # characters of a model's name
 
@@ -83,6 +83,7 @@ class ServedWriter:
         if sampling.min_p:
             content["min_p"] = sampling.min_p
         content = {name: value for name, value in (content | self.settings.body).items() if value is not None}
+        answered = self._answered
         try:
             answer = self._read(self.server.post("/v1/chat/completions", content), ask)
         except Refused as error:
@@ -93,7 +94,7 @@ class ServedWriter:
         except ServerFailed as error:
             if error.alone is None or not self.server.lives():
                 raise
-            self._broken += 1
+            self._broken += self._answered == answered  # others were answered meanwhile: they are no row, though they end at one moment
             if self._broken >= _FIRST:
                 raise
             return failed(f"the server {error.alone}")

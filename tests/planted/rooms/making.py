@@ -112,6 +112,21 @@ FAULTS = [
         ("no-end-of-asking", "a stop is not followed", "and not end.asked", "and True", WRITERS),
         ("one-ask-ends-all", "an ask that the server fails at ends the command", "if error.alone is None or", "if True or", WRITERS),
         (
+            "nobody-lives",
+            "of a server that is gone an ask fails as if it were that ask's alone",
+            "or not self.server.lives()",
+            "or False",
+            WRITERS,
+        ),
+        ("rows-never-end", "asks that fail are added up over those that are answered", "        self._broken = 0\n", "", WRITERS),
+        (
+            "at-one-moment",
+            "asks that time out together end the command",
+            "self._broken += self._answered == answered",
+            "self._broken += 1",
+            WRITERS,
+        ),
+        (
             "errors-with-200",
             "errors that come with status 200 are asked for to the last row",
             "if not choices and found.get",
