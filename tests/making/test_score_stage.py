@@ -114,6 +114,18 @@ def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, world, mon
         stage.Score(one).run(ROWS, work(tmp_path / "copy"))
 
 
+def test_a_row_that_is_scored_keeps_no_score_of_other_messages(scored):
+    outcome, one, folder = scored
+    of = ["0", row_id(ROWS[1].messages)]
+    rows = [
+        row.with_columns(old=9.0, row="mine", **{stage.BY: {"old": "student:a", "row": said}}) for row, said in zip(ROWS, of, strict=False)
+    ]
+    found = stage.Score(one).run([*rows, *ROWS[2:]], work(folder)).kept
+    wanted = [row.columns | {"row": "mine"} for row in outcome.kept]
+    wanted[1] |= {"old": 9.0, stage.BY: {"old": "student:a"} | wanted[1][stage.BY]}
+    assert [row.columns for row in found] == wanted
+
+
 def test_another_model_has_another_fingerprint(scored, world):
     one, other = (Scorer(ScoringModel(model=str(world / name)).loaded, "student") for name in ("student", "stranger"))
     in_another_type = Scorer(ScoringModel(model=str(world / "student"), dtype="float32").loaded, "student")
@@ -196,7 +208,7 @@ def test_rows_are_chosen_by_a_column(tmp_path):
         (known.child("3_evolve", "w", scored.messages), None),
         (known.child("3_evolve", "w", known.asking("p")), "made of"),
     ):
-        with pytest.raises(UserError, match=why) if why else contextlib.nullcontext():  # a score is of the messages, whoever has them
+        with pytest.raises(UserError, match=why) if why else contextlib.nullcontext():  # a score belongs to the messages
             assert len(SelectStage(Select(by="ifd", below=1)).run([one], work(tmp_path)).kept) == 1
     other = row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b"}})
     with pytest.raises(UserError, match="^ifd: the rows have scores of 2 different models"):

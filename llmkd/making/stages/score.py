@@ -1,5 +1,6 @@
 """*score*: a model reads each row; what it makes of it are columns of the row, with the model's fingerprint."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -70,7 +71,8 @@ class Score:
     def _scored(self, row: Row, found: dict[str, float] | list[str]) -> Row | Rejected:
         if isinstance(found, list):
             return Rejected(row, *found)
-        return row.with_columns(**found, **{BY: _current(row) | {name: self._by(name) for name in found} | {"row": row_id(row.messages)}})
+        by = {name: self._by(name) for name in found} | {"row": row_id(row.messages)}
+        return _without_inherited(row).with_columns(**found, **{BY: _current(row) | by})
 
     def _by(self, score: str) -> str:
         models = ("teacher",) if score == "teacher_ce" else ("student", "teacher") if score == "kl" else ("student",)
@@ -103,6 +105,12 @@ def _current(row: Row) -> dict[str, str]:
     """The same without those of other messages, such as of the row that it was made of."""
     by, said = scored_by(row), row_id(row.messages)
     return by if by.get("row", said) == said else {}
+
+
+def _without_inherited(row: Row) -> Row:
+    """The row without scores of other messages, which would pass for its own next to new ones."""
+    inherited = scored_by(row).keys() - _current(row).keys() - {"row"}
+    return dataclasses.replace(row, columns={name: value for name, value in row.columns.items() if name not in inherited})
 
 
 def column_of(row: Row, column: str, setting: str) -> float:

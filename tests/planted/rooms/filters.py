@@ -82,6 +82,7 @@ FAULTS = [
     *in_file(
         "llmkd/making/stages/score.py",
         ("any-models-scores", "scores of another model are used again", "sorted(self.settings.scores), prompts, models)", "sorted(self.settings.scores), prompts)", STAGE),
+        ("inherited-next-to-new", "a row that is scored keeps its parent's other scores as its own", "_without_inherited(row).with_columns", "row.with_columns", STAGE),
         ("inherited-scores", "a row's scores count for the row that is made of it", 'by.get("row", said) == said', "True", STAGE),
     ),
     *in_file(
