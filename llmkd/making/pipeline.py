@@ -34,7 +34,7 @@ from .writers.writer import Writer
 
 TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
 _THINKS = re.compile(r"</?think>")  # of some models the chat template has opened it, and the text has its end alone
-#: What a line of rejected.jsonl says besides its row, whose columns of these names are apart.
+#: Keys of a line of rejected.jsonl that are not the row's: its own columns of these names are under the last one.
 _COLUMNS = "columns"
 _WHY = ("stage", "reason", "detail", "answer", _COLUMNS)
 _FEW = 20  # candidates of which all may be rejected

@@ -17,6 +17,7 @@ def test_words_of_spaced_and_unspaced_scripts():
     assert words("... !? — ✓") == []
     assert words("हिन्दी का दिन; العَرَبِيَّة, q\u0301, \u2764\ufe0f 1\ufe0f") == ["हिन्दी", "का", "दिन", "العَرَبِيَّة", "q\u0301", "1"]
     assert words("दिन") != words("दीन")  # day and poor
+    assert words("می\u200cخواهم ක්\u200dරියා") == ["می\u200cخواهم", "ක්\u200dරියා"]  # Persian and Sinhala words with joiners
 
 
 @pytest.mark.parametrize(("text", "is_empty"), [("", True), (" \n\t\u200b\x00\ufeff", True), ("0", False), ("✓", False), ("?", False)])

@@ -209,6 +209,9 @@ def test_rows_of_an_earlier_run_keep_how_they_ended_and_whose_they_are(tmp_path)
     (row,) = lines(tmp_path / "second" / "out" / "train.jsonl")
     assert done.counts[0].reasons == {"cut_off": 1}
     assert (row["made"]["finish"], row["made"]["writer"], row["made"]["parents"]) == ("stop", "function", [before[1]["made"]["id"]])
+    for stage in ("answer", "explain"):  # how the new answers end, and not the old ones
+        run_make(write_make(tmp_path / "second", [{"do": stage}], before), Function(lambda ask: "anew"), seeds=seeds)
+        assert [row["made"]["finish"] for row in lines(tmp_path / "second" / "out" / "train.jsonl")] == ["stop"] * 2
     for wrong in ("by hand", {"id": 1}, {"id": "a", "finish": 3}, {"id": "a", "version": "both"}):
         keep = write_make(tmp_path / "second", [{"do": "keep"}], [before[1] | {"made": wrong}], writer=None)
         with pytest.raises(UserError, match=r"seeds.jsonl:1: made is not what llmkd make writes there; set ignore: \[made\]"):

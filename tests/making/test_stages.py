@@ -116,7 +116,7 @@ def test_of_two_hundred_malformed_answers_none_passes_for_what_it_is_not(do, tmp
         new = [
             one["content"] for one in row["messages"] if one["content"] not in seeds and not re.fullmatch(r"Answer \d+\.", one["content"])
         ]
-        assert new, "what is said to be made holds nothing new"
+        assert new, "a new row holds nothing new"
         for one in new:
             asks = one == row["messages"][0]["content"]  # an answer may be data as a whole
             assert (re.search(r"\w", one) and not re.match(r"JUNK|[\[{]", one)) if asks else set(one) - set(" .—*`"), one[:200]
