@@ -152,7 +152,7 @@ def load_base(folder: Path, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype, quantization, words", [("float32", FP8, "adapter merged, fp8"), ("bfloat16", None, "adapter merged")])
-def test_the_figures_are_those_of_the_two_teachers(wide, batches, capsys, dtype, quantization, words):
+def test_the_metrics_are_those_of_the_two_teachers(wide, batches, capsys, dtype, quantization, words):
     """An adapter on the head too, which is merged while it is still asked for what it was."""
     options = {"merge_adapter": True, "quantization": quantization}
     before, after = load(wide / "base-head", dtype=dtype), load(wide / "base-head", batches, dtype=dtype, **options)

@@ -180,7 +180,7 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt"))
 
 
-def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_path):
+def test_validation_metrics_from_the_models_own_logits(make_recipe, world, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -324,7 +324,7 @@ def test_pieces_of_a_held_out_text_are_not_trained_on(make_recipe, tmp_path):
     assert len(set(prepared.validation.row)) == 2 and len(prepared.validation) > 2
 
 
-def test_the_teacher_gate_warns(make_recipe, world, capsys):
+def test_the_teacher_check_warns(make_recipe, world, capsys):
     run(make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT))
     assert "tune the teacher on the data first" in said(capsys)
 

@@ -23,7 +23,7 @@ def check_of(recipe) -> list[dict]:
     return [line["teacher_check"] for line in lines if "teacher_check" in line]
 
 
-def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, capsys):
+def test_its_metrics_are_the_cross_entropies_of_both_on_the_sample(make_recipe, capsys):
     recipe = make_recipe(validation__teacher_check=11, train__max_steps=2)
     run(recipe)
     prepared = prepare(recipe)

@@ -35,7 +35,7 @@ FILES = [
     Row(
         "one bit of a base, an adapter or a teacher changed between stop and --resume",
         "refused with the file's name",
-        "training/test_resume.py::test_one_bit_of_any_model_file_is_noticed_by_name",
+        "training/test_model_watch.py::test_one_bit_of_any_model_file_is_noticed_by_name",
     ),
     Row(
         "one bit of a finished student changed",
@@ -55,7 +55,7 @@ FILES = [
     Row(
         "a model file rewritten while a run uses it",
         "the run saves a checkpoint, names the file and ends",
-        "training/test_resume.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
+        "training/test_model_watch.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
     ),
     Row(
         "a mapped file cut short while it is read",

@@ -183,21 +183,21 @@ FAULTS = [
             "the held-out KL is the other one",
             '"forward_kl": forward_kl(log_q_nV, log_p_nV)',
             '"forward_kl": reverse_kl(log_q_nV, log_p_nV)',
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            "training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
         (
             "mean-of-examples",
             "held-out values are means of the examples' means",
             "float(sums.sum()) / float(targets.sum())",
             "float((sums / targets).mean())",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            "training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
         (
             "agreement-with-the-label",
             "agreement is the student's accuracy",
             "(log_q_nV.argmax(-1) == log_p_nV.argmax(-1))",
             "(log_q_nV.argmax(-1) == labels_n)",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            "training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
         (
             "least-likely-choice",
@@ -218,7 +218,7 @@ FAULTS = [
             "the entropy is negative",
             "return -torch.where(log_p_nV == -math.inf",
             "return torch.where(log_p_nV == -math.inf",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            "training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
     ),
     *in_file(
@@ -255,7 +255,7 @@ FAULTS = [
             "the perplexity is a power of 2",
             "math.exp(min(",
             "2 ** (min(",
-            "training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            "training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
     ),
 ]

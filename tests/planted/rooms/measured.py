@@ -137,7 +137,7 @@ FAULTS = [
             "a teacher's files may change under a run",
             "[student, *(teacher.files for teacher in teachers if teacher.cache is None)]",
             "[student]",
-            "training/test_resume.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
+            "training/test_model_watch.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
         ),
     ),
     *in_file(

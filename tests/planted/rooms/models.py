@@ -196,7 +196,7 @@ FAULTS = [
             "the last layer goes on to compute the rows of the last batch",
             "self._active.rows_N = self._active.ids_BT = None\n",
             "pass\n",
-            f"{LAST} training/test_run.py::test_validation_figures_from_the_models_own_logits",
+            f"{LAST} training/test_run.py::test_validation_metrics_from_the_models_own_logits",
         ),
         (
             "never-proved",

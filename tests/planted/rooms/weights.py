@@ -60,7 +60,7 @@ FAULTS = [
         IDENTITY,
         "for name in (*CONFIGS, INDEX) if (folder / name).is_file()}",
         "for name in () if (folder / name).is_file()}",
-        "training/test_resume.py::test_one_bit_of_any_model_file_is_noticed_by_name",
+        "training/test_model_watch.py::test_one_bit_of_any_model_file_is_noticed_by_name",
     ),
     Fault(
         "student-unverified",
@@ -76,7 +76,7 @@ FAULTS = [
         "llmkd/models/pretrained.py",
         "                tensor.data = tensor.data.clone()",
         "                tensor.data = tensor.data",
-        "training/test_resume.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
+        "training/test_model_watch.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
     ),
     Fault(
         "names-not-one-to-one",
