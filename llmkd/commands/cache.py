@@ -21,6 +21,7 @@ from ..data.batching import make_micro_batches
 from ..data.examples import Examples
 from ..errors import Stopped, UserError, on_main_process, report_from_any_rank
 from ..output.run_folder import lock_folder
+from ..process import heartbeat
 from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared
@@ -38,11 +39,11 @@ def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest 
     from .cache_import import import_cache
 
     prepared, sources = select_teachers(recipe, lambda teacher: teacher.cache, MISSING, import_file)
-    accelerator = start()
     if import_file:
-        return [import_cache(recipe, prepared, sources, import_file, accelerator)]
+        return [import_cache(recipe, prepared, sources, import_file, start())]
     entered = contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing this batch; finished shards are kept")
     with entered as stop, contextlib.ExitStack() as locks:
+        accelerator = start()  # inside: by then torch's own limit is that of processes which watch each other
         return [write(recipe, prepared, source, accelerator, stop, locks) for source in sources]
 
 
@@ -53,6 +54,7 @@ def write(
     from ..teachers.cache.shards import Writer
 
     folder, setting = Path(source.settings.cache.path).expanduser(), f"{source.setting}.cache.path"
+    heartbeat.at(f"the writing of {folder}", patient=True)
     examples = teacher_examples(prepared, source, recipe.data.validation_fraction)
     load = _open_server if source.settings.server else _load_recorder
     recorder = load(recipe, prepared, source, examples, accelerator, stop)
@@ -179,6 +181,7 @@ def write_shards(writer, batches: dict[int, list[list[int]]], recorder: Recorder
             for batch in of_shard:
                 if stop():
                     raise Stopped(f"stopped by a signal; {writer.folder} is not complete, and the same command continues it")
+                heartbeat.going_on()
                 with report_from_any_rank():
                     shard.put(*recorder(batch))
                 shown.update(len(batch))

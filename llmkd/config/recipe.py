@@ -13,7 +13,7 @@ from .data import Data
 from .data import Source as Source
 from .divergences import DIVERGENCES, with_defaults
 from .features import Features
-from .fields import Count, OneOrMany, Seconds, Seed, Temperature, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
+from .fields import Count, OneOrMany, Seed, Temperature, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
 from .schedule import Scheduled, middle, value_at
 from .sharding import Shard
@@ -239,8 +239,10 @@ class Train:
         description="How several processes hold the student. none: each holds all of it (data parallelism); full: each holds a part of every weight, of "
         "its gradient and of the optimizer's state (FSDP2). An FSDP2 config file of Accelerate sets full. The result is the same.",
     )
-    timeout: Seconds = changeable(
+    timeout: float = changeable(
         600.0,
+        ge=10,  # beats come every second, and a late one is none that is missing
+        le=7200,  # what is waited for elsewhere (`heartbeat.PATIENT`)
         description="Seconds for which one of several processes may stand still before the run ends with a line that names it. Longer than a micro-batch "
         "takes at its longest, with what train.compile does in the first. What one process does for the others, such as loading and checkpoints, may take two hours.",
     )

@@ -57,8 +57,7 @@ class Plan:
         work = self.work
         if work.tokens is None:
             return None
-        in_largest = work.batch_tokens if work.batch.student.given is None else work.cost
-        by_token, by_target = work.tokens / in_largest, work.targets / max(1, work.batch.num_targets)
+        by_token, by_target = work.tokens / work.cost, work.targets / max(1, work.batch.num_targets)
         return {name: count * (by_target if name == LOSS else by_token) for name, count in self.flops.items()}
 
     def seconds(self, rate: Callable[[str], float], per_layer: float, whole: bool) -> float | None:

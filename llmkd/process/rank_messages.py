@@ -21,6 +21,10 @@ from .machine_errors import DEAD_PEER, machine_error
 _SECONDS = 3  # for the server to answer, and for the process that died first to say why
 _PATIENCE = 10  # seconds that a process has, after another has failed, to end by itself
 _LOOKS = 1.0  # seconds between two looks at whether another has
+_AGAIN = "; train.timeout sets the time, and llmkd train and sweep go on with --resume"
+
+#: Whether this process ends with others that fail or stand still.
+watched = False
 
 
 def is_first_to_say(text: str, error: BaseException) -> bool:
@@ -84,10 +88,6 @@ def ending_with_others() -> Iterator[None]:
             thread.join(_SECONDS)
 
 
-#: Whether this process ends with others that fail or stand still.
-watched = False
-
-
 def _watch(closed: threading.Event, answered: threading.Event) -> None:
     """Look at the others, until `closed`. Sets `answered` whenever the server has."""
     heartbeats, failed = Heartbeats(_key, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), 0.0
@@ -117,9 +117,6 @@ def _watch_server(closed: threading.Event, answered: threading.Event) -> None:
         answered.clear()
         if silent > heartbeat.timeout():
             _end(f"the launcher on the first machine ({os.environ['MASTER_ADDR']}) has not answered for {silent:,.0f} s" + _AGAIN)
-
-
-_AGAIN = "; train.timeout sets the time, and llmkd train and sweep go on with --resume"
 
 
 def _looks(closed: threading.Event) -> Iterator[float]:

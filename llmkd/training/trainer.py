@@ -120,6 +120,7 @@ class Trainer:
         """A student ends before the step in `error`. What it had learnt until then, which is what its weights still are, is saved."""
         good = error.step - 1
         if good > self.written:
+            heartbeat.at(f"the checkpoint of step {good}", patient=True)
             student.save(good, self.source.state(good))
             student.prune()
         saved = f", and {path} holds them" if (path := student.folder.checkpoints / f"step-{good}").is_dir() else ""
@@ -264,8 +265,8 @@ class Trainer:
                 student.fail(error, f"lower optim.lr; {student.folder.checkpoints} keeps what was saved before")
         questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
-            heartbeat.at("the writing of the student", patient=True)
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}
+            heartbeat.at("the writing of the student", patient=True)
             if whole := student.state.strategy.to_write(student.model, self.main):
                 output = student.finish(self.source.total_steps, scored, whole)
                 for text in student.folder.summary()["warnings"]:

@@ -1,13 +1,18 @@
 """Models to be sharded are read as they lie in their files; what the processes then do with them is in training/test_parallel.py."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llmkd.config.recipe import Lora, Student, Teacher
+from llmkd.model_folder.files import ModelFiles
 from llmkd.models import pretrained
-from llmkd.models.load import LoadContext, load_models
+from llmkd.models.adapters import is_lora_alone
+from llmkd.models.kinds import CAUSAL
+from llmkd.models.load import LoadContext, _cast_later, load_models
 from llmkd.models.parts import whole as whole_of
 from llmkd.models.pretrained import load_as_stored, load_pretrained
 from llmkd.models.probe import hidden_and_gradients
@@ -80,3 +85,44 @@ def test_a_model_of_its_files_type_is_only_read(tmp_path):
     for dtype in ("auto", "bfloat16"):
         model, types = load_as_stored(tmp_path, "student.model", dtype, "auto")
         assert not types and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+#: By what an adapter's configuration says, whether the base's values may come later.
+ALONE = {
+    "plain": ({}, True),
+    "scaled otherwise": ({"use_rslora": True, "rank_pattern": {"q_proj": 4}}, True),
+    "directions": ({"use_dora": True}, False),
+    "copies": ({"modules_to_save": ["lm_head"]}, False),
+    "rows": ({"trainable_token_indices": [3]}, False),
+    "experts": ({"target_parameters": ["mlp.experts"]}, False),
+    "biases of the base": ({"bias": "all"}, False),
+    "values of the base": ({"init_lora_weights": "pissa"}, False),
+    "another kind": ({"peft_type": "IA3"}, False),
+    "a section": ({"eva_config": {"rho": 2.0}}, False),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_adapter_of_two_matrices_alone_needs_no_value_of_its_base(tmp_path, name):
+    changes, alone = ALONE[name]
+    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="base").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    files = ModelFiles(tmp_path, tmp_path, {})
+    assert is_lora_alone(files, "teacher.model") == alone
+    assert _cast_later([Student(model="a")], [files], CAUSAL) == alone
+
+
+@pytest.mark.parametrize(("lora", "later"), [({}, True), ({"dora": True}, False), ({"modules_to_save": ("norm",)}, False)])
+def test_a_new_adapter_that_reads_the_base_is_put_on_one_that_is_cast(tmp_path, lora, later):
+    many = [Student(model="a", lora=Lora()), Student(model="a", lora=Lora(**lora))]
+    assert _cast_later(many, [ModelFiles(tmp_path, None, {})] * 2, CAUSAL) == later
+
+
+def test_a_student_that_is_cast_later_is_told_of_by_the_type_that_it_gets(tmp_path, mesh_of_one, capsys):
+    tiny("llama", torch.bfloat16, vocab_size=96).save_pretrained(tmp_path)
+    for dtype, told in (("float32", False), ("bfloat16", True)):
+        load_models(
+            [Student(model=str(tmp_path), dtype=dtype, method="full")], [], LoadContext(96, "cpu", sharded={"student": mesh_of_one})
+        )
+        assert ("bfloat16 weights lose updates" in capsys.readouterr().err) == told

@@ -126,7 +126,10 @@ def test_a_model_to_come_is_read_by_what_its_recipe_reads_with(tmp_path):
 def test_rows_that_are_not_here_are_as_long_as_may_be(folder):
     """A second of sound, and 40 tokens of which the first four are given; eight classes of a teacher. Without one the classes are not known."""
     here = loader.load_recipe(folder / "speech_recognition.yaml", FEW | {"data.train.path": "somebody/clips"})
-    work = plan([here], found := find([here], folder), None, gpu=False).work
+    planned = plan([here], found := find([here], folder), None, gpu=False)
+    work = planned.work
+    # two micro-batches of this step and two of the next: ten sounds in float32, and of their 40 tokens all but the last in int64
+    assert planned.parts["inputs"] == 2 * 2 * 10 * (4 * 100 * 4 + 39 * 8)
     assert work.batch.student.inputs["input_features"].shape == (10, 4, 100) and work.tokens is None
     given = len(found.data.examples.example(0)[0]) - int(found.data.examples.num_targets[0])
     assert work.batch.num_targets == 10 * (40 - given) and "somebody/clips is not on this machine" in found.data.assumed

@@ -356,7 +356,7 @@ def test_time_is_the_larger_of_computing_and_calling(make_recipe, tmp_path):
     rate = {"bfloat16": 2e12, "float32": 1e12}.get
     assert planned.seconds(rate, 0.001, whole=False) == pytest.approx(4)
     assert planned.seconds(rate, 1, whole=False) == pytest.approx(10)
-    known = dataclasses.replace(planned, work=dataclasses.replace(work, tokens=3 * work.batch_tokens, targets=5 * work.batch.num_targets))
+    known = dataclasses.replace(planned, work=dataclasses.replace(work, tokens=3 * work.cost, targets=5 * work.batch.num_targets))
     assert known.total_flops == pytest.approx({LOSS: 20e12, TEACHER: 6e12}) and known.seconds(rate, 0, whole=True) == pytest.approx(16)
     assert known.seconds(rate, 0, whole=False) == pytest.approx(16 / work.steps)
 

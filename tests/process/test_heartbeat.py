@@ -1,15 +1,22 @@
 """A process that stands still is named by the others within the time that is set, and one that is busy is not."""
 
+import dataclasses
 import json
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from llmkd.cli import main
+from llmkd.commands import cache
+from llmkd.config.recipe import Train
 from llmkd.process import heartbeat, rank_messages
-from llmkd.process.heartbeat import PATIENT, Heartbeats, Place
+from llmkd.process.heartbeat import PATIENT, TIMEOUT, Heartbeats, Place
+from llmkd.training import launch as launch_of
+from llmkd.training.trainer import Trainer
 from tests.conftest import plain_recipe
 from tests.kit.processes import launch
 
@@ -24,6 +31,9 @@ class Store:
 
     def set(self, key: str, value: str) -> None:
         self.values[key] = value
+
+    def add(self, key: str, number: int) -> int:
+        return number
 
     def check(self, keys: list[str]) -> bool:
         return self.values.keys() >= set(keys)
@@ -104,7 +114,7 @@ def test_a_process_that_hangs_is_the_one_that_is_behind_the_others(three):
     assert LIMIT < after <= LIMIT + LIMIT // 5
 
 
-def test_where_all_are_at_one_place_none_is_blamed(three):
+def test_where_all_are_at_one_place_none_is_named_alone(three):
     three.come_to("step 3, micro-batch 2 of 2")
     said, _ = three.pass_time(2 * LIMIT)
     assert ") and 2 more stood still" in said and said.endswith("at step 3, micro-batch 2 of 2, as all do")
@@ -151,6 +161,122 @@ def test_time_in_which_the_process_itself_was_stopped_does_not_count(monkeypatch
     now = iter([0.0, 1.0, 3601.0])
     monkeypatch.setattr(rank_messages.time, "monotonic", lambda: next(now))
     assert list(rank_messages._looks(Closed())) == [1.0, 5.0]
+
+
+def test_the_setting_is_at_most_what_is_waited_for_elsewhere():
+    assert Train().timeout == TIMEOUT and Train(timeout=PATIENT).timeout == PATIENT
+    for seconds in (9.0, PATIENT + 1):
+        with pytest.raises(ValueError, match="timeout"):
+            Train(timeout=seconds)
+
+
+def under_launcher(monkeypatch) -> Store:
+    """This process is the second of two, and looks at the other all the time."""
+    store = Store()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_messages, "connect", lambda: store)
+    monkeypatch.setattr(rank_messages, "_LOOKS", 0.01)
+    monkeypatch.setattr(heartbeat, "_here", Place())
+    return store
+
+
+def test_a_process_that_ends_well_tells_the_others(monkeypatch):
+    store = under_launcher(monkeypatch)
+    with rank_messages.ending_with_others():
+        for _ in range(500):
+            if store.values:
+                break
+            time.sleep(0.01)
+        assert rank_messages.watched and json.loads(store.values["llmkd/said/0/place/1"])[0] > 0
+    assert not rank_messages.watched and json.loads(store.values["llmkd/said/0/place/1"])[0] == 0
+
+
+class Met(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("watching", "seconds"), [(False, 600), (True, 600 + PATIENT)])
+def test_torch_waits_longer_where_processes_watch_each_other(monkeypatch, watching, seconds):
+    import accelerate
+
+    def accelerator(kwargs_handlers, **_):
+        raise Met({type(one).__name__: one for one in kwargs_handlers}["InitProcessGroupKwargs"].timeout.total_seconds())
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    monkeypatch.setattr(rank_messages, "watched", watching)
+    with pytest.raises(Met) as met:
+        launch_of.start()
+    assert met.value.args == (seconds,)
+
+
+def test_processes_that_write_a_cache_watch_each_other_when_they_meet(monkeypatch):
+    def start():
+        raise Met(rank_messages.watched)
+
+    under_launcher(monkeypatch)
+    monkeypatch.setattr(launch_of, "start", start)
+    monkeypatch.setattr(cache, "select_teachers", lambda *_: (None, []))
+    with pytest.raises(Met, match="True"):
+        cache.cache(None)
+
+
+def test_every_batch_of_a_cache_is_a_sign(monkeypatch):
+    """Processes may write one for days, each at one place."""
+    monkeypatch.setattr(heartbeat, "_here", Place())
+    shard, signs = SimpleNamespace(put=lambda: signs.append(heartbeat._here.signs), write=lambda: None), []
+    cache.write_shards(SimpleNamespace(shard=lambda n: shard), {0: [[1], [2]], 3: [[3]]}, lambda batch: (), lambda: False)
+    assert signs == [1, 2, 3]
+
+
+def test_a_student_is_written_where_others_wait_for_long(monkeypatch):
+    """Also after questions, whose batches are a place where they do not."""
+
+    @dataclasses.dataclass
+    class Evaluator:
+        stop: object = None
+
+        def accuracy(self, *_):
+            heartbeat.at("a batch of validation")
+            return {}
+
+    monkeypatch.setattr(heartbeat, "_here", Place())
+    found, nothing = [], lambda *_: None
+    strategy = SimpleNamespace(is_finite=lambda *_: True, to_write=lambda *_: found.append(heartbeat._here.patient))
+    watch, prepared = SimpleNamespace(changed=lambda every: None), SimpleNamespace(questions=[1])
+    students = [SimpleNamespace(state=SimpleNamespace(strategy=strategy), model=None)] * 2
+    accelerator = SimpleNamespace(wait_for_everyone=nothing)
+    Trainer.finish(
+        SimpleNamespace(watch=watch, active=students, prepared=prepared, evaluator=Evaluator(), accelerator=accelerator, main=True)
+    )
+    assert found == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("machines", "answers", "ends"),
+    [("1", 0, False), ("2", 0, True), ("2", 3, True), ("2", 10, False)],
+)
+def test_a_launcher_on_another_machine_that_does_not_answer_ends_the_process(monkeypatch, machines, answers, ends):
+    """It answers in the first looks of ten, each 100 seconds after the one before."""
+    closed, answered, ended = threading.Event(), threading.Event(), []
+
+    def looks(closed):
+        for number in range(10):
+            if number < answers:
+                answered.set()
+            yield 100.0
+            if ended:
+                return
+
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setattr(heartbeat, "_timeout", LIMIT)
+    monkeypatch.setattr(rank_messages, "_looks", looks)
+    monkeypatch.setattr(rank_messages, "_end", ended.append)
+    answered.set()
+    rank_messages._watch_server(closed, answered)
+    assert len(ended) == ends
+    assert not ends or ended[0].startswith("the launcher on the first machine (node7) has not answered for 700 s; train.timeout")
 
 
 def train_and_stop(words: list[str], port: int) -> int:

@@ -111,6 +111,13 @@ FAULTS = [
             "count * (by_token if name == LOSS",
             PLAN,
         ),
+        (
+            "next-step-unread",
+            "what the models read of the next step takes no memory",
+            "parts[INPUTS] *= 2 * work.in_step",
+            "parts[INPUTS] *= work.in_step",
+            OTHERS,
+        ),
     ),
     *in_file(
         "llmkd/planning/step.py",

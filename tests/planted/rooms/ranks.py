@@ -14,8 +14,8 @@ FAULTS = [
     *in_file(
         "llmkd/process/heartbeat.py",
         (
-            "first-is-blamed",
-            "of processes that stand still the first is blamed, not the one that is behind",
+            "first-is-named",
+            "of processes that stand still the first is named, not the one that is behind",
             "if one.place.number == least]",
             "if rank == 0]",
             HEARTBEAT,
@@ -42,6 +42,47 @@ FAULTS = [
             "the time for which a process was itself stopped counts as the others' silence",
             "yield min(last - before, 5 * _LOOKS)",
             "yield last - before",
+            HEARTBEAT,
+        ),
+        (
+            "ends-without-a-word",
+            "a process that ends well does not tell the others",
+            "            heartbeats.leave(server)\n",
+            "",
+            HEARTBEAT,
+        ),
+        (
+            "old-answer-stays",
+            "a launcher that has answered once is never missed",
+            "        answered.clear()\n",
+            "",
+            HEARTBEAT,
+        ),
+        (
+            "own-launcher-is-watched",
+            "a process ends where its own machine's launcher is slow to answer",
+            "_looks(closed) if elsewhere else ()",
+            "_looks(closed)",
+            HEARTBEAT,
+        ),
+    ),
+    *in_file(
+        "llmkd/training/launch.py",
+        (
+            "torch-ends-first",
+            "torch's limit, which names nobody, comes before that of what takes long",
+            "(heartbeat.PATIENT if rank_messages.watched else 0)",
+            "0",
+            HEARTBEAT,
+        ),
+    ),
+    *in_file(
+        "llmkd/commands/cache.py",
+        (
+            "batches-are-no-signs",
+            "a cache that takes two hours ends by itself",
+            "                heartbeat.going_on()\n",
+            "",
             HEARTBEAT,
         ),
     ),
@@ -195,6 +236,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/training/trainer.py",
+        (
+            "written-at-a-question",
+            "a student that is written after questions may take no longer than a micro-batch",
+            '            heartbeat.at("the writing of the student", patient=True)\n',
+            "",
+            HEARTBEAT,
+        ),
         (
             "rate-of-the-next-step",
             "the rate that is recorded is the next step's",

@@ -80,7 +80,31 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/models/adapters.py",
+        (
+            "copies-before-the-cast",
+            "an adapter that copies weights of its base is put on one that has none yet",
+            '"modules_to_save", "trainable_token_indices",',
+            '"trainable_token_indices",',
+            "models/test_sharding.py",
+        ),
+    ),
+    *in_file(
         "llmkd/models/load.py",
+        (
+            "directions-of-nothing",
+            "a new DoRA is computed from a base that has no values yet",
+            "(lora.dora or lora.modules_to_save",
+            "(lora.modules_to_save",
+            "models/test_sharding.py",
+        ),
+        (
+            "told-of-as-stored",
+            "a student is warned of the type of its files, which it does not train in",
+            "dtype = casts.get(id(first), first.dtype)",
+            "dtype = first.dtype",
+            "models/test_sharding.py",
+        ),
         (
             "cast-whole",
             "a teacher is cast to another type before it is cut",
