@@ -1,7 +1,7 @@
-"""The `llmkd` command. `llmkd train` is the same as `accelerate launch llmkd/train.py` on one process.
+"""The `llmkd` command. On one process, `llmkd train` does the same as `accelerate launch llmkd/train.py`.
 
-`commands/arguments.py` parses a command's words; a function here checks what the parser cannot, and calls the command. Modules that
-load torch are imported by the function that needs them.
+`commands/arguments.py` parses the command line. The function of a command, below, checks what the parser cannot check and calls the
+code in `commands/` or `eval/`. Modules that load torch are imported inside the functions that need them.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, console
 from .commands import arguments
+from .commands.options import config_file, given_options, positional, prompts_file, recipe_file, run_folder
 from .commands.other_tasks import refuse_other_task, refuse_run_of_other_task
 from .commands.outputs import check_file, json_results, write_file
 from .commands.parser import HelpShown, did_you_mean
@@ -27,18 +28,22 @@ from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 
+#: Commands that run a model: environment variables that would change their results are refused.
 _COMPUTES = ("train", "sweep", "cache", "roll", "make", "sample", "export", "eval", "doctor")
+#: Commands with --resume.
 _RESUMED = ("train", "sweep")
+#: Commands that silence the progress bars and advice of libraries.
 _QUIET = (*_COMPUTES, "data", "plan", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command of `argv` (default: that of this process) and return its exit code; see `errors.exit_code`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     console.open_streams()
     console.show_messages()
     report_bus_errors()
-    launcher_pid()
+    launcher_pid()  # remembered from now on: a launcher may end while data is still being read
     again = "continue with --resume" if argv and argv[0] in _RESUMED else "start it again"
     with end_on_signal(again):
         return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug, again=again)
@@ -57,25 +62,29 @@ def dispatch(argv: list[str]) -> None:
     elif command in ("--help", "-h"):
         print(arguments.overview())
     elif command in COMMANDS:
-        try:
-            options, overrides = arguments.parse(command, words)
-        except HelpShown:
-            return
-        if command in _COMPUTES:
-            check_environment(shards=command == "train")
-        if command in _QUIET:
-            quiet()
-        with json_results(getattr(options, "json", None)) as write:
-            write(COMMANDS[command](options, overrides))
+        run_command(command, words)
+    elif command.startswith("-"):
+        raise UserError(f"{command}: not understood; name the command first, such as llmkd train {' '.join(argv)} (see llmkd --help)")
     else:
-        if command.startswith("-"):
-            raise UserError(f"{command}: not understood; name the command first, such as llmkd train {' '.join(argv)} (see llmkd --help)")
         hint = did_you_mean(command, COMMANDS)
         raise UserError(f"{command}: no such command{hint or ';'} there are {', '.join(COMMANDS)} (see llmkd --help)")
 
 
+def run_command(command: str, words: list[str]) -> None:
+    try:
+        options, overrides = arguments.parse(command, words)
+    except HelpShown:
+        return
+    if command in _COMPUTES:
+        check_environment(shards=command == "train")
+    if command in _QUIET:
+        quiet()
+    with json_results(getattr(options, "json", None)) as write:
+        write(COMMANDS[command](options, overrides))
+
+
 def train(options: argparse.Namespace, overrides: dict) -> Any:
-    config = _config(options)
+    config = config_file(options)
     kind = loader.file_kind(config)
     if kind == "sweep":
         return run_sweep(config, overrides, options.resume)
@@ -90,7 +99,7 @@ def train(options: argparse.Namespace, overrides: dict) -> Any:
 
 
 def sweep(options: argparse.Namespace, overrides: dict) -> Any:
-    config = _config(options)
+    config = config_file(options)
     if loader.file_kind(config) != "sweep":
         by = "make" if loader.file_kind(config) == "make" else "train"
         raise UserError(f"--config {config}: is not a sweep (it has neither grid: nor arms:); run it by llmkd {by}")
@@ -110,7 +119,7 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> dict:
 
 
 def cache(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _config(options)
+    config = config_file(options)
     from .teachers.cache.shards import read_header
 
     import_file = getattr(options, "import")
@@ -118,7 +127,7 @@ def cache(options: argparse.Namespace, overrides: dict) -> dict:
         raise UserError("--check: given together with --import; import first, then check")
     recipe = loader.load_recipe(config, overrides, check_inputs=True)
     if options.check:
-        for setting, one in with_setting_names(recipe.teacher, "teacher"):
+        for setting, one in with_setting_names(recipe.teacher, "teacher"):  # before torch is loaded
             if one.cache:
                 read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
         from .commands.cache_check import check
@@ -133,38 +142,36 @@ def cache(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def roll(options: argparse.Namespace, overrides: dict) -> dict:
-    (writer,) = _places(options, "roll", "who writes", "llmkd roll student, teacher, RUN or MODEL --config RECIPE --to FILE.jsonl")
+    (writer,) = positional(options, "roll", "who writes", "llmkd roll student, teacher, RUN or MODEL --config RECIPE --to FILE.jsonl")
     if not options.to:
         raise UserError("--to: not given; name the file of answers, such as --to runs/rolled.jsonl")
     if Path(options.to).suffix != ".jsonl":
         raise UserError(f"--to: found {options.to}, expected a file with the ending .jsonl")
     check_file(options.to, "--to")
-    cuts = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(options, name) is not None]
-    if options.temperature == 0 and (cuts or (options.samples or 1) > 1):
-        given = cuts[0] if cuts else "samples"
-        raise UserError(
-            f"--{given}: given with --temperature 0, which always takes the most likely token; leave it out, or raise the temperature"
-        )
-    if options.prompts and not Path(options.prompts).is_file():
-        raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
-    recipe = loader.load_recipe(_recipe(options), overrides, check_inputs=True)
+    _refuse_sampling_options_of_greedy(options)
+    prompts = prompts_file(options)
+    recipe = loader.load_recipe(recipe_file(options), overrides, check_inputs=True)
     refuse_other_task(recipe, "roll")
     from .commands.roll import roll as write_answers
     from .rollouts.sampling import Sampling
 
-    names = {"temperature", "max_new_tokens", "seed", "top_p", "top_k", "min_p"}
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    sampling = Sampling(**{"temperature": 1.0} | {name: given[name] for name in names & given.keys()})
-    more = {name: given[name] for name in ("samples", "limit", "batch_size") if name in given}
-    found = write_answers(
-        writer, recipe, Path(options.to).expanduser(), sampling, prompts=options.prompts and Path(options.prompts), **more
-    )
+    sampling = Sampling(**{"temperature": 1.0} | given_options(options, "temperature", "max_new_tokens", "seed", "top_p", "top_k", "min_p"))
+    more = given_options(options, "samples", "limit", "batch_size")
+    found = write_answers(writer, recipe, Path(options.to), sampling, prompts=prompts, **more)
     print(found["file"])
     return found
 
 
+def _refuse_sampling_options_of_greedy(options: argparse.Namespace) -> None:
+    given = list(given_options(options, "top_p", "top_k", "min_p", "seed")) + (["samples"] if (options.samples or 1) > 1 else [])
+    if options.temperature == 0 and given:
+        raise UserError(
+            f"--{given[0]}: given with --temperature 0, which always takes the most likely token; leave it out, or raise the temperature"
+        )
+
+
 def make(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _config(options)
+    config = config_file(options)
     if (kind := loader.file_kind(config)) != "make":
         raise UserError(f"--config {config}: is a {kind}, and holds no list of stages; name a file of llmkd make")
     from .commands.make import make as run_stages
@@ -176,7 +183,7 @@ def make(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def data(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _recipe(options)
+    config = recipe_file(options)
     recipe = loader.load_recipe(config, overrides)
     if recipe.task == "causal_lm":
         from .commands.preview_data import preview
@@ -187,7 +194,7 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def plan(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _config(options)
+    config = config_file(options)
     if (kind := loader.file_kind(config)) == "sweep":
         loader.load_sweep(config, overrides)
     elif kind == "pipeline":
@@ -195,23 +202,30 @@ def plan(options: argparse.Namespace, overrides: dict) -> dict:
     else:
         from .planning.model_configs import find_models
 
-        recipe = loader.load_recipe(_recipe(options), overrides, check_data=True)
+        recipe = loader.load_recipe(recipe_file(options), overrides, check_data=True)
         find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
-    from .commands.plan import Wanted, run
-    from .planning.devices import GPUS, SHARE
-
-    gpu = GPUS.get(options.gpu)
-    rate = options.tflops and options.tflops * 1e12
     if options.plot:
         check_file(options.plot, "--plot")
         if not options.processes:
             raise UserError("--plot: draws the speed of many GPUs, which --processes N plans; give both")
-    more = options.processes, options.plot and Path(options.plot)
-    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate, options.measure, *more))
+    from .commands.plan import Wanted, run
+    from .planning.devices import GPUS, SHARE
+
+    wanted = Wanted(
+        gpu=GPUS.get(options.gpu),
+        cpu=options.gpu == "none",
+        memory=options.memory,
+        share=options.share or SHARE,
+        rate=options.tflops and options.tflops * 1e12,
+        measure=options.measure,
+        processes=options.processes,
+        plot=options.plot and Path(options.plot),
+    )
+    return run(config, overrides, wanted)
 
 
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _config(options)
+    config = config_file(options)
     if loader.file_kind(config) == "sweep":
         recipe = loader.load_sweep(config).recipe
         raise UserError(
@@ -232,30 +246,24 @@ def doctor(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def export(options: argparse.Namespace, overrides: dict) -> None:
-    (run,) = _places(options, "export", "a run's folder", "llmkd export RUN")
-    if not Path(run).is_dir():  # before torch is loaded
-        raise UserError(f"{run}: {'is a file' if Path(run).exists() else 'no such folder'}; name a run's output_dir or an adapter")
+    run = run_folder(options, "export", "a run's output_dir or an adapter")
     from .commands.export import export as write_merged
 
-    print(write_merged(Path(run), Path(options.to) if options.to else None, options.checkpoint))
+    print(write_merged(run, Path(options.to) if options.to else None, options.checkpoint))
 
 
 def sample(options: argparse.Namespace, overrides: dict) -> Any:
-    (run,) = _places(options, "sample", "a run's folder", "llmkd sample RUN")
-    if not Path(run).is_dir():  # before torch is loaded
-        raise UserError(f"{run}: {'is a file' if Path(run).exists() else 'no such folder'}; name a run's output_dir")
+    run = run_folder(options, "sample", "a run's output_dir")
     if options.seed is not None and not options.temperature:
         raise UserError("--seed: given without --temperature, and the most likely tokens need none; give both, or leave it out")
     if options.to:
         check_file(options.to, "--to")
-    if options.prompts and not Path(options.prompts).is_file():
-        raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
-    refuse_run_of_other_task(Path(run), "sample")
+    prompts = prompts_file(options)
+    refuse_run_of_other_task(run, "sample")
     from .commands.sample import sample as ask
     from .commands.sample_text import as_text
 
-    given = {name: getattr(options, name) for name in ("count", "models", "temperature", "max_new_tokens", "seed", "batch_size")}
-    samples = ask(Path(run), options.prompts and Path(options.prompts), **{k: v for k, v in given.items() if v is not None})
+    samples = ask(run, prompts, **given_options(options, "count", "models", "temperature", "max_new_tokens", "seed", "batch_size"))
     print(as_text(samples, shutil.get_terminal_size().columns))
     if options.to:
         from llmkd_eval.report.samples import samples_page
@@ -274,7 +282,7 @@ def evaluate(options: argparse.Namespace, overrides: dict) -> list[dict]:
 def tasks(options: argparse.Namespace, overrides: dict) -> list[dict]:
     from llmkd_eval import run
 
-    (folder,) = _places(options, "tasks", "a folder of data", "llmkd tasks DATA_DIR")
+    (folder,) = positional(options, "tasks", "a folder of data", "llmkd tasks DATA_DIR")
     return run.tasks(Path(folder), Path(options.to or "eval/tasks"))
 
 
@@ -292,7 +300,7 @@ def compare(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def report(options: argparse.Namespace, overrides: dict) -> dict:
-    (folder,) = map(Path, _places(options, "report", "the folder of a sweep or a run", "llmkd report FOLDER"))
+    (folder,) = map(Path, positional(options, "report", "the folder of a sweep or a run", "llmkd report FOLDER"))
     from llmkd_eval.report import run_report
     from llmkd_eval.report.write import read_report, write
 
@@ -317,15 +325,15 @@ def recipes(options: argparse.Namespace, overrides: dict) -> dict:
 def init(options: argparse.Namespace, overrides: dict) -> None:
     from .commands.recipes import DEFAULT_FOLDER, copy_recipe
 
-    name, folder = (*_places(options, "init", "a recipe's name", "llmkd init NAME [FOLDER] (llmkd recipes lists them)", most=2), None)[:2]
-    written, command = copy_recipe(name, Path(folder or DEFAULT_FOLDER))
+    name, *folder = positional(options, "init", "a recipe's name", "llmkd init NAME [FOLDER] (llmkd recipes lists them)", most=2)
+    written, command = copy_recipe(name, Path(folder[0] if folder else DEFAULT_FOLDER))
     for path in written:
         print(path)
     console.info(f"next: {command}")
 
 
 def completion(options: argparse.Namespace, overrides: dict) -> None:
-    (shell,) = _places(options, "completion", "a shell", "llmkd completion bash, or zsh")
+    (shell,) = positional(options, "completion", "a shell", "llmkd completion bash, or zsh")
     if shell not in ("bash", "zsh"):
         raise UserError(f"completion: found {shell}, expected bash or zsh")
     print(arguments.completion_script(shell))
@@ -350,38 +358,6 @@ COMMANDS = {
     "init": init,
     "completion": completion,
 }
-
-
-def _config(options: argparse.Namespace) -> str:
-    if not options.config:
-        raise UserError("--config: not given; name a recipe, such as --config recipes/quickstart.yaml (llmkd recipes lists them)")
-    return options.config
-
-
-def _recipe(options: argparse.Namespace) -> str:
-    """The recipe that is named. UserError for a pipeline or a sweep, with the recipes of its runs."""
-    config = _config(options)
-    if (kind := loader.file_kind(config)) not in ("recipe", "make"):  # load_recipe refuses the latter
-        file = loader.read(config)[0]
-        stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
-        named = [
-            os.path.relpath(Path(config).parent / str(one["recipe"]))
-            for one in (file, *stages)
-            if isinstance(one, dict) and one.get("recipe")
-        ]
-        raise UserError(
-            f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
-        )
-    return config
-
-
-def _places(options: argparse.Namespace, command: str, what: str, usage: str, most: int = 1) -> list[str]:
-    """The words that are no options: one, or up to `most`."""
-    if not options.places:
-        raise UserError(f"{command}: {what} is not given; write {usage}")
-    if len(options.places) > most:
-        raise UserError(f"{command}: found {' '.join(options.places)}, expected {what} and nothing else; write {usage}")
-    return options.places
 
 
 def quiet() -> None:
