@@ -1,7 +1,7 @@
 """Messages, progress bars and tables on the console. Only rank 0 of a launch writes them.
 
-Messages go to `logging.getLogger("llmkd")`, so a program that imports llmkd routes or silences them as it does those of any library.
-The command line shows them as plain lines on stderr (`show_messages`); stdout is for results.
+Messages go to `logging.getLogger("llmkd")`, so a program that imports llmkd can route or silence them like those of any library. The
+command line shows them as plain lines on stderr (`show_messages`); stdout is for results.
 """
 
 import itertools
@@ -16,7 +16,7 @@ logger = logging.getLogger("llmkd")
 
 
 def first_process() -> bool:
-    """Whether this is rank 0 of a launch, or the only process. Known before any process group exists."""
+    """Whether this is rank 0 of a launch, or the only process. Works before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -24,7 +24,7 @@ def _from_first_process(record: logging.LogRecord) -> bool:
     return first_process()
 
 
-logger.addFilter(_from_first_process)  # for every handler, llmkd's or the program's own
+logger.addFilter(_from_first_process)  # so it holds for every handler: llmkd's and the program's own
 
 
 def info(text: str) -> None:
@@ -37,10 +37,10 @@ def warn(text: str) -> None:
 
 
 class _Stderr(logging.Handler):
-    """The message alone, on what sys.stderr is at that moment, above any progress bar."""
+    """Prints the bare message above any progress bar, on the current sys.stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")  # a bar that is shown has loaded it
+        tqdm = sys.modules.get("tqdm")  # imported if any bar is shown
         text = printable(record.getMessage())
         if tqdm is None:
             print(text, file=sys.stderr, flush=True)
@@ -49,18 +49,21 @@ class _Stderr(logging.Handler):
 
 
 def open_streams() -> None:
-    """Open what of stdin, stdout and stderr is closed (`llmkd ... >&-`, some daemons), on /dev/null: the next file would get its number."""
+    """Open stdin, stdout and stderr on /dev/null where they are closed (`llmkd ... >&-`, some daemons).
+
+    Otherwise the next file that is opened would get the number of the closed one, and be written to as stdout or stderr.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115 open as long as the process
 
 
 def show_messages() -> None:
-    """Show llmkd's messages on stderr, and there alone, as the command line does. Called again, it changes nothing."""
+    """Show llmkd's messages on stderr and nowhere else, as the command line does. A second call changes nothing."""
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr())
         logger.propagate = False
@@ -69,7 +72,7 @@ def show_messages() -> None:
 
 
 def progress_bar(name: str):
-    """A function that wraps an iterable in a progress bar on stderr, removed at the end. No bar off a terminal or on other ranks."""
+    """A function that wraps an iterable in a progress bar, which disappears at the end. On rank 0, and only if stderr is a terminal."""
     from tqdm import tqdm
 
     return lambda items: tqdm(items, name, leave=False, disable=None if first_process() else True)
@@ -89,17 +92,17 @@ def count(number: int, noun: str, several: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """A text whose characters that do not print, such as the escape sequences of a terminal, stand there as \\x1b; line breaks and tabs stay."""
+    """The text with unprintable characters escaped, such as \\x1b for those of a terminal's control sequences; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def text_width(text: str) -> int:
-    """The columns that a text takes on a terminal: a Chinese character takes two, an accent that is put on a letter none."""
+    """The number of terminal columns of a text: two for a wide character such as a Chinese one, none for a combining accent."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """The lines of a text, each at most `width` columns wide: broken at spaces, and within a word that is wider."""
+    """The lines of a text, each at most `width` columns wide: broken at spaces, and inside words that are wider than that."""
     out = []
     for line in printable(text).expandtabs(4).split("\n"):
         now = ""
@@ -116,7 +119,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _pieces(word: str, width: int) -> list[str]:
-    """A word cut where it is wider than `width`."""
+    """A word in pieces of at most `width` columns."""
     out, taken = [""], 0
     for c in word:
         wide = text_width(c)
@@ -129,7 +132,7 @@ def _pieces(word: str, width: int) -> list[str]:
 
 
 def in_columns(texts: Sequence[str], width: int, gap: int = 3) -> list[str]:
-    """Texts as columns of one width that fill `width` columns together."""
+    """Texts next to one another, in columns of equal width that together fill `width`, as lines."""
     each = (width + gap) // len(texts) - gap
     columns = [wrap(text, each) for text in texts]
     rows = itertools.zip_longest(*columns, fillvalue="")
@@ -137,19 +140,21 @@ def in_columns(texts: Sequence[str], width: int, gap: int = 3) -> list[str]:
 
 
 def align(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Lines of equally many cells as text: the columns numbered in `left` are left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+    """Rows of cells as lines of text: the columns numbered in `left` are left-aligned, the others right-aligned."""
+    widths = [max(map(text_width, column)) for column in zip(*lines, strict=True)]
+
+    def padded(cell: str, column: int) -> str:
+        space = " " * (widths[column] - text_width(cell))
+        return cell + space if column in left else space + cell
+
+    return ["  ".join(padded(cell, i) for i, cell in enumerate(line)) for line in lines]
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Rows with the same keys as aligned text with a header; floats with four decimals, None as nothing."""
+    """Rows with the same keys as aligned text under a header: floats with four decimals, None as an empty cell."""
     names = list(rows[0])
     header, *body = align([names, *([_cell(row.get(name)) for name in names] for row in rows)])
-    return "\n".join([header, "-" * len(header), *body])
+    return "\n".join([header, "-" * text_width(header), *body])
 
 
 def _cell(value: object) -> str:

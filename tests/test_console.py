@@ -104,3 +104,10 @@ def test_columns_of_a_table_are_aligned_left_or_right():
     lines = [["name", "n", "remark"], ["a", "10", "x"]]
     assert console.align(lines) == ["name   n  remark", "a     10       x"]
     assert console.align(lines, left=(0, 2)) == ["name   n  remark", "a     10  x     "]
+
+
+def test_columns_are_aligned_by_the_width_that_a_terminal_gives_to_characters():
+    """Two columns for each Chinese character, none for an accent that is put on a letter."""
+    lines = console.align([["数据.jsonl", "1"], ["cafe\u0301", "20"]])
+    assert lines == ["数据.jsonl   1", "cafe\u0301" + " " * 8 + "20"]
+    assert console.table([{"文": 1, "b": None}]).splitlines()[1] == "-" * 5
