@@ -1,4 +1,4 @@
-"""`llmkd sample`: what the teacher, the student before its training and the student after it write to the same prompts."""
+"""`llmkd sample`: answers of the teacher, the student before training and the student after training to the same prompts."""
 
 import dataclasses
 import gc
@@ -25,12 +25,12 @@ from ..output.run_files import IDENTITY, read_identity, recorded_layers
 from ..training.prepare import student_files
 
 MODELS = ("teacher", "before", "after")
-COUNT = 8  # held-out rows, where their number is not given
+COUNT = 8  # default number of held-out rows
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to a prompt. `finished`: it ended by itself; else it was cut off."""
+    """A model's answer to a prompt. `finished`: it ended with an end token, and was not cut off."""
 
     text: str
     tokens: int  # the end token included
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt as the models read it, and their answers by the models' names. `teacher_prompt` is given where a teacher read another one."""
+    """A prompt and the models' answers to it, by name. `teacher_prompt`: the teacher's prompt, if it differs. `reference`: the data's answer."""
 
     place: str
     prompt: str
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Samples:
-    """`models`: what each column is; `sampling`: temperature, max_new_tokens and seed."""
+    """All answers. `models`: the folder or hub id of each, by name; `sampling`: temperature, max_new_tokens and seed."""
 
     run: str
     sampling: dict[str, Any]
@@ -58,7 +58,7 @@ class Samples:
     asked: list[Asked]
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row for each model: how long its answers are, and how many of them ended by themselves."""
+        """A row for each model: the mean length of its answers, and how many of them ended by themselves."""
         answers = {name: [one.answers[name] for one in self.asked] for name in self.models}
         return [
             {
@@ -82,10 +82,11 @@ def sample(
     seed: int = 0,
     batch_size: int = 8,
 ) -> Samples:
-    """Ask the models of a finished run, one of them in memory at a time.
+    """Let the models of a finished run answer prompts. One model is in memory at a time.
 
-    prompts  a file of prompts; None: held-out rows of the run's data, with their answers as reference
-    count    the first so many prompts of the file, or so many held-out rows, drawn the same way every time
+    prompts   a file of prompts; None: held-out rows of the run's data, with their answers as reference
+    count     the first so many prompts of the file (default all), or so many held-out rows (default 8), the same ones every time
+    models    some of MODELS
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sample: runs in one process; leave accelerate launch out")
@@ -129,20 +130,20 @@ def finished(run: Path) -> tuple[Recipe, Path]:
     if not (run / "recipe.yaml").exists():
         raise UserError(f"{run}: holds no recipe.yaml, so its teacher and its data are not known; name a run's output_dir")
     recipe = load_recipe(run / "recipe.yaml")
-    if recipe.student.layers is not None:  # the numbers, also where they were measured
+    if recipe.student.layers is not None:  # their numbers, also if a measurement chose them
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, layers=recorded_layers(run)))
     return recipe, student
 
 
 def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
-    """(name, (the setting that names it, how it is loaded)) of each model that is asked. A line says which of them there is not."""
+    """(name, (the setting that names it, how it is loaded)) of each model to ask. Prints a line for each that is left out, and why."""
     own = recipe.student
     for setting, teacher in with_setting_names(recipe.teacher, "teacher") if "teacher" in wanted else ():
         if teacher.model_path and teacher.ema is None:
             yield setting, (f"{setting}.model", dataclasses.replace(teacher, cache=None))
         else:
             what = "on a server" if teacher.server else "a moving average of the student" if teacher.ema is not None else "a teacher cache"
-            info(f"{setting}: is {what}, and no model here that could write; left out")
+            info(f"{setting}: is {what}, not a model that can be loaded; left out")
     if "teacher" in wanted and recipe.teacher is None:
         info("the run had no teacher; left out")
     if "before" in wanted and own.model:
@@ -154,14 +155,14 @@ def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Ite
 
 
 def described(own: Student, wanted: dict[str, tuple[str, Teacher]]) -> dict[str, str]:
-    """What each model is, by name: its folder or hub id. A smaller model in the cache is called by what it was cut from."""
+    """The folder or hub id of each model, by name; for a student of some layers, the layers and the model that they were taken from."""
     named = {name: settings.model for name, (_, settings) in wanted.items()}
     cut = {"before": f"{layer_words(own.layers)} of {own.model}"} if "before" in named and own.layers is not None else {}
     return named | cut
 
 
 def untrained(own: Student) -> Teacher:
-    """How the student of a recipe is loaded as it is before its training, from `student.model`; its layers are numbers, or all."""
+    """How a recipe's student is loaded as it is before training. `own.layers` must be numbers or None."""
     return Teacher(
         model=own.model if own.layers is None else str(student_files(own).base),
         revision=own.revision if own.layers is None else None,
@@ -173,7 +174,7 @@ def untrained(own: Student) -> Teacher:
 
 
 def trained(student: Path, attention: str) -> Teacher:
-    """How the finished student in this folder is loaded."""
+    """How the finished student in a folder is loaded."""
     from ..models.saved_student import as_trained
 
     is_adapter = (student / "adapter_config.json").exists()
@@ -189,11 +190,11 @@ def _files(name: str, setting: str, settings: Teacher) -> ModelFiles:
 
 
 def _refuse_changed(run: Path, name: str, setting: str, files: ModelFiles) -> None:
-    """UserError for a file of the teacher, or of the student before its training, that is not what the run was started with."""
+    """UserError if a file of the teacher, or of the student before training, has changed since the run was started."""
     what = f"the {'student' if name == 'before' else name}'s"
     known = read_identity(run) if (run / IDENTITY).exists() and name != "after" else {}
     known = {file: value for file, value in known.items() if file.startswith((f"{what} base (", f"{what} adapter ("))}
-    if not known:  # a run of an earlier version, or a teacher that was a cache
+    if not known:  # a run of an earlier version, or a teacher that was read from a cache
         return
     now = identity_of(what.removesuffix("'s"), setting, files.base, files.adapter)
     for file in (*now, *known):
@@ -206,7 +207,7 @@ def _refuse_changed(run: Path, name: str, setting: str, files: ModelFiles) -> No
 
 
 def _held_out(run: Path, data: Data, tokenizer, count: int | None) -> list[Prompt]:
-    """Prompts of held-out rows of the run."""
+    """The prompts of `count` held-out rows of the run."""
     held_out = _validation(run, data, tokenizer)
     if held_out is None:
         raise UserError(
@@ -229,7 +230,7 @@ def _validation(run: Path, data: Data, tokenizer) -> Dataset | None:
 
 
 def refuse_unfit(prompts: list[Prompt], vocab: int, files: dict[str, ModelFiles], tokenizer) -> None:
-    """UserError where a prompt leaves a model no position to write at, or has a token that a model has no row for."""
+    """UserError if a prompt leaves a model no position for an answer, or has a token without a row in a model's embeddings."""
     problems = []
     for prompt in prompts:
         longest = max(len(prompt.ids), len(prompt.teacher_ids))
@@ -238,15 +239,16 @@ def refuse_unfit(prompts: list[Prompt], vocab: int, files: dict[str, ModelFiles]
             if most and longest >= most:
                 problems.append(f"{prompt.place}: the prompt has {longest} tokens, and {name} {most} positions; shorten it")
                 break
-        if max(prompt.ids) >= vocab:
-            token = tokenizer.convert_ids_to_tokens(int(max(prompt.ids)))
+        highest = int(max(prompt.ids.max(), prompt.teacher_ids.max()))
+        if highest >= vocab:
+            token = tokenizer.convert_ids_to_tokens(highest)
             problems.append(f"{prompt.place}: contains the token {token!r}, for which a model has no row; remove it from the text")
     if problems:
         raise UserError(*problems)
 
 
 def _answers(name, setting, settings, files, prompts, sampling, vocab, tokenizer, batch_size) -> list[Answer]:
-    """A model's answers; it is loaded for them, and gone afterwards."""
+    """A model's answers. The model is loaded here and freed again."""
     import torch
 
     from ..models.load import LoadContext, load_teacher

@@ -6,14 +6,16 @@ import shutil
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from llmkd.cli import main
-from llmkd.commands.sample import MODELS, Answer, Asked, Samples, described, models_to_ask, sample
+from llmkd.commands.sample import MODELS, Answer, Asked, Samples, described, models_to_ask, refuse_unfit, sample
 from llmkd.commands.sample_text import as_text
 from llmkd.config import loader
 from llmkd.config.recipe import Student, Teacher
+from llmkd.data.prompts import Prompt
 from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.models.load import LoadContext, load_teacher
@@ -144,6 +146,16 @@ def test_what_cannot_be_sampled_is_refused_before_a_model_is_loaded(run, world, 
         assert problem in capsys.readouterr().err, words
 
 
+def test_a_token_without_a_row_in_a_model_is_refused_in_the_prompt_and_in_the_teachers_context():
+    ids = np.arange(5, dtype=np.int32)
+    for own, theirs in ((ids, np.append(ids, 9)), (np.append(ids, 9), ids)):
+        with pytest.raises(
+            UserError, match=f"^p:1: contains the token {tokenizer().convert_ids_to_tokens(9)!r}, for which a model has no row"
+        ):
+            refuse_unfit([Prompt("p:1", own, theirs)], 9, {}, tokenizer())
+    refuse_unfit([Prompt("p:1", ids, ids)], 9, {}, tokenizer())
+
+
 def test_the_teacher_reads_its_context_and_the_student_does_not(run, tmp_path, monkeypatch):
     import llmkd.rollouts.generate as module
 
@@ -173,7 +185,7 @@ def test_every_teacher_that_can_write_is_asked_and_what_cannot_is_said(make_reci
         ("before", "student.model"),
         ("after", "sample"),
     ]
-    assert "teacher.1: is a teacher cache, and no model here that could write; left out" in capsys.readouterr().err
+    assert "teacher.1: is a teacher cache, not a model that can be loaded; left out" in capsys.readouterr().err
     fresh = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"})
     assert list(dict(models_to_ask(fresh, world / "student", ("before", "after")))) == ["after"]
     assert "began with new random weights" in capsys.readouterr().err
