@@ -1,7 +1,7 @@
-"""The functions of the Python API whose arguments are checked here as strictly as settings are: see `llmkd.__all__`.
+"""The functions of the Python API, which check their arguments as strictly as a recipe's settings are checked; see `llmkd.__all__`.
 
-Every problem of a call is reported at once, one line each: the argument, what was found, what was expected, what to do.
-The training loop calls `losses.fused` itself, whose arguments follow from a checked recipe.
+All problems of a call are reported at once, one line each: the argument, what was found, what was expected, what to do. The training
+loop does not come this way: it calls `losses.fused`, since its arguments follow from a checked recipe.
 """
 
 import difflib
@@ -28,9 +28,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     recipe   from `llmkd.load_recipe(path, overrides)`
     resume   continue from the newest checkpoint in the recipe's output folder
 
-    Raises UserError (a mistake in the recipe or its data), NonFinite (a loss or gradient became inf or NaN) or Stopped
-    (SIGTERM or SIGINT arrived; the run is saved). In the main thread these signals are handled while training runs; in
-    another thread Python allows no handler, so a signal is left to the program.
+    Raises UserError (a mistake in the recipe or its data), NonFinite (a loss or gradient became inf or NaN) or Stopped (SIGTERM or
+    SIGINT arrived; a checkpoint is saved). Signals are handled only if this is called in the main thread: Python allows no signal
+    handlers in others.
     """
     if not isinstance(recipe, Recipe):
         raise ArgumentError(f"recipe: found a {type(recipe).__name__}, expected a Recipe; llmkd.load_recipe(path) gives one")
@@ -42,10 +42,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 
 
 def make_divergence(name: str, **options: float) -> Divergence:
-    """One of the divergences of `loss.divergence`, with its options fixed: a function (log_q [N, E], log_p [N, E]) -> [N].
+    """One of the divergences of `loss.divergence`, with its options fixed: a function (log_q [N, E], log_p [N, E]) -> [N], in nats.
 
-    The formulas, their sources and the meaning of each option are in `llmkd.divergences`. ArgumentError for an unknown
-    name, an unknown option, or a value outside the option's range.
+    log_q and log_p are the student's and the teacher's log-probabilities over E events. `llmkd.divergences` has the formulas, their
+    sources and the meaning of the options. ArgumentError for an unknown name or option, or a value outside an option's range.
     """
     if not isinstance(name, str) or name not in DIVERGENCES:
         close = difflib.get_close_matches(str(name), [*DIVERGENCES, *_OTHER_NAMES], 1)
@@ -80,25 +80,26 @@ def fused_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss (1 - kd_ratio) CE + kd_ratio T^2 D over N targets, without ever holding an [N, V] tensor of logits.
 
-    hidden_NH      the student's last hidden states at the positions that predict the targets, any float type
-    head           the student's head; what of it trains gets its gradient
+    hidden_NH      the student's last hidden states at the positions that predict the targets, of any floating-point type
+    head           the student's head; its trainable parameters get their gradients
     labels_N       the target tokens, int64, each from 0 to vocab - 1
     objective      `llmkd.Objective(kd_ratio, temperature, divergence)`
     signal         the teacher's output for the same N targets, in the same order; needed if kd_ratio is above 0
-    chunk_size     targets per chunk; it changes memory and speed, never the result. By default chosen for the device
+    chunk_size     targets per chunk; it changes memory and speed, not the result. The default depends on the device
     check_labels   check that every label is in the vocabulary. On a GPU this waits for the device once per call
-    weights        of "ce" and "kd" at each target, [N] each, any finite numbers; 1 without an entry. Targets whose weights are all 0 are not
-                   computed. The terms that are returned are times their weights. On a GPU it waits for the device once per call
+    weights        {"ce": [N], "kd": [N]}: a finite weight of each target in each term; 1 if a term is missing. Targets whose weights are all 0
+                   are not computed. On a GPU this waits for the device once per call
 
-    Returns the *sum* of the loss over the N targets (a scalar; divide by the number of targets of the whole optimizer
-    step, then call backward), and each term per target, detached: {"ce": [N]}, and with a signal "kd": [N], which is T^2 D.
+    Returns the *sum* of the loss over the N targets (a scalar: divide it by the number of targets of the whole optimizer step, then call
+    backward), and the terms of each target in nats, detached and multiplied by their weights: {"ce": [N]}, and with a signal "kd": [N],
+    which is T^2 D.
 
-    There is no ignore_index: give the supervised positions alone. With labels that hold -100 elsewhere:
+    There is no ignore_index: pass only the supervised positions. With labels that are -100 elsewhere:
 
         keep = labels_BT.flatten() != -100
         fused_loss(hidden_BTH.flatten(0, 1)[keep], head, labels_BT.flatten()[keep], objective, llmkd.Dense(teacher_NH, teacher_head))
 
-    ArgumentError where the arguments do not fit one another. Every check but `check_labels` reads shapes and types only.
+    ArgumentError if the arguments do not fit one another. All checks except `check_labels` read shapes and types only.
     """
     problems = list(_problems(hidden_NH, head, labels_N, objective, signal, chunk_size))
     problems += _weight_problems(weights, labels_N) if not problems else []
@@ -199,7 +200,7 @@ class _Extent:
 
 
 def _extents(signal: Signal | None) -> Iterator[_Extent]:
-    """The number of targets and the vocabulary of a signal, if it states them: of a signal of another class nothing is known."""
+    """The number of targets, the vocabulary and the device of a signal and its parts. Nothing is known of a user's own class."""
     match signal:
         case Dense():
             yield _Extent(len(signal.hidden_NH), signal.head.vocab, signal.hidden_NH.device)

@@ -13,7 +13,7 @@ from .process.machine_errors import MachineError, machine_error
 
 T = TypeVar("T")
 
-#: In the texts of errors the words after which the step belongs.
+#: Where an error's text has these words, the step of the last checkpoint is inserted after them.
 _RESUME = "continue with --resume"
 
 
@@ -31,12 +31,12 @@ class UserError(Exception):
 
 
 def fix_of(error: BaseException, otherwise: str) -> str:
-    """What to do about a file that cannot be read: `otherwise`, such as to make it again, unless only the right to read it is missing."""
+    """The advice for a file that cannot be read: to grant read permission where that is all that is missing, else `otherwise`."""
     return "give this user the right to read it" if isinstance(error, PermissionError) else otherwise
 
 
 class ChangedFiles(UserError):
-    """A file that the running process reads was changed under it: what is on disk is no longer what it began with."""
+    """A file that the process reads has changed on disk since the process started."""
 
     exit_code = 1
 
@@ -55,7 +55,7 @@ class NonFinite(Exception):
         super().__init__(text or f"step {step}: {term} is not finite")
 
     def __reduce__(self):
-        """To be pickled, as between processes."""
+        """For pickle, which passes it between processes."""
         return type(self), (self.step, self.term, self.places, str(self))
 
 
@@ -67,17 +67,17 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def attribute_to_student(student: int):
-    """Mark an exception raised in here with the index of the student that caused it: its attribute `student`."""
+    """Give an exception raised in the block the index of the student that caused it, as its attribute `student`."""
     try:
         yield
     except Exception as error:
-        # Oddity: an attribute set on any exception, so that its type and its text stay those of where it was raised.
+        # Oddity: an attribute on an exception of any class. A wrapper would change its type and its text.
         error.student = student
         raise
 
 
 def for_each_student(recipes: Iterable[T], check: Callable[[T], object]) -> None:
-    """Call `check` with every student's recipe; what it raises is marked with the student's index, as by `attribute_to_student`."""
+    """Call `check` with every student's recipe, each inside `attribute_to_student`."""
     for k, recipe in enumerate(recipes):
         with attribute_to_student(k):
             check(recipe)
@@ -85,7 +85,10 @@ def for_each_student(recipes: Iterable[T], check: Callable[[T], object]) -> None
 
 @contextlib.contextmanager
 def report_from_any_rank():
-    """Let any rank print a NonFinite or Stopped raised in here, by which else all ranks end: it may happen on one rank alone."""
+    """Let whichever rank raises NonFinite or Stopped in the block print it.
+
+    Elsewhere all ranks raise these together and rank 0 prints them; in here they may occur on one rank only.
+    """
     try:
         yield
     except Exception as error:
@@ -96,11 +99,11 @@ def report_from_any_rank():
 
 @contextlib.contextmanager
 def name_last_checkpoint(step: Callable[[], int]):
-    """Give an exception raised in here the step of the last checkpoint: its attribute `saved`, which `exit_code` prints.
+    """Give an exception raised in the block the step of the last checkpoint, as its attribute `saved`, which `exit_code` prints.
 
-    The texts of NonFinite, Stopped and ChangedFiles say themselves how the run goes on: these stay as they are.
+    NonFinite, Stopped and ChangedFiles are left as they are: their texts already say how to continue.
 
-    step   of the last checkpoint when it is called; 0 before the first
+    step   returns the step of the last checkpoint, 0 before the first
     """
     try:
         yield
@@ -113,7 +116,7 @@ def name_last_checkpoint(step: Callable[[], int]):
 
 
 def on_main_process(accelerator, action):
-    """Run `action` on rank 0 and broadcast its result; a UserError is broadcast too and raised on every rank, so that no rank hangs."""
+    """Run `action` on rank 0 and return its result on every rank. A UserError is raised on every rank, so that none of them hangs."""
     found: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -140,7 +143,8 @@ def _nobody_reads() -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """A library's exception in one line: its type and the first line of its text, joined with the second if the first ends in a colon."""
+    """A library's exception in one line, at most 320 characters: its type and the first line of its text, and the second line too where
+    the first ends in a colon."""
     first, *more = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {f'{first} {more[0].strip()}' if first.endswith(':') and more else first}"[:320]
 
@@ -149,9 +153,11 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     """Run `action()`; print an exception as one line per problem on stderr and return its exit code.
 
     0 done, 1 an error of the machine or a bug, 2 a mistake the user can fix, 3 stopped at a non-finite value, 75 stopped by a signal.
-    `again`: how the command goes on after an error of the machine.
 
-    With several processes one of them prints what all or some of them met; see `process/rank_messages.py`.
+    debug   print the traceback too
+    again   how to continue after an error of the machine, such as "start it again"
+
+    With several processes, an error that several of them raised is printed by one; see `process/rank_messages.py`.
     """
     try:
         action()
@@ -165,13 +171,14 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
         caught = error
     if debug:
         traceback.print_exception(caught)
-    text, code = _in_words(caught, again)
+    text, code = _text_and_code(caught, again)
     if (saved := getattr(caught, "saved", None)) is not None:
         text = _with_last_checkpoint(text, saved)
     rank_messages.tell_launcher(text)
-    alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
-    lines = text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else []
-    if lines and not alike and not getattr(caught, "every_rank", False) and (which := rank_messages.which_process()):
+    on_all_ranks = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
+    prints = first_process() if on_all_ranks else rank_messages.is_first_to_say(text, caught)
+    lines = text.splitlines() if prints else []
+    if lines and not on_all_ranks and not getattr(caught, "every_rank", False) and (which := rank_messages.which_process()):
         lines.append(f"this was in {which}")
     for line in lines:
         print(f"llmkd: {printable(line)}", file=sys.stderr)
@@ -179,22 +186,22 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
 
 
 def _with_last_checkpoint(text: str, step: int) -> str:
-    """The text of an error with the step after which --resume goes on. `step`: of the last checkpoint; 0 before the first."""
+    """An error's text with the step from which --resume continues. `step`: of the last checkpoint, 0 before the first."""
     if _RESUME in text:
         return text.replace(_RESUME, f"{_RESUME} ({f'after step {step}' if step else 'from step 1: no checkpoint was written yet'})", 1)
     return text + (f"\n--resume goes on after step {step}" if step else "\nno checkpoint was written yet; --resume begins at step 1")
 
 
 def of_the_machine(error: BaseException) -> MachineError | None:
-    """What of the machine failed where that, and no mistake of the user's, is the cause of an exception."""
+    """The failure of the machine that caused an exception; None where a mistake of the user's or a bug did."""
     if isinstance(error, NonFinite | Stopped):
         return None
     failed = machine_error(error.__cause__ if isinstance(error, UserError) else error)
     return failed if failed and (failed.certain or not isinstance(error, UserError)) else None
 
 
-def _in_words(error: BaseException, again: str) -> tuple[str, int]:
-    """The text that is printed for an exception, and the exit code."""
+def _text_and_code(error: BaseException, again: str) -> tuple[str, int]:
+    """The text to print for an exception, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or f"interrupted; {again}", Stopped.exit_code
     if failed := of_the_machine(error):

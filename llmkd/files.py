@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, locks between processes, hashes of files, JSON and JSONL. No torch, nothing else of llmkd.
 
-What is not finished stands under a temporary name, NAME.tmp-PID-RANDOM, beside its own, and is locked while it is written. A process
-that is killed leaves it there; `remove_leftovers` takes it away.
+A file or folder is written under a temporary name, NAME.tmp-PID-RANDOM, in the same folder, locked meanwhile, and renamed when it is
+complete. A process that is killed leaves the temporary one behind; `remove_leftovers` deletes it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Damaged(ValueError):
 
 
 class NotAFile(OSError):
-    """A pipe or a device has the name of a file."""
+    """The path is a pipe or a device."""
 
 
 class FileLocked(Exception):
@@ -37,9 +37,9 @@ class FileLocked(Exception):
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file. A kill or a power cut leaves the file that was there before, or the new one, never a part. Text is UTF-8.
+    """Write a file, text as UTF-8. After a kill or a power cut the old file is there or the new one, never a part of it.
 
-    NotAFile where a pipe or a device has its name: a new file in its place would take that away from everybody.
+    NotAFile for a pipe or a device: renaming a new file to its path would remove it.
     """
     if os.path.lexists(path) and not (path.is_symlink() or path.is_file() or path.is_dir()):
         raise NotAFile(errno.EINVAL, _NO_FILE, str(path))
@@ -58,10 +58,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A new folder to fill. At the end of the `with` block, when all of it is on the disk, it is renamed to `path`.
+    """A new folder to fill in the `with` block, synced to disk and renamed to `path` at its end.
 
-    So `path` is never a part of it, and after an error in the block nothing has changed. With `replace` it takes the place of a folder
-    of that name; without, OSError where there is one that is not empty. The folder around it is not made.
+    So `path` is never incomplete, and an error in the block changes nothing. With `replace` an existing folder is replaced; without it,
+    OSError if there is one that is not empty. The parent folder must exist.
     """
     old, (part, held) = _temporary(path), _new_folder(path)
     try:
@@ -85,7 +85,7 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
-    """A folder among the system's temporary files for the `with` block. Those of killed processes are removed."""
+    """A temporary folder for the `with` block. Those that killed processes left behind are removed."""
     place = Path(tempfile.gettempdir(), f"llmkd-{name}")
     remove_leftovers(place.parent, place.name)
     folder, held = _new_folder(place, 0o700)
@@ -97,22 +97,22 @@ def temporary_folder(name: str) -> Iterator[Path]:
 
 
 def try_to_make_in(folder: Path) -> None:
-    """OSError if nothing can be made in a folder: access rights do not tell (/proc, a read-only mount). Nothing stays.
+    """OSError if nothing can be created in a folder, which its access rights do not always tell (/proc, a read-only mount).
 
-    Under a name of its own, so that no other process takes what is tried for the real thing.
+    The attempt has a name of its own, so that no other process takes it for the real thing, and is removed again.
     """
     remove_leftovers(folder, "llmkd")
     tried = _temporary(folder / "llmkd")
     tried.mkdir()
-    with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+    with contextlib.suppress(FileNotFoundError):  # another process removed it as a leftover
         tried.rmdir()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left unfinished of the files and folders `name`, a glob pattern.
+    """Remove the unfinished files and folders that killed processes left behind. `name`: their final name, a glob pattern.
 
-    What another process is writing at that moment is left alone, by its lock; where nothing can be locked, this is only for the process
-    that has the folder to itself.
+    One that another process is writing is locked, and stays. On a file system without locks only a process that has the folder to
+    itself may call this.
     """
     for leftover in filter(is_leftover, folder.glob(f"{name}.tmp-*")):
         with _free(leftover) as free:
@@ -121,12 +121,12 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is one of those that unfinished files and folders have."""
+    """Whether a name is the temporary name of an unfinished file or folder."""
     return bool(_LEFTOVER.fullmatch(path.name))
 
 
 def remove(path: Path) -> None:
-    """A file, a folder with all in it, or a link, of which what it leads to stays. No error where it cannot be removed."""
+    """Remove a file, a folder with its contents, or a link (not its target). No error if that fails."""
     if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -135,10 +135,10 @@ def remove(path: Path) -> None:
 
 
 def lock_file(path: Path, wait: bool = False) -> IO[str]:
-    """Open a file and hold its lock, until the file that is returned is closed or the process ends, however it ends.
+    """Open a file and lock it until the returned file is closed or the process ends, however it ends.
 
-    With `wait` it waits for the process that holds the lock. FileLocked if another one holds it; OSError where the file cannot be
-    opened, or on a file system without locks.
+    If another process holds the lock: FileLocked, or with `wait` wait for it. OSError if the file cannot be opened, or on a file system
+    without locks.
     """
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 held by the caller
@@ -157,7 +157,7 @@ def lock_file(path: Path, wait: bool = False) -> IO[str]:
 
 
 def open_file(path: Path | str) -> IO[bytes]:
-    """Open a file to read its bytes. NotAFile for a pipe or a device, of which a reader may find no end."""
+    """Open a file to read its bytes. NotAFile for a pipe or a device, which may never end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 closed by the caller
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -178,14 +178,14 @@ def sha256_file(path: Path | str) -> str:
 
 
 def write_sealed(path: Path, content: dict) -> None:
-    """Write a JSON file with a checksum of its content in it, see `read_sealed`."""
+    """Write a JSON object with a checksum of it as its last key; see `read_sealed`."""
     write_atomic(path, json.dumps(content | {"checksum": checksum(content)}, indent=1))
 
 
 def read_sealed(path: Path) -> dict:
-    """The object of a JSON file, without its checksum. Files of earlier versions have none.
+    """The object of a JSON file, without its checksum, which files of earlier versions lack.
 
-    Damaged if it does not match its checksum or is no JSON object; OSError where the file cannot be opened.
+    Damaged if it does not match its checksum or is no JSON object; OSError if the file cannot be opened.
     """
     found = read_object(path)
     last = next(reversed(found), "")
@@ -197,12 +197,12 @@ def read_sealed(path: Path) -> dict:
 
 
 def checksum(content: dict) -> str:
-    """The SHA-256 of what JSON keeps of an object, whatever the order of its keys."""
+    """The SHA-256 of an object as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
 def read_object(path: Path) -> dict:
-    """The object of a JSON file. Damaged if it holds anything else; OSError where it cannot be opened."""
+    """The object of a JSON file. Damaged if it holds anything else; OSError if it cannot be opened."""
     return _object(read_file(path))
 
 
@@ -221,7 +221,7 @@ def _object(content: bytes) -> dict:
 
 
 def append(path: Path, content: str, sync: bool = True) -> None:
-    """Add to a file that is there; with `sync` wait until all of it is on the disk. OSError if the file is gone."""
+    """Append to an existing file; with `sync` wait until it is on the disk. OSError if the file is gone."""
     with _named(path), open(path, "rb+") as file:
         file.seek(0, os.SEEK_END)
         file.write(content.encode())
@@ -233,8 +233,8 @@ def append(path: Path, content: str, sync: bool = True) -> None:
 def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, what: None) -> list[dict]:
     """The records of a file with one JSON object a line.
 
-    What is no object is left out, and `damaged` is called with the line's number and what was found; not for a last line that a kill cut
-    short. Of a line that has become one with the next the whole objects at its beginning and end are kept.
+    Other lines are left out, and `damaged` is called with the line's number and what was found, except for a last line that a kill cut
+    short. Of two lines that run together, the complete objects at the beginning and at the end are kept.
     """
     records, lines = [], read_file(path).split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -248,7 +248,7 @@ def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, wh
 
 
 def _ends(line: str) -> Iterator[dict]:
-    """The object that a line begins with, and the longest one that it ends with."""
+    """The object at the beginning of a line, and the longest one at its end."""
     with contextlib.suppress(ValueError, RecursionError):
         first, _ = json.JSONDecoder().raw_decode(line)
         if isinstance(first, dict):
@@ -283,15 +283,15 @@ def _new_folder(path: Path, mode: int = 0o777) -> tuple[Path, int]:
 
 
 def _hold(part: Path, descriptor: int) -> bool:
-    """Lock what is being written, until it is closed, so that others see that somebody does. False if it was taken for a leftover before."""
+    """Lock an unfinished file or folder until it is closed, which tells others that it is being written. False if one of them has removed it."""
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for one that is just removing it
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a process that is about to remove it
     return os.path.lexists(part)
 
 
 @contextlib.contextmanager
 def _free(path: Path) -> Iterator[bool]:
-    """Whether no process writes to a file or folder; in the `with` block none can begin to."""
+    """Whether no process is writing a file or folder. None can start to during the `with` block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # a link, or gone
@@ -311,7 +311,7 @@ def _free(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """An OSError in the block, such as that of a full disk, says the file's name: writing to an open file does not."""
+    """Add the file's name to an OSError raised in the block: an error while writing, such as a full disk, does not have it."""
     try:
         yield
     except OSError as error:
@@ -321,17 +321,17 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _temporary(path: Path) -> Path:
-    """Random, since two machines or containers that share a folder may give two processes one number."""
+    """Random, since two machines or containers that share a folder may give two processes the same id."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems cannot for a folder
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,6 @@
-"""Parses the words of a command, of which `table.py` has the options and help texts. Imports no torch.
+"""Parses the command line. `table.py` has the options and help texts. Imports no torch.
 
-argparse reads a command's own options. What it leaves, `--section.name VALUE`, are settings, which `config.loader.parse_overrides`
-reads and checks against the schema.
+argparse reads a command's own options. The rest, `--section.name VALUE`, are settings, which `config.loader.parse_overrides` reads.
 """
 
 import argparse
@@ -37,7 +36,7 @@ _OF = {
 
 
 def command_parsers(group=None) -> dict[str, Parser]:
-    """{name: its parser}; the parsers belong to `group` (of argparse's add_subparsers) where one is given."""
+    """The parser of each command, by name; added to `group` (of argparse's add_subparsers) if one is given."""
     made = {}
     for command in COMMANDS:
         tail = [f"example:\n  {command.example}"]
@@ -61,9 +60,9 @@ def command_parsers(group=None) -> dict[str, Parser]:
 
 
 def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str, typing.Any]]:
-    """A command's options, and the settings given with them. Raises HelpShown after printing help, UserError for a mistake.
+    """A command's options, and the settings given with them by dotted path. HelpShown after printing help, UserError for a mistake.
 
-    A ~ at an option's beginning is the home folder: shells leave it as it is in --to=~/new.
+    A leading ~ in an option's value is expanded, since shells do not expand it in --to=~/new.
     """
     options, settings = _parse(command, words)
     for name, value in vars(options).items():
@@ -116,11 +115,11 @@ def _parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str
     return options, {}
 
 
-_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"  # that text processors write in place of two hyphens
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"  # text processors replace two hyphens by one of these
 
 
 def _refuse_stray(words: list[str], rest: list[str]) -> None:
-    """UserError for words that are neither options nor values, with what was meant."""
+    """UserError for words that are neither options nor values, with a guess at what was meant."""
     for word in rest:
         if word[0] in _DASHES:
             raise UserError(f"{word}: begins with a dash that is no hyphen; write --{word.lstrip(_DASHES + '-')}")
@@ -134,7 +133,7 @@ def _refuse_stray(words: list[str], rest: list[str]) -> None:
 
 
 def _apart(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
-    """A command's own words, and the settings among them: `--name VALUE` or `--name=VALUE` of what is no option."""
+    """The words split into a command's own options and arguments, and settings: `--name VALUE` or `--name=VALUE` where `--name` is no option."""
     own, settings, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
@@ -161,7 +160,7 @@ def overview() -> str:
 
 
 def completion_script(shell: str) -> str:
-    """A script for bash or zsh by shtab, with every command, option and setting."""
+    """The completion script for bash or zsh, made by shtab, with every command, option and setting."""
     import shtab
 
     whole = Parser(prog="llmkd", description="Distil a large causal language model into a small one.")
@@ -170,7 +169,7 @@ def completion_script(shell: str) -> str:
         parser.usage = None
         for action in parser._actions:
             if action.dest == "help":
-                action.nargs = 0  # a section behind it is not completed
+                action.nargs = 0  # its section is not completed
             elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name in ("sample", "doctor", "roll")):
                 action.complete = shtab.FILE
             elif action.dest in ("to", "out", "tasks_dir", "places") and name not in ("init", "completion"):

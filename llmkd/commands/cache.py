@@ -1,7 +1,7 @@
 """`llmkd cache`: write a teacher's outputs at every target of a recipe's data to a teacher cache, which runs then read.
 
-Any number of processes write one cache together, each its own shards. Finished shards are kept, so that an attempt which was
-stopped or killed continues where it was. Size and time are printed before the first shard.
+Several processes can write one cache together, each its own shards. Finished shards are kept, so an attempt that was stopped or killed
+is continued by the same command. Size and time are printed before the first shard is written.
 """
 
 import contextlib
@@ -30,10 +30,12 @@ from .cache_selection import MISSING, select_teachers, shard_plan, teacher_examp
 
 
 def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
-    """Write every cache that the recipe's teachers name, and return their folders.
+    """Write the caches of all of the recipe's teachers that have one, and return their folders.
 
-    `import_file`: a file of log-probabilities from elsewhere, for the one teacher that has a cache. Raises UserError, or Stopped when
-    a signal arrived; finished shards are kept. `stop`: a request that is entered already.
+    import_file   take the log-probabilities from this file, for the one teacher that has a cache, and run no model
+    stop          a ShutdownRequest that the caller has entered
+
+    UserError for a user's mistake; Stopped after a signal. Finished shards are kept.
     """
     from ..training.launch import start
     from .cache_import import import_cache
@@ -43,7 +45,7 @@ def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest 
         return [import_cache(recipe, prepared, sources, import_file, start())]
     entered = contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing this batch; finished shards are kept")
     with entered as stop, contextlib.ExitStack() as locks:
-        accelerator = start()  # inside: by then torch's own limit is that of processes which watch each other
+        accelerator = start()  # after `stop` has been entered: torch's timeout depends on whether the processes watch one another
         return [write(recipe, prepared, source, accelerator, stop, locks) for source in sources]
 
 
@@ -97,7 +99,7 @@ class Recorder:
         return f" in about {duration(estimate_seconds(self, batches, self.examples.lengths))}"
 
     def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
-        """Of those examples: content hashes, numbers of targets, and records [targets, bytes]."""
+        """The examples' content hashes, their numbers of targets, and the records uint8 [targets, bytes]."""
         batch = self.examples.batch(batch_examples).to(self.device)
         records = self.format.record(self.teacher(batch), batch.labels_N, batch.examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
@@ -105,7 +107,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class ServerRecorder:
-    """The records of a batch of examples from what a server says of them."""
+    """Makes the records of a batch of examples from a server's answers."""
 
     teacher: object  # a `ServedTeacher`
     examples: Examples
@@ -116,10 +118,10 @@ class ServerRecorder:
         return self.teacher.format
 
     def time_for(self, batches: list[list[int]]) -> str:
-        return ""  # that of a request says little of many at one time
+        return ""  # the time of one request says little about that of many concurrent ones
 
     def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
-        """As `Recorder`'s."""
+        """As `Recorder.__call__`."""
         batch = self.examples.batch(batch_examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], self.teacher.kept(batch)
 
@@ -155,13 +157,13 @@ def _load_recorder(
     context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=around, kind=prepared.kind)
     _, (model,) = load_models([], [(source.setting, source.settings)], context)
     with report_from_any_rank():
-        ModelWatch(prepared)  # what is loaded is what the cache is said to be of
+        ModelWatch(prepared)  # refuses files that changed while they were loaded: the cache records their hashes
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
     return Recorder(LiveTeacher(model, setting=source.setting), examples, record_format, device, size)
 
 
 def check_disk_space(writer, shards: list[int]) -> None:
-    """UserError where this process's shards do not fit on the disk."""
+    """UserError if this process's shards do not fit on the disk."""
     plan = writer.plan
     needed = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in shards) * writer.format.bytes
     free = shutil.disk_usage(writer.folder).free
@@ -174,7 +176,7 @@ def check_disk_space(writer, shards: list[int]) -> None:
 
 
 def write_shards(writer, batches: dict[int, list[list[int]]], recorder: Recorder, stop: Callable[[], bool]) -> None:
-    """Record and write the shards, `batches` of examples for each. Raises Stopped between two batches when `stop()` is true."""
+    """Compute and write the shards. `batches`: of each shard, by its number, the examples of each batch. Stopped once `stop()` is true."""
     with _progress(sum(len(batch) for of_shard in batches.values() for batch in of_shard)) as shown:
         for n, of_shard in batches.items():
             shard = writer.shard(n)
@@ -190,12 +192,12 @@ def write_shards(writer, batches: dict[int, list[list[int]]], recorder: Recorder
 
 
 def batches_of(examples: Examples, chosen: np.ndarray, size: int) -> list[list[int]]:
-    """The chosen examples in batches of similar length."""
+    """The examples `chosen` in batches of at most `size`, each of examples of similar length."""
     return [chosen[batch].tolist() for batch in make_micro_batches(list(range(len(chosen))), examples.lengths[chosen], size)]
 
 
 def estimate_seconds(recorder: Callable[[list[int]], object], batches: list[list[int]], lengths: np.ndarray) -> float:
-    """Seconds for all batches, from the second of two runs of the batch of median size."""
+    """Seconds for all batches, extrapolated from the batch of median size: the second of two runs of it is timed."""
     if not batches:
         return 0.0
     tokens = [int(lengths[batch].sum()) for batch in batches]

@@ -27,7 +27,7 @@ from .cache_selection import select_teachers
 
 
 class RecordedTeacher:
-    """A live teacher's hidden states and head, kept while its body is freed. Examples are found by their content hash."""
+    """A live teacher's head and its hidden states of some examples, by content hash; the rest of the model can then be freed."""
 
     metrics = TEACHER_METRICS
 
@@ -46,7 +46,7 @@ class RecordedTeacher:
 
 
 def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
-    """Print metrics on a sample of the training rows, for every teacher that is quantised, merged or cached. Returns them by its setting."""
+    """Print and return metrics, by setting, of every teacher that is quantised, merged or cached, on a sample of `examples` training examples."""
     prepared, sources = select_teachers(
         recipe,
         lambda teacher: (teacher.cache and not teacher.server) or teacher.held,
@@ -79,7 +79,7 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
 
 
 def compare_transformed(source: TeacherSource, sample: Examples, context: LoadContext, evaluator: Evaluator) -> list[dict]:
-    """Two rows of metrics: the teacher as it was saved, and quantised or merged. Only one of them is in memory at a time."""
+    """Two rows of metrics: of the teacher as it was saved, and quantised or merged. Only one of the two is in memory at a time."""
     whole = dataclasses.replace(source.settings, quantization=None, merge_adapter=False)
     (model,) = load_models([], [(source.setting, whole)], context)[1]
     before = RecordedTeacher(model, sample, evaluator.micro_batch_size, context.device)
@@ -114,8 +114,8 @@ def compare_cached(student: Student, source: TeacherSource, sample: Examples, co
 
 
 def open_cache(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> TeacherSource | None:
-    """The source with its cache, which must fit the recipe. None where no cache is named, or where it is not yet written and the
-    teacher's number format is measured."""
+    """The source with its cache open and checked against the recipe. None if it names no cache, or a cache that is not written yet for a
+    teacher whose quantisation or merging is measured anyway."""
     cache = source.settings.cache
     if not cache or (source.settings.held and not Path(cache.path).expanduser().exists()):
         return None

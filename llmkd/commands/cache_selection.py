@@ -1,4 +1,4 @@
-"""Which teachers and examples a cache command is about; every mistake in them is found before a model is loaded."""
+"""The teachers and examples that `llmkd cache` works on. Mistakes in them are found before a model is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +16,12 @@ from ..teachers.cache.import_lines import refuse_unreadable
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, check_early, prepare
 
-#: What is said of a recipe without a cache that could be written.
+#: The problem with a recipe that names no cache.
 MISSING = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
 
 
 def refuse_without_cache(recipe: Recipe) -> None:
-    """UserError where a recipe names no cache, or uses no teacher: known from its settings alone."""
+    """UserError if a recipe names no cache, or uses no teacher. Reads the settings only."""
     if not any(teacher.cache for _, teacher in with_setting_names(recipe.teacher, "teacher")):
         raise UserError(MISSING)
     _refuse_without_teacher(recipe)
@@ -33,9 +33,9 @@ def _refuse_without_teacher(recipe: Recipe) -> None:
 
 
 def check_stage_caches(recipe: Recipe, stages: dict[str, Recipe]) -> None:
-    """UserError where a recipe would read a cache in another form than that in which an earlier stage writes it.
+    """UserError if a recipe expects a cache to have another kind or other options than those with which an earlier stage writes it.
 
-    stages   the recipes of the stages that write caches
+    stages   the recipes of the stages that write caches, by the stage's name
     """
     written: dict[str, tuple[str, dict[str, object]]] = {}  # by path: the stage, and what its cache will hold
     for name, stage in stages.items():
@@ -60,9 +60,9 @@ def check_stage_caches(recipe: Recipe, stages: dict[str, Recipe]) -> None:
 def select_teachers(
     recipe: Recipe, wanted: Callable[[Teacher], object], missing: str, import_file: str | None = None
 ) -> tuple[Prepared, list[TeacherSource]]:
-    """The recipe's data, and the teachers for which `wanted` is true; `missing` is the error where there is none.
+    """The recipe's data, and the teachers for which `wanted` is true. UserError, with the text `missing`, if there is none.
 
-    Every mistake is found before a model is loaded.
+    All mistakes are found here, before a model is loaded.
     """
     named = with_setting_names(recipe.teacher, "teacher")
     if not any(wanted(teacher) for _, teacher in named):
@@ -90,7 +90,7 @@ def select_teachers(
 
 
 def check_import(caches: list[tuple[str, Cache]], file: Path) -> None:
-    """UserError where a file of log-probabilities cannot become the one cache of the recipe. Every line is read."""
+    """UserError if a file of log-probabilities cannot become the recipe's one cache. Reads every line of it."""
     if len(caches) > 1:
         raise UserError(f"--import: writes the cache of one teacher, and {len(caches)} have one; leave the others out")
     ((setting, cache),) = caches
@@ -100,7 +100,7 @@ def check_import(caches: list[tuple[str, Cache]], file: Path) -> None:
 
 
 def check_cache_settings(cache: Cache, setting: str) -> None:
-    """UserError for an option of another kind than the default while `kind` is not given, and for a path that is a file."""
+    """UserError for an option that needs another `kind` than the default where none is given, and for a path that cannot be written."""
     if cache.kind is None:
         for kind, options in CACHE_KINDS.items():
             for name in options:
@@ -112,10 +112,8 @@ def check_cache_settings(cache: Cache, setting: str) -> None:
 
 
 def teacher_examples(prepared: Prepared, source: TeacherSource, validation_fraction: float) -> Examples:
-    """All examples that a run needs this teacher for, training and held-out, in the order of the data's rows.
-
-    The rows of data.validation are numbered after those of data.train.
-    """
+    """All examples, training and held-out, for which a run needs this teacher, in the order of the rows: first data.train, then
+    data.validation."""
     parts = [examples for examples in (prepared.train, prepared.validation) if examples is not None]
     first_row = [0, 0 if validation_fraction else sum(origin["rows"] for origin in prepared.origins["data.train"])]
     whole = concat(parts, first_row[: len(parts)], {})

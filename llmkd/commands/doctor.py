@@ -1,4 +1,4 @@
-"""`llmkd doctor`: asks the questions of `llmkd/doctor/` about a recipe and prints a line for each."""
+"""`llmkd doctor`: runs the checks of `llmkd/doctor/` on a recipe and prints a line for each."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ _INDENT = 11
 
 
 def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
-    """Ask every check about a recipe, or each stage of a pipeline, and print each result as it comes."""
+    """Run every check on a recipe, or on each stage of a pipeline, and print each result as it comes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("doctor: runs in one process; leave accelerate launch, or torchrun, out")
     if loader.file_kind(config) == "pipeline":
@@ -46,7 +46,8 @@ def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
 
 
 def examined(stage: str, recipes: dict[str, Recipe], rows: int) -> list[Result]:
-    """The results for one recipe of several, printed as they come; what stages before it are to train is replaced by what they train it from."""
+    """The results for one stage's recipe, printed as they come. A model that an earlier stage has yet to train is replaced by the model that
+    it is trained from."""
     from ..doctor.examine import examine
 
     headings: list[str] = []
@@ -59,12 +60,12 @@ def examined(stage: str, recipes: dict[str, Recipe], rows: int) -> list[Result]:
 
     recipe, stand_ins = with_stand_ins(recipes[stage], recipes)
     for setting, name in stand_ins.items():
-        info(f"{stage}: {setting} is trained by the stage {name}; until then what that is trained from stands in for it")
+        info(f"{stage}: {setting} is trained by the stage {name}; the model that it is trained from is examined in its place")
     return [dataclasses.replace(one, stage=stage) for one in examine(recipe, rows, show, frozenset(stand_ins))]
 
 
 def with_stand_ins(recipe: Recipe, stages: dict[str, Recipe]) -> tuple[Recipe, dict[str, str]]:
-    """The recipe with the untrained model in the place of each that a stage has still to train, and {setting: that stage}."""
+    """The recipe with every model that a stage has yet to train replaced by the one it is trained from, and {setting: that stage}."""
     found: dict[str, str] = {}
 
     def stand_in(setting: str, one):
@@ -84,8 +85,8 @@ def with_stand_ins(recipe: Recipe, stages: dict[str, Recipe]) -> tuple[Recipe, d
 
 
 def _start_of(student: Student) -> dict[str, str | None]:
-    """model, base and revision of what a student is trained from: with student.layers the smaller model. Where its layers are yet to be
-    measured, as many evenly spaced ones are taken."""
+    """model, base and revision of the model that a student is trained from; with student.layers the smaller model. If its layers are yet to
+    be chosen by a measurement, as many evenly spaced ones stand in for them."""
     if student.layers is None:
         return {"model": student.model, "base": student.base, "revision": student.revision}
     from ..models.depth import find_student
@@ -96,7 +97,7 @@ def _start_of(student: Student) -> dict[str, str | None]:
 
 
 def as_text(result: Result) -> list[str]:
-    """A result as lines of the terminal."""
+    """A result as lines for the terminal."""
     width = max(60, min(120, shutil.get_terminal_size().columns)) - _INDENT
     status = result.status.upper() if result.status == "failed" else result.status
     lines = [f"{status:<{_INDENT}}{result.check}"]
@@ -112,7 +113,7 @@ def summary(results: list[Result]) -> str:
 
 
 def unless_failed(results: list[Result], config: str) -> dict:
-    """{llmkd, config, passed, checks}, for --json. ChecksFailed, with which the command ends with 2, where a check failed."""
+    """{llmkd, config, passed, checks}, for --json. ChecksFailed (exit code 2), which holds the same, if a check failed."""
     wrong = [result.check for result in results if result.status == "failed"]
     whole = {"llmkd": __version__, "config": config, "passed": not wrong, "checks": results}
     if wrong:

@@ -20,11 +20,16 @@ from ..output.run_folder import refuse_unwritable
 from ..training.prepare import prepare
 
 _OF_THE_MODEL = ("adapter_config.json", "config.json", "generation_config.json", "llmkd.json", "model.safetensors.index.json")
-SAMPLE = 64  # examples on which the merged model is compared with the trained one
+SAMPLE = 64  # examples for the comparison of the merged model with the trained one
 
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
-    """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
+    """Write the student as a plain model and return its folder.
+
+    run          a run's folder, or an adapter's
+    to           the folder to write, which must not exist; by default RUN/merged
+    checkpoint   the number of a step, or best; by default the finished student
+    """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
     run = run.resolve()
@@ -67,7 +72,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
 
 
 def _written_classifier(model, student: Path, to: Path, auto: str) -> Path:
-    """Write a classifier, or an encoder-decoder model, as a plain model, with what reads its inputs as the student has it."""
+    """Write a classifier or an encoder-decoder model as a plain model, with the student's tokenizer, feature extractor or image processor."""
     from ..models.merge import verify_saved
     from ..models.saved_student import save_whole
 
@@ -84,7 +89,7 @@ def _written_classifier(model, student: Path, to: Path, auto: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder is an export that is finished, as that of a command that was killed at its very end."""
+    """Whether a folder is a finished export, as after a kill at the very end of the command."""
     try:
         verify(folder, None, "--to")
         return record_of(folder, "--to").get("student") in ("merged", "full")
@@ -93,7 +98,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _card(path: Path, to: Path, record: dict | None) -> str | None:
-    """The merged model's card, made of the adapter's. None where there is none, for one that llmkd did not write, and for a damaged one."""
+    """The merged model's card, made from the adapter's. None if there is no card, or it is damaged, or not llmkd's."""
     from ..output.model_card import merged_card
 
     if not path.exists():
@@ -107,10 +112,10 @@ def _card(path: Path, to: Path, record: dict | None) -> str | None:
 
 
 def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
-    """How far the merged model is from the trained one, for an adapter trained on a quantised base.
+    """How far the merged model is from the trained one, for an adapter that was trained on a quantised base; None for other adapters.
 
-    {"trained_on": the quantisation, "merged_into": the unquantised base, or the dequantised one where the folder holds no other,
-    "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for adapters on others.
+    {"trained_on": the quantisation, "merged_into": "unquantised", or "dequantised" where the folder holds no unquantised base,
+    "measured_on": the examples, "drift": {ce, trained_ce, forward_kl (trained || merged), top1_agreement}}.
     """
     from ..models.saved_student import as_trained
 
@@ -148,14 +153,14 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
 
 
 def _sample(run: Path, vocab: int):
-    """Examples of the run's held-out rows, or else of its training rows; random tokens if the data cannot be read. And a description."""
+    """Examples of the run's held-out rows, or else of its training rows; random tokens if the data cannot be read; and a description of them."""
     from ..config.loader import load_recipe
     from ..data.examples import TokenExamples
 
     try:
         recipe = load_recipe(run / "recipe.yaml")
         student, loss = dataclasses.replace(recipe.student, layers=None), dataclasses.replace(recipe.loss, kd_ratio=0.0)
-        prepared = prepare(dataclasses.replace(recipe, student=student, teacher=None, loss=loss))  # for its data alone
+        prepared = prepare(dataclasses.replace(recipe, student=student, teacher=None, loss=loss))  # only its data is needed
         encoded = prepared.validation or prepared.train
         first = np.arange(len(encoded)) < SAMPLE
         return encoded.subset(first).unweighted(), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
@@ -168,7 +173,7 @@ def _sample(run: Path, vocab: int):
 
 
 def checkpoint_folder(run: Path, which: str) -> Path:
-    """The folder of a checkpoint, by its step or `best` (by checkpoint.best_by). Raises UserError if it is absent or damaged."""
+    """The folder of a checkpoint, by its step or `best` (by checkpoint.best_by). UserError if it is missing or damaged."""
     if which == "best":
         path = run / "summary.json"
         if not path.exists():

@@ -1,4 +1,4 @@
-"""`llmkd make`: data that a model writes, by the stages of a file."""
+"""`llmkd make`: training data written by a model, in the stages of a file."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,15 @@ from ..training.shutdown import ShutdownRequest
 
 
 def make(config: str, overrides: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
-    """Run the stages of a file, or go on with them. Returns counts, with those of each stage.
+    """Run the stages of a file, or continue an earlier attempt, and return counts, of each stage too.
 
-    UserError for what a user can correct; Stopped when a signal arrived: what is written is kept, and the same call goes on.
+    UserError for a user's mistake; Stopped after a signal: what is written is kept, and the same call continues.
     """
     return run_make(load_make(config, overrides, check_inputs=True), dry_run)
 
 
 def run_make(settings: MakeSettings, dry_run: bool = False, stop: ShutdownRequest | None = None) -> dict[str, Any]:
-    """The same of settings that are loaded. `stop`: a request that is entered already."""
+    """As `make`, of loaded settings. `stop`: a ShutdownRequest that the caller has entered."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("make: runs in one process; run it by llmkd make without accelerate launch first")
     refuse_unwritable(Path(settings.make.output_dir).expanduser(), "output_dir")
@@ -37,17 +37,18 @@ def run_make(settings: MakeSettings, dry_run: bool = False, stop: ShutdownReques
 
 
 def make_of_stage(stage: Stage, config: Path, output_dir: str, folder: str, overrides: dict[str, Any], check_inputs: bool) -> MakeSettings:
-    """The settings of a stage `make:` of a pipeline or a sweep, which writes to `folder`.
+    """The settings of a `make:` stage of a pipeline or a sweep.
 
-    config      the pipeline's or sweep's file
-    output_dir  its folder, which `{output_dir}` in `set:` stands for
+    config       the file of the pipeline or sweep
+    output_dir   its output_dir, the value of `{output_dir}` in `set:`
+    folder       where the stage writes
     """
     changes = place_make_changes(stage.set, stage.make, str(config.parent), output_dir) | overrides | {"output_dir": folder}
     return load_make(stage.make, changes, check_inputs=check_inputs, written_later=output_dir)
 
 
 def overrides_of(kind: type, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings on the command line that one kind of a pipeline's stages has."""
+    """The overrides whose section or setting exists in `kind`, Recipe or Make."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {dotted: value for dotted, value in overrides.items() if dotted.partition(".")[0] in names}
 

@@ -1,4 +1,4 @@
-"""What commands that are about language models say of a recipe, or a run, for another task. No torch here."""
+"""Commands for language models refuse recipes and runs of other tasks, and name the alternative. No torch."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from ..errors import UserError
 from ..files import read_file
 from ..output.run_files import RECIPE
 
-#: What is there instead, by command.
+#: The alternative for classifiers, by command.
 INSTEAD = {
     "doctor": "llmkd data shows what the models read, and llmkd train checks them on a small batch before its first step",
     "eval": "data.validation measures accuracy and macro F1 in training, and llmkd report shows the confusion matrix",
     "sample": "transformers' pipeline, as in the README.md of the student's folder, uses it",
     "roll": "it writes no text; leave its labels to a teacher in training",
 }
-#: The same for encoder-decoder models, where it differs.
+#: The alternative for encoder-decoder models, where it differs.
 OF_SEQUENCES = {
     "eval": "validation.error_rates measures word and character error rates in training",
     "roll": "its targets are those of the rows",
@@ -25,13 +25,13 @@ OF_SEQUENCES = {
 
 
 def refuse_other_task(recipe: Recipe, command: str) -> None:
-    """UserError for a recipe whose models are no language models."""
+    """UserError for a recipe of another task than causal_lm."""
     if recipe.task != "causal_lm":
         raise UserError(_line("task", recipe.task, command))
 
 
 def refuse_run_of_other_task(run: Path, command: str) -> None:
-    """The same for a run's folder, or the student in it."""
+    """UserError for a run's folder, or its student's, where the run's task is not causal_lm."""
     for folder in (run, run.parent):
         if (file := folder / RECIPE).is_file():
             settings = parse_yaml(read_file(file).decode("utf-8"), str(file))[0]

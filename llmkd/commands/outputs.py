@@ -1,4 +1,4 @@
-"""Where a command writes what its options name: places that are checked before anything slow, and results as JSON."""
+"""The files that a command's options ask for: checked before anything slow, then written; and its results as JSON."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ from ..console import first_process
 from ..errors import UserError
 from ..files import remove_leftovers, try_to_make_in, write_atomic
 
-#: Names of files that a process has open: a new file in such a one's place would lose what is written to the old one.
+#: Paths of files that a process has open. Replacing one by a new file would lose what the process writes to the old one.
 _OPEN_FILES = re.compile(r"/dev/(std(in|out|err)$|fd/)|/proc/")
 
 
 def check_file(path: str, option: str) -> None:
-    """UserError unless a file can be written at that path, or it is a pipe or a device. Nothing is made."""
+    """UserError unless the path can be written, or is a pipe or a device. Creates nothing."""
     file = Path(path).expanduser()
     if path == "-":
         raise UserError(f"{option}: - is no file name; only --json writes to stdout")
@@ -42,12 +42,12 @@ def check_file(path: str, option: str) -> None:
 
 
 def is_stream(file: Path) -> bool:
-    """Whether a pipe or a device has that name, such as /dev/null, or the one that a shell gives for >(command)."""
+    """Whether the path is a pipe or a device, such as /dev/null, or a shell's >(command)."""
     return os.path.exists(file) and not file.is_file() and not file.is_dir()
 
 
 def write_file(path: str, content: str) -> None:
-    """Write a file whose folder is made where it is missing. A link stays, and what it leads to is written; so is a pipe or a device."""
+    """Write a file, and create its folder if need be. Of a link the target is written; a pipe or a device is written to."""
     file = Path(path).expanduser()
     if is_stream(file):
         file.write_text(content, encoding="utf-8")
@@ -60,9 +60,9 @@ def write_file(path: str, content: str) -> None:
 
 @contextlib.contextmanager
 def json_results(to: str | None) -> Iterator[Any]:
-    """Gives a function that writes a command's results as JSON to the file `to`. With - they go to stdout, where nothing else is then printed.
+    """Yields a function that writes a command's results as JSON to the file `to`, or for - to stdout; all other output then goes to stderr.
 
-    Those of an exception that ends the command, its attribute `results`, are written too.
+    If a UserError with an attribute `results` ends the command, these results are written too.
     """
     if to not in (None, "-"):
         check_file(to, "--json")
@@ -87,7 +87,7 @@ def json_results(to: str | None) -> Iterator[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has them: dataclasses as objects, paths as text, numbers of numpy as numbers, and those that are not finite as null."""
+    """A value as plain JSON types: dataclasses become objects, paths text, numpy's numbers Python's, and numbers that are not finite null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):

@@ -20,7 +20,7 @@ class HelpShown(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its mistakes as UserErrors, no abbreviations, and `--help SECTION` where the command takes settings of `kind`."""
+    """An ArgumentParser that raises UserError for mistakes and takes no abbreviations; `--help SECTION` describes the settings of `kind`."""
 
     def __init__(self, *args, kind=None, **kwargs):
         kwargs = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format} | kwargs
@@ -59,7 +59,7 @@ class _Help(argparse.Action):
 
 
 class Once(argparse.Action):
-    """An option with a value; given twice it is refused, since one of the two would be ignored."""
+    """An option with a value, refused if it is given twice: argparse would ignore the first."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if getattr(namespace, self.dest, None) is not None:
@@ -141,7 +141,8 @@ def did_you_mean(word: str, known) -> str:
 
 
 def plain_switches(parser: Parser, words: list[str]) -> list[str]:
-    """`--resume=true` and `--resume true` are `--resume`, with false they are nothing: as a setting would be written."""
+    """The words with switches that are written like settings as plain ones: `--resume=true` and `--resume true` become `--resume`, and with
+    false they are left out."""
     switches = {name for name, action in parser.flags().items() if action.nargs == 0 and name != "--help"}
     out, rest = [], list(words)
     while rest:
@@ -160,7 +161,7 @@ def plain_switches(parser: Parser, words: list[str]) -> list[str]:
 
 
 def settings_help(kind, which: str) -> str:
-    """The settings of a section, or of all. `which`: all, a section or a setting, dotted. UserError for one that is not there."""
+    """The help text of a section or a setting, by its dotted path, or of all settings. UserError for an unknown one."""
     if which == "all":
         return help_text(kind)
     which = which.removeprefix("--")
@@ -174,7 +175,7 @@ def settings_help(kind, which: str) -> str:
 
 
 def _sections(kind) -> dict[str, list[str]]:
-    """Sections at the top of a configuration with the names in them."""
+    """The top-level sections of a configuration, each with the names of its settings."""
     out = {}
     for field in dataclasses.fields(kind):
         if section := section_of(kind, field.name):

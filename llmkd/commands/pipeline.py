@@ -25,7 +25,7 @@ from .make import make_of_stage, overrides_of, run_make
 
 
 def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
-    """Run every stage (with `resume`, those that are not finished), compare the students, and return {stage: metrics}."""
+    """Run every stage (with `resume`, those that are not finished), compare the students, and return their metrics by stage."""
     overrides = dict(overrides)
     pipeline = load_pipeline(config, overrides.pop("output_dir", None))
     check_environment()
@@ -47,15 +47,15 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     accelerator = start()
     if accelerator.is_main_process:
         write_atomic(folder / "summary.json", json.dumps(results, indent=1))
-        print("\n" + table([{"": name} | {k: v for k, v in metrics.items()} for name, metrics in results.items()]))
+        print("\n" + table([{"": name} | metrics for name, metrics in results.items()]))
         print(f"{folder / 'summary.json'}")
     return results
 
 
 def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_inputs: bool = True) -> dict[str, Recipe]:
-    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting is replaced by the pipeline's folder.
+    """The recipe of every stage that trains or writes caches, all checked before the first one runs.
 
-    check_inputs   whether their files must be there, but for those that an earlier stage writes
+    check_inputs   refuse paths that do not exist, other than those that an earlier stage writes
     """
     recipes, problems = {}, []
     if any(stage.make for stage in pipeline.stages.values()):
@@ -93,7 +93,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_input
 
 
 def stage_makes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, MakeSettings]:
-    """The settings of every stage of llmkd make, checked before the first stage runs."""
+    """The settings of every `make:` stage, checked before the first stage runs."""
     makes, problems, own = {}, [], overrides_of(Make, overrides)
     for name, stage in pipeline.stages.items():
         if not stage.make:
@@ -131,7 +131,8 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
 
 def measure(model, teacher, prepared: Prepared, evaluator) -> dict[str, float]:
-    """ce, kl_to_teacher (forward KL, in nats), top1_agreement, and what the task is measured by; with questions also accuracy and its standard error."""
+    """ce and kl_to_teacher (the forward KL), both in nats, top1_agreement and the task's own metrics; with questions also accuracy and its
+    standard error."""
     metrics = evaluator.validate([model], teacher, prepared.validation, progress_bar("validation"))[0].metrics()
     out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
     out |= {name: metrics[name] for name in evaluator.measures.shown}

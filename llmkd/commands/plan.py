@@ -1,4 +1,4 @@
-"""`llmkd plan`: what a recipe needs and costs, before a model is loaded or a GPU is hired."""
+"""`llmkd plan`: the memory and time that a recipe needs, before a model is loaded or a GPU is rented."""
 
 import functools
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from .plan_runs import Runs, runs_of
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for in addition to the recipe.
+    """The options of the command.
 
-    gpu      one of `devices.GPUS`; None for all
-    cpu      plan for this machine's CPU instead
-    memory   bytes that must do; None for the GPU's
-    share    of a GPU's stated peak that a step reaches
-    rate     operations per second that are reached, in place of all rates
-    measure  run some real steps on this machine, and print both
-    processes   of the run, each with such a device; None for one, and nothing about many
-    plot     a file for a plot of the speed of many GPUs
+    gpu         one of `devices.GPUS`; None for all of them
+    cpu         plan for this machine's CPU instead
+    memory      bytes that the run must fit into; None for the GPU's memory
+    share       share of a GPU's stated peak that a step reaches
+    rate        operations per second that a step reaches, in place of all other rates
+    measure     also run some real steps on this machine, and print both
+    processes   processes of the run, each with such a device; None for one, without the speed of many
+    plot        file for a plot of the speed of many GPUs
     """
 
     gpu: Device | None = None
@@ -48,7 +48,7 @@ class Wanted:
 
 
 def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
-    """Print the plan of a recipe, or of stages and of a sweep's groups one after the other, and return their numbers."""
+    """Print the plan of a recipe, or of each stage of a pipeline or sweep and each group of a sweep's arms, and return the numbers."""
     planned = runs_of(config, overrides)
     found, told = [], {}
     for runs in planned.runs:
@@ -67,7 +67,7 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
 
 
 def _tell_cache(runs: Runs, wanted: Wanted) -> dict:
-    """Print the plan of a stage that writes its teachers' caches, and return its numbers."""
+    """Print the plan of a stage that writes teacher caches, and return its numbers."""
     print(f"{runs.name}: writes a cache")
     named = _devices(wanted)
     caches = [_cache_numbers(one, named, wanted) for one in cachings(runs.recipes({})[0], runs.found, not wanted.cpu)]
@@ -81,7 +81,11 @@ def _tell_cache(runs: Runs, wanted: Wanted) -> dict:
 
 
 def _tell(runs: Runs, wanted: Wanted, told: dict[str, tuple[str, dict]], with_caches: bool) -> dict:
-    """Print the plan of what trains together, and return its numbers. Of a plan that has been `told` only the name of the other."""
+    """Print the plan of students that train together, and return its numbers. If it equals one that was printed, print that one's name.
+
+    told          printed plans with their numbers; this one is added
+    with_caches   also print the cost of llmkd cache for their teachers
+    """
     first = runs.plan(wanted.room, not wanted.cpu, None, wanted.processes or 1)
     work = first.work
     key = repr((first.parts, first.flops, first.layer_passes, work.micro_batches, work.tokens, work.targets, work.steps, first.notes))
@@ -120,7 +124,7 @@ def _tell(runs: Runs, wanted: Wanted, told: dict[str, tuple[str, dict]], with_ca
 
 
 def _cache_numbers(cache: Caching, named: list[Device], wanted: Wanted) -> dict:
-    """Print what `llmkd cache` takes for a teacher, and return the numbers."""
+    """Print the memory, time and disk space that `llmkd cache` needs for a teacher, and return the numbers."""
     needed = cache.peak if wanted.cpu else devices.held_on_gpu(cache.peak, cache.parts.get("teacher's weights", 0.0))
     numbers = {"setting": cache.setting, "memory": cache.parts, "needed": needed, "bytes_of_target": cache.width, "devices": []}
     text = f"\nllmkd cache writes {cache.width:,} bytes a target ({cache.setting}.cache), and needs {_amount(needed, 'GB')} GB"
@@ -136,7 +140,7 @@ def _cache_numbers(cache: Caching, named: list[Device], wanted: Wanted) -> dict:
 
 
 def _measured(runs: Runs, first: Plan, wanted: Wanted, here: Device) -> dict:
-    """Print what some real steps on this machine took, and what a plan for it says."""
+    """Print memory and time of some real steps on this machine next to the plan's."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -153,13 +157,13 @@ def _measured(runs: Runs, first: Plan, wanted: Wanted, here: Device) -> dict:
 
 
 def _rate(wanted: Wanted, device: Device) -> Callable[[str], float]:
-    """Operations per second that a step reaches there, by type."""
+    """A function from a dtype to the operations per second that a step reaches on the device."""
     share = 1.0 if wanted.rate else wanted.share
     return lambda dtype: wanted.rate or share * device.rate(dtype)
 
 
 def _sums(parts: list[dict]) -> list[dict]:
-    """Of each device: whether every part fits, and the time of all of them; None where it is not known of one, and then how much is known."""
+    """For each device: whether all parts fit, and their total time. None where that is unknown for some part; `known_seconds` sums the others."""
     out = []
     for of_device in zip(*(one["devices"] for one in parts), strict=True):
         fits, seconds = [one["fits"] for one in of_device], [one["seconds"] for one in of_device]
@@ -238,7 +242,7 @@ def _work_text(planned: Plan) -> str:
     if work.tokens is None:
         return f"{text}\nthe run: its data is not known, so times are of one such micro-batch"
     total = sum(planned.total_flops.values())
-    tokens = f"{work.tokens:,} tokens with padding, " if work.batch.student.given is None else ""  # others cost what is no number of tokens
+    tokens = f"{work.tokens:,} tokens with padding, " if work.batch.student.given is None else ""  # encoders need not read tokens
     return f"{text}\nthe run: {work.steps:,} steps, {work.examples:,} examples in all, {tokens}{work.targets:,} targets, {total / 1e15:,.3g} PFLOP"
 
 
@@ -247,12 +251,12 @@ def _device_rows(planned: Plan, wanted: Wanted) -> list[dict]:
 
 
 def _devices(wanted: Wanted) -> list[Device]:
-    """Those that times are told of; this machine is the last."""
+    """The devices whose times are printed; this machine is the last."""
     named = [] if wanted.cpu else [wanted.gpu] if wanted.gpu else list(devices.GPUS.values())
     return [*named, _this_machine()]
 
 
-@functools.cache  # so that all parts of a plan have one rate
+@functools.cache  # measured once, so that all parts of a plan use the same rate
 def _this_machine() -> Device:
     import torch
 

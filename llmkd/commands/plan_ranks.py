@@ -16,7 +16,11 @@ _NAMES = {(False, False): "whole", (False, True): "teacher sharded", (True, Fals
 
 
 def ways_to_hold(runs: Runs, needs: Callable[[dict], float], room: float | None) -> list[dict]:
-    """Print what each process needs for each of them, and return the numbers. `needs`: with some settings changed."""
+    """Print the memory of a process for each way to hold the models, and return the numbers.
+
+    needs   returns the bytes of a process with some settings changed, {dotted path: value}
+    room    bytes that each process has; None if unknown
+    """
     rows, numbers, refusals = [], [], []
     for settings in strategies(runs.recipes({})[0]):
         try:
@@ -37,7 +41,7 @@ def _words(settings: dict[str, str]) -> str:
 
 
 def speed_of_many(runs: Runs, planned: Plan, rate: Callable[[str], float], device: Device) -> tuple[list[dict], dict]:
-    """Print tokens a second of 1 to 512 such devices, and return the numbers and the lines of a plot: {strategy: [(devices, tokens a second)]}."""
+    """Print the tokens per second of 1 to 512 such devices. Returns the numbers, and the lines of a plot: {strategy: [(devices, tokens per second)]}."""
     work, recipe = planned.work, runs.recipes({})[0]
     many = 1 if work.tokens is None else max(1, round(work.micro_batches / (work.steps * planned.ranks)))
     seconds = many * planned.seconds_of_micro_batch(rate, PER_LAYER)

@@ -1,5 +1,4 @@
-"""The runs that a file stands for, as `llmkd plan` takes them: a recipe's one, the stages of a pipeline or a sweep, and the groups of a sweep's arms
-that train side by side."""
+"""The runs that `llmkd plan` plans: a recipe's own, the stages of a pipeline or a sweep, and the groups of a sweep's arms that train together."""
 
 import dataclasses
 import os
@@ -22,22 +21,23 @@ from .sweep import SweepRecipes, group_arms
 
 @dataclass(frozen=True)
 class Runs:
-    """Students that train side by side before one teacher, or a teacher whose cache is written.
+    """Students that train together with one teacher, or teachers whose caches are written.
 
-    name      how to call them
-    arms      of a sweep
-    recipes   of each student, as they are with some settings changed ({dotted path: value}); UserError where these are refused
+    name      of the runs, for people
+    arms      names of the sweep's arms; empty for other runs
+    recipes   returns the recipe of each student with some settings changed, {dotted path: value}; UserError if that is refused
     """
 
     name: str
     arms: list[str]
     recipes: Callable[[dict[str, Any]], list[Recipe]]
     found: Found
-    stage: str = ""  # of a pipeline or a sweep; "" for arms, and for a recipe by itself
-    caches: bool = False  # whether a cache is written, and nothing trains
+    stage: str = ""  # the name of the stage of a pipeline or a sweep; "" for arms, and for a single recipe
+    caches: bool = False  # whether teacher caches are written, and nothing is trained
 
     def plan(self, memory: float | None, gpu: bool, change: dict[str, Any] | None = None, processes: int = 1) -> Plan:
-        """Their plan with some settings changed. Of fewer `students_per_teacher` the first part is planned, in which those that distil come first."""
+        """The plan with some settings changed. If `students_per_teacher` splits the group, its first part is planned, which holds the arms that
+        distil first."""
         settings = dict(change or {})
         most = settings.pop("students_per_teacher", None) or max(1, len(self.arms))
         parts = max(1, -(-len(self.arms) // most))
@@ -48,10 +48,10 @@ class Runs:
 
 @dataclass(frozen=True)
 class Planned:
-    """All that a file stands for, in the order in which it runs.
+    """All runs of a file, in the order in which they run.
 
-    kind   recipe, pipeline or sweep
-    made   stages whose data `llmkd make` writes, which is not planned
+    kind   of the file: recipe, pipeline or sweep
+    made   names of its `make:` stages, which are not planned
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Planned:
 
 
 def runs_of(config: str, overrides: dict[str, Any]) -> Planned:
-    """Of a recipe, a pipeline or a sweep. UserError for what cannot be planned."""
+    """The runs of a recipe, a pipeline or a sweep. UserError for a file that cannot be planned."""
     kind = file_kind(config)
     if kind in ("pipeline", "sweep"):
         return _of_stages(config, overrides, kind)
@@ -69,7 +69,7 @@ def runs_of(config: str, overrides: dict[str, Any]) -> Planned:
 
 
 def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
-    """Of the stages, and of a sweep each group of arms that it would train together."""
+    """The stages of a pipeline or a sweep, and each group of arms that a sweep would train together."""
     where = Path(config)
     if kind == "sweep":
         whole, others = load_sweep(config, overrides), {}
@@ -106,7 +106,7 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
 
 
 def _groups(config: str, overrides: dict[str, Any], sweep: Sweep, coming: Coming, made: Made) -> list[Runs]:
-    """Of a sweep: each group of arms that it would train together."""
+    """Each group of arms that a sweep would train together."""
 
     def recipes(change: dict[str, Any]) -> dict[str, Recipe]:
         sweep = load_sweep(config, overrides | change)
@@ -123,7 +123,7 @@ def _groups(config: str, overrides: dict[str, Any], sweep: Sweep, coming: Coming
 
 
 def _files(student: Student, folder: Path, coming: Coming) -> ModelFiles | None:
-    """Which base it is, whether its files are here or not; None for new weights."""
+    """The student's base, whose files need not be here; None for new weights."""
     if student.model is None:
         return None
     found = student_config(student, folder, coming=coming)

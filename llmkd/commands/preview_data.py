@@ -36,12 +36,13 @@ from ..errors import UserError
 from ..model_folder.generation import generation_settings
 from ..model_folder.weights import read_json
 
-_MARKS = ("", "", "⟦", "⟧")  # around unsupervised text, and around supervised text
+_MARKS = ("", "", "⟦", "⟧")  # before and after unsupervised text, before and after supervised text
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
 
 
 def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Print counts of every source, then `count` examples drawn by the recipe's seed, or the one numbered `example`. Returns the counts."""
+    """Print counts of every source, then `count` examples drawn by the recipe's seed, or the example with the number `example`. Returns the
+    counts by setting."""
     out = out or sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
@@ -73,7 +74,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
 
 
 def _configs(recipe: Recipe) -> dict[str, dict]:
-    """config.json of the models that exist already; a teacher may not be trained yet."""
+    """The config.json of each model, by setting; without teachers that are not trained yet."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
     for setting, one in used_teachers(recipe):
         with contextlib.suppress(UserError):
@@ -87,7 +88,7 @@ def _config(folder: Path) -> dict:
 
 
 def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, numbers: dict, out: TextIO) -> Dataset:
-    """Print counts of a setting's sources, and notes on them; add the counts to `numbers`. Returns the setting's examples."""
+    """Print counts of a setting's sources and notes on them, add the counts to `numbers`, and return the setting's examples."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
@@ -106,7 +107,7 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
 
 
 def chosen(every: int, count: int, example: int | None, seed: int) -> list[int]:
-    """The numbers of the examples to be shown, of `every`: that of `example`, or `count` of them drawn by seed."""
+    """The numbers of the examples to show, of `every` examples: `example`, or `count` of them drawn by seed."""
     if example is None:
         return sorted(random.Random(f"show {seed}").sample(range(every), min(count, every)))
     if not 0 <= example < every:
@@ -115,7 +116,7 @@ def chosen(every: int, count: int, example: int | None, seed: int) -> list[int]:
 
 
 def counts(parts: list[Examples], names: list[str]) -> list[dict[str, Any]]:
-    """Counts of each source and, if there are several, of all together; lengths in tokens."""
+    """Counts of each source and, if there are several, of all together. Lengths are in tokens."""
     out = []
     for name, part in [*zip(names, parts, strict=True), *([("in total", merge(parts))] if len(parts) > 1 else [])]:
         c, lengths = part.counts, part.lengths
@@ -142,7 +143,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
-    """The example as text, control tokens included, with the supervised spans in brackets or in colour."""
+    """An example as text, with its control tokens, and the supervised spans in brackets or in colour."""
     plain_on, plain_off, on, off = _COLOURS if colour else _MARKS
     out = []
     for text, supervised in supervised_spans([int(i) for i in ids], [bool(m) for m in loss_mask], tokenizer):

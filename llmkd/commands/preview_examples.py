@@ -1,5 +1,4 @@
-"""`llmkd data` for tasks other than language models: counts, and examples as the student reads them, with their targets and with the columns that
-teachers read. Loads no model."""
+"""`llmkd data` for tasks other than causal_lm: counts, and examples with their targets and the columns that teachers read. Loads no model."""
 
 import sys
 from typing import Any, TextIO
@@ -17,8 +16,8 @@ from .preview_data import chosen, mark_supervised, uses_colour
 
 
 def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Print counts of training and held-out rows, of classes by their names, then `count` examples drawn by the recipe's seed, or the one numbered
-    `example`. Returns the counts."""
+    """Print counts of training and held-out rows (by class for classifiers), then `count` examples drawn by the recipe's seed, or the example
+    with the number `example`. Returns the counts by setting."""
     out, task, sequences = out or sys.stdout, task_named(recipe.task), recipe.task in SEQUENCES
     teachers = used_teachers(recipe)
     rows = read_data(recipe.data, views_of(one for _, one in teachers))
@@ -49,7 +48,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
 
 
 def _written(value: Any) -> str:
-    """A column as the row has it: a teacher, whose tokenizer would read it, may not be there yet."""
+    """A column's value as it is in the row. It is not tokenised: its teacher may not exist yet."""
     if isinstance(value, dict):  # a file as `datasets` writes it
         value = value.get("bytes") or value.get("path")
     return f"{len(value):,} bytes" if isinstance(value, bytes) else printable(str(value))
@@ -64,7 +63,7 @@ def _classes(examples: Examples) -> list[dict[str, Any]]:
 
 
 def _targets(examples: Examples) -> list[dict[str, Any]]:
-    """Lengths are of targets, in tokens."""
+    """Counts of examples and of their targets. Lengths are those of the targets, in tokens."""
     counts, of = examples.counts, examples.num_targets
     left_out = {name: counts.get(key, 0) for name, key in (("too long", "too_long"), ("no target", "unsupervised"), ("marked", "marked"))}
     lengths = {"targets": int(of.sum()), "shortest": int(of.min()), "longest": int(of.max())}

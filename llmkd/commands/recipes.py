@@ -1,7 +1,7 @@
-"""`llmkd recipes` and `llmkd init`: the recipes that come with the package, listed and copied to be edited.
+"""`llmkd recipes` and `llmkd init`: list the recipes that come with the package, and copy one to be edited.
 
-They are the folder recipes/ of the repository, installed as the package llmkd_recipes. Every file opens with three comment lines,
-Needs, Does and Run, which are what the list shows.
+They are the repository's folder recipes/, installed as the package llmkd_recipes. Every file begins with three comment lines, Needs, Does
+and Run, which the list shows.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ def recipes_folder() -> Path:
 
 
 def shipped() -> dict[str, list[Entry]]:
-    """{name: its files}. A name is a folder of recipes, or a file (with the folder of the same name) at the top."""
+    """The shipped recipes by name, each with its files. A name is that of a folder, or of a file at the top and of a folder with the same name."""
     root = recipes_folder()
     out: dict[str, list[Entry]] = {}
     for path in sorted(
@@ -61,7 +61,7 @@ def _entry(path: Path, place: Path) -> Entry:
 
 
 def list_recipes() -> str:
-    """Every recipe with purpose, needs and command, as text."""
+    """Every recipe with its purpose, needs and command, as text."""
     blocks = []
     for name, entries in shipped().items():
         lines = [name]
@@ -74,8 +74,8 @@ def list_recipes() -> str:
 def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
     """Copy a recipe with the files it refers to. Returns the files written and the command that runs it.
 
-    Raises UserError for an unknown name, and where another file exists already, or all of them: then nothing is written. What an attempt
-    has left that was killed, or met a full disk, is completed.
+    UserError, and nothing is written, for an unknown name, if a file with other content exists, or if all files exist already. An
+    incomplete copy, after a kill or a full disk, is completed.
     """
     entries = shipped()
     if name not in entries:
@@ -97,7 +97,7 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
 
 
 def _content(path: Path, folder: Path) -> bytes:
-    """What is copied of a file. The comments of a recipe name the commands, for where the files are then."""
+    """The content of the copy of a file. In a recipe's comments the commands name the new folder."""
     content = path.read_bytes()
     return (
         re.sub(rb"(--config(_file)?) recipes/", lambda found: found[1] + f" {folder.as_posix()}/".encode(), content)
@@ -107,7 +107,7 @@ def _content(path: Path, folder: Path) -> bytes:
 
 
 def _needed(root: Path, recipes: list[Path], folders: list[Path]) -> Iterator[Path]:
-    """Files of the folders, and of whatever in them or in the recipes names a file or folder under `root`."""
+    """The recipes, the files of the folders, and every file and folder under `root` that one of them names."""
     seen: set[Path] = set()
     left = [root / path for path in recipes] + [path for folder in folders if folder.is_dir() for path in _files(folder)]
     while left:
@@ -121,9 +121,8 @@ def _needed(root: Path, recipes: list[Path], folders: list[Path]) -> Iterator[Pa
                 other = (path.parent / text).resolve()
                 if "\n" not in text and other != root.resolve() and other.is_relative_to(root.resolve()) and other.exists():
                     other = root / other.relative_to(root.resolve())
-                    # beside another recipe stands what makes its teacher
-                    beside = other.suffix == ".yaml" and other.parent != root
-                    left += _files(other.parent if beside else other) if beside or other.is_dir() else [other]
+                    in_folder = other.suffix == ".yaml" and other.parent != root  # the recipe of its teacher is in the same folder
+                    left += _files(other.parent if in_folder else other) if in_folder or other.is_dir() else [other]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -139,8 +138,8 @@ def _texts(value) -> Iterator[str]:
 
 
 def _command(entries: list[Entry], folder: Path) -> str:
-    """The command of the first file that is run, for where it is now: a pipeline's or sweep's, or else the first stage's. Where a file makes
-    data, that of the sweep that has it as a stage."""
+    """The command that runs the copy: that of the pipeline or sweep, or else of the first file. If the first file makes data, the command of
+    the sweep that has it as a stage."""
     wholes = {"pipeline", "sweep"} | ({"study"} if entries[0].command.startswith("llmkd make ") else set())
     whole = next((e for e in entries if e.path.stem in (e.path.parts[0].removesuffix(".yaml"), *wholes)), entries[0])
     path = (folder / whole.path).as_posix()

@@ -1,4 +1,4 @@
-"""`llmkd roll`: a model's answers to the prompts of a recipe's training rows, as a data file of `format: tokens` with the ids that it wrote."""
+"""`llmkd roll`: a model answers the prompts of a recipe's training rows; the answers become a data file of `format: tokens`, with the sampled ids."""
 
 import dataclasses
 import difflib
@@ -42,12 +42,18 @@ if TYPE_CHECKING:
     from ..rollouts.sampling import Sampling
     from ..rollouts.writer import Writer
 
-BATCH = 32  # answers that are written at a time
+BATCH = 32  # answers that are generated at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """The model that writes: its part (student, teacher or model), the setting that names it, how it is loaded, and its run, if it is one's."""
+    """The model that writes.
+
+    part       student or teacher of the recipe, or model
+    setting    the setting that names it, or roll
+    settings   how it is loaded
+    run        the folder of its run, if it is the student of one
+    """
 
     part: str
     setting: str
@@ -57,7 +63,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer that is wanted: the prompt as its writer reads it, and the key of the answer, 16 hex digits."""
+    """One answer to write: the prompt, its ids as the writer reads it, and the answer's key, 16 hex digits."""
 
     prompt: Prompt
     ids: np.ndarray
@@ -75,14 +81,15 @@ def roll(
     batch_size: int = BATCH,
     stop: ShutdownRequest | None = None,
 ) -> dict[str, Any]:
-    """Write the answers that are not in the file yet, and return counts of all that are.
+    """Write the answers that are not in the file `to` yet, and return counts of all answers in it.
 
-    writer   student, teacher (or teacher.0, ...): the recipe's; else the folder of a run, of a model or of an adapter, or a hub id
-    samples  answers to each prompt
-    prompts  a file of prompts, read as for `llmkd sample`, instead of the recipe's training rows
-    limit    only the first prompts
+    writer    student or teacher (teacher.0, ...) of the recipe, the folder of a run, a model or an adapter, or a hub id
+    samples   answers to each prompt
+    prompts   a file of prompts, read as for `llmkd sample`, instead of the recipe's training rows
+    limit     only the first so many prompts
+    stop      a ShutdownRequest
 
-    UserError for what a user can correct; Stopped when a signal arrived: what is written is kept, and the same call goes on.
+    UserError for a user's mistake; Stopped after a signal: what is written is kept, and the same call continues.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("roll: runs in one process; leave accelerate launch out")
@@ -92,7 +99,7 @@ def roll(
     refuse_foreign(to, "--to")
     source = _source(writer, recipe)
     settings = source.settings
-    if settings.server and not to.exists():  # else all that is asked for may be there
+    if settings.server and not to.exists():  # otherwise all answers may be in the file, and no server is needed
         served_model(source.setting, settings)
     rows = [] if prompts else read_sources(recipe.data.train, "data.train")
     tokenizer = student_tokenizer(recipe.student)
@@ -100,7 +107,7 @@ def roll(
     vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)} if files else {})
     found, left_out = _prompts(recipe, prompts, rows, tokenizer)
     stops = stops_at(generation_settings(files.config, (files.adapter, files.base), source.setting)) if files else []
-    ends = sorted({tokenizer.eos_token_id, *stops}.union(*(prompt.ends for prompt in found)))  # of all prompts, whichever are asked now
+    ends = sorted({tokenizer.eos_token_id, *stops}.union(*(prompt.ends for prompt in found)))  # of all prompts, also beyond `limit`
     found = found[:limit]
     refuse_unfit(found, vocab, {source.setting: files} if files else {}, tokenizer)
     weights = TeacherSource(source.setting.removesuffix(".model"), settings, files, None).weights
@@ -156,7 +163,7 @@ def _source(writer: str, recipe: Recipe) -> Source:
 
 
 def _files(source: Source, tokenizer) -> ModelFiles:
-    """The writer's files, which are whole and of the student's tokenizer."""
+    """The writer's files. UserError if they are not complete, or its tokenizer is not the student's."""
     files = find(source.settings.model, source.setting, source.settings.revision, source.settings.base)
     verify(files.base, files.adapter, source.setting)
     folder = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
@@ -167,11 +174,11 @@ def _files(source: Source, tokenizer) -> ModelFiles:
 
 
 def _prompts(recipe: Recipe, file: Path | None, rows: list[Rows], tokenizer) -> tuple[list[Prompt], int]:
-    """The prompts, and the number of examples that have none: nothing of them is supervised within data.max_length."""
+    """The prompts, and the number of examples without one: those with no supervised token within data.max_length."""
     data = dataclasses.replace(recipe.data, train_on_input=False)
     if file:
         return read_prompts(file, as_tuple(data.train), data, tokenizer), 0
-    if data.too_long != "split":  # where the answer of the data ends does not matter
+    if data.too_long != "split":  # the end of the data's own answer does not matter
         data = dataclasses.replace(data, too_long="truncate")
     parts = encode_sources(rows, data.train, "data.train", data, tokenizer)
     template_process.close()
@@ -182,7 +189,7 @@ def _prompts(recipe: Recipe, file: Path | None, rows: list[Rows], tokenizer) -> 
 def _depends_on(
     source: Source, files: ModelFiles | None, weights: dict, sampling: "Sampling", tokenizer, ends: list[int]
 ) -> dict[str, Any]:
-    """All that an answer depends on, apart from its prompt, as JSON has it."""
+    """Everything that an answer depends on apart from its prompt, as values of JSON."""
     one = source.settings
     return {
         "the writer's base": weights["base"],
@@ -197,7 +204,7 @@ def _depends_on(
 
 
 def _asked(prompts: Sequence[Prompt], samples: int, depends: dict[str, Any], by_teacher: bool) -> Iterator[Asked]:
-    """Every answer that is wanted. Of prompts that are alike each has answers of its own."""
+    """Every answer to write. Equal prompts get different keys, and so different samples."""
     before: Counter = Counter()
     settings = json.dumps(depends, sort_keys=True).encode()
     for prompt in prompts:
@@ -220,7 +227,7 @@ def _write(
     total: int,
     stop: ShutdownRequest,
 ) -> None:
-    """Write what is missing of the batches. A batch is computed as a whole, so that each of its answers is what it would have been."""
+    """Write the missing answers of the batches. Whole batches are computed, so that each answer is the same as without an interruption."""
     from tqdm import tqdm
 
     writer = _writer(source, files, set(ends), vocab, max(map(len, batches)), stop)
@@ -237,7 +244,7 @@ def _write(
 
 
 def _writer(source: Source, files: ModelFiles | None, ends: set[int], vocab: int, batch_size: int, stop: ShutdownRequest) -> "Writer":
-    """The model in this process, or the server that has it."""
+    """The writer: a model loaded into this process, or a server."""
     if files is None:
         from ..rollouts.server_writer import ServerWriter
 
@@ -252,7 +259,7 @@ def _writer(source: Source, files: ModelFiles | None, ends: set[int], vocab: int
 
 
 def _row(asked: Asked, answer, named: str, tokenizer) -> dict[str, Any]:
-    """A row of `format: tokens`, with its text for people."""
+    """A row of `format: tokens`, with the text added for people."""
     before, own = asked.prompt.ids.tolist(), list(answer.ids)
     return {
         "prompt": decoded(before, tokenizer),
@@ -290,7 +297,7 @@ def _counts(
 
 
 def report(found: dict[str, Any], max_length: int) -> None:
-    """What was written in one line, and a line for what may not be meant."""
+    """Print one line on what was written, and a note or warning on each thing that may be unintended."""
     info(
         f"{found['file']}: {count(found['answers'], 'answer')} to {count(found['prompts'], 'prompt')} by {found['writer']}, {found['new']:,} of them new, "
         f"{found['mean_tokens']:.1f} tokens on average; {found['finished']:,} ended by themselves, {found['cut_off']:,} were cut off, "

@@ -1,9 +1,9 @@
-"""The answers of `llmkd sample` on a terminal: side by side, or where it is narrow one below the other."""
+"""The answers of `llmkd sample` as text: side by side, or one below the other on a narrow terminal."""
 
 from ..console import count, in_columns, table, wrap
 from .sample import Answer, Asked, Samples
 
-NARROWEST = 24  # columns that an answer is to have beside others
+NARROWEST = 24  # least width of an answer side by side with others
 
 
 def as_text(samples: Samples, width: int) -> str:
@@ -24,7 +24,7 @@ def _asked(one: Asked, width: int) -> str:
 
 
 def columns(one: Asked) -> dict[str, str]:
-    """The texts that stand beside one another, by their headings."""
+    """The texts that are shown side by side, by their headings."""
     out = {} if one.reference is None else {"reference": one.reference}
     return out | {f"{name}, {said(answer)}": answer.text for name, answer in one.answers.items()}
 

@@ -1,7 +1,7 @@
-"""`llmkd sweep`: arms (changed copies of one recipe), trained side by side with one teacher where possible. Each ends as if trained alone.
+"""`llmkd sweep`: trains arms, changed copies of one recipe, several at a time with one teacher where possible. Each ends as if trained alone.
 
 Arms with the same data in the same order, the same base and the same teacher share every batch and the teacher's outputs for it. The
-others run one after another. `--resume` continues a sweep that was stopped or killed: finished arms are kept.
+others run one after another. `--resume` continues a sweep that was stopped or killed, and keeps the finished arms.
 """
 
 import dataclasses
@@ -42,12 +42,13 @@ from .sweep_state import Group, SweepState
 
 T = TypeVar("T")
 
-#: Every arm is measured against its teacher, those that do not learn from it as well. A sweep's `set` and its arms may say otherwise.
+#: Every arm is measured against the teacher, even those that do not learn from it, unless the sweep's `set` or the arm changes this.
 MEASURED = {"validation.compare_to_teacher": True}
 
 
 def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path], None] = lambda folder: None) -> Path:
-    """Train the arms that are not finished, then call `then` with the sweep's folder. Raises Stopped after a signal."""
+    """Run the stages and train the arms that are not finished, then call `then` with the sweep's folder, which is locked meanwhile. Returns
+    the folder. Stopped after a signal."""
     sweep = load_sweep(config, overrides)
     folder = Path(sweep.output_dir).expanduser()
     refuse_unwritable(folder, "output_dir")
@@ -91,13 +92,13 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                     f"\n[{number}/{len(groups)}] {'arm' if len(group.arms) == 1 else f'{len(group.arms)} arms side by side:'} {', '.join(group.arms)}"
                 )
                 train_group(group, recipes, state, resume, stop)
-            accelerator.wait_for_everyone()  # and what the first process wrote is there for all
+            accelerator.wait_for_everyone()  # all processes see the files that rank 0 wrote
             then(folder)
     return folder
 
 
 def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
-    """Raise UserError if an arm was begun with another recipe: the arms of one sweep would not be comparable."""
+    """UserError if an arm was started with another recipe: the arms of one sweep would not be comparable."""
     problems = []
     for name, recipe in recipes.items():
         folder = RunFolder(recipe, True)
@@ -111,12 +112,12 @@ def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
 
 
 def refuse_without_template(recipes: dict[str, Recipe]) -> None:
-    """UserError where a student is to be evaluated in a chat template that its tokenizer does not have."""
+    """UserError if eval.chat_template is set and a student's tokenizer has no chat template."""
     students = [recipe.student for recipe in recipes.values()]
     for student in {(one.tokenizer, one.model, one.revision, one.base): one for one in students}.values():
         try:
             template = student_tokenizer(student).chat_template
-        except UserError:  # of a model that a stage is still to write
+        except UserError:  # a model that a stage has yet to write
             continue
         if not template:
             name = student.tokenizer or student.model
@@ -126,9 +127,9 @@ def refuse_without_template(recipes: dict[str, Recipe]) -> None:
 def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, resume: bool, stop: ShutdownRequest) -> None:
     """Train a group's arms and record how each ended. An arm that cannot be built is left out, and the others train without it.
 
-    An error in one group does not stop the next. With several processes this holds for errors that every rank meets alike (an arm that
-    cannot be built, non-finite values); any other error ends the sweep, since the other ranks would wait for ever. So does an error of the
-    machine, such as a full disk, which every group would meet; out of memory may be one group's alone.
+    An error in one group does not stop the next, with two exceptions. An error of the machine, such as a full disk, ends the sweep,
+    since every group would meet it; running out of memory does not. With several processes, an error that may have been raised on one
+    rank only ends it too, since the other ranks would wait forever.
     """
     names, began = list(group.arms), time.monotonic()
     ends: dict[str, tuple[str | None, bool]] = {}
@@ -172,9 +173,9 @@ class SweepRecipes:
         self.sweep, self.config, self.specs, self.check_inputs = sweep, config, specs, check_inputs
 
     def recipes(self) -> dict[str, Recipe]:
-        """Every arm's recipe, checked. Called again after the stages, since an arm may start from their results."""
+        """The recipe of every arm, checked. Called again after the stages, since an arm may start from their results."""
         out: dict[str, Recipe] = {}
-        problems: dict[str, list[str]] = {}  # each with the arms that have it
+        problems: dict[str, list[str]] = {}  # the arms with each problem
         for stage in self.stages().values():
             hub_upload.check(stage.push_to_hub)
             trackers.check(stage.report_to)
@@ -220,7 +221,7 @@ class SweepRecipes:
         return self._of_stages(load)
 
     def _of_stages(self, load: Callable[[str, Stage], T | None]) -> dict[str, T]:
-        """What `load` gives of each stage, without those of which it gives nothing. UserError with the problems of all."""
+        """`load` of each stage, by name, where that is not None. UserError with the problems of all stages."""
         out, problems = {}, []
         for name, stage in self.sweep.stages.items():
             try:
@@ -249,7 +250,7 @@ def _in_others(arms: int) -> str:
 
 
 def lend_teachers(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """Arms without a teacher get that of the first arm with the same data that has one, so that their students are measured against it too."""
+    """Give arms without a teacher that of the first arm with the same data that uses one: their students are measured against it too."""
     lenders: dict[str, Recipe] = {}
     for recipe in recipes.values():
         if uses_teacher(recipe):
@@ -316,10 +317,11 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
 
 
 def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
-    """What arms that train together have in common, as text: all but loss, optimizer and adapter.
+    """A text that is equal for arms that can train together: all settings but loss, optimizer and adapter.
 
-    Of several teachers one is read inside. Relations read the teacher's last layer at every position, where others read it at the targets:
-    products of other shapes, which agree to rounding alone.
+    Two settings of the loss are in it, since they change what is read inside the teacher: which of several teachers hidden states are
+    compared with, and attention relations. These read the teacher's last layer at every position instead of at the targets, by matrix
+    products of other shapes, which agree with the usual ones up to rounding only.
     """
     rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "loss", "optim")}
     rest["read inside"] = recipe.loss.features and recipe.loss.features.teacher
@@ -329,13 +331,13 @@ def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
 
 
 def data_key(recipe: Recipe) -> str:
-    """What arms have in common that see the same examples with the same tokenizer, as text."""
+    """A text that is equal for arms with the same examples and the same tokenizer."""
     student = recipe.student
     return json.dumps([dataclasses.asdict(recipe.data), student.model, student.revision, student.base, student.tokenizer])
 
 
 def _with_common_checkpoint(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:
-    """Split arms so that those of a part share a checkpoint step, or have no checkpoint: only those can resume together."""
+    """Split arms into parts that can resume together: those of a part share a checkpoint step, or have no checkpoint."""
     parts: list[tuple[set[str], list[str]]] = []
     for name in names:
         steps = {path.name for path in RunFolder(recipes[name], True).checkpoints.glob("step-*") if not is_leftover(path)}

@@ -22,7 +22,7 @@ from ..output.run_folder import lock_folder
 #: What to do about a damaged sweep.json.
 REBUILD = "delete it and run the sweep again with --resume, which keeps the finished arms"
 STATES = ("waiting", "done", "failed")
-#: What a run that has ended so has left in its folder.
+#: The file that shows in a run's folder that it ended with this status.
 ENDS = {"done": "summary.json", "failed": "nonfinite.json"}
 
 
@@ -31,13 +31,13 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _asks(recipe: Recipe) -> bool:
-    """Whether the student learns from a teacher that answers while it trains, and is not in a cache."""
+    """Whether the student learns from a teacher that is not read from a cache."""
     return distils(recipe) and not all(teacher.cache for teacher in as_tuple(recipe.teacher))
 
 
 @dataclasses.dataclass
 class Group:
-    """Arms that train together, or one alone and why."""
+    """Arms that train together, or one arm, and why it trains alone."""
 
     arms: list[str]
     why: str | None = None
@@ -71,11 +71,11 @@ class SweepState:
             if not (resume and (folder / "arms").is_dir()):
                 raise UserError(f"output_dir: {folder} is not empty and holds no sweep; choose another folder")
             info(f"note: {self.path} is missing, and is made anew: finished arms are kept, and what they have cost is not known any more")
-        for arm in arms.values() if resume else ():  # a kill may have come before its end was written here, or the file is lost
+        for arm in arms.values() if resume else ():  # a kill may have come before its end was recorded, or sweep.json is lost
             self._look_for_end(arm)
 
     def _restore(self, arms: dict[str, dict]) -> None:
-        """Take over what an earlier attempt recorded. UserError if that is damaged."""
+        """Restore the state of an earlier attempt. UserError if it is damaged."""
         before = read_run_file(self.path, REBUILD)
         try:
             kept = {name: before["arms"][name] for name in arms if name in before["arms"]}
@@ -91,10 +91,10 @@ class SweepState:
             info(f"note: what {count(len(gone), 'arm')} had left in {self.folder / 'arms'} is gone: {_some(gone)}; trained again")
         arms |= {name: arm for name, arm in kept.items() if name not in gone}
         self.data |= {"stages": before["stages"], "groups": before["groups"]}
-        self._take_out({name for group in before["groups"] for name in group["arms"]} - arms.keys())  # that the file has no more
+        self._take_out({name for group in before["groups"] for name in group["arms"]} - arms.keys())  # arms no longer in the sweep's file
 
     def _look_for_end(self, arm: dict) -> None:
-        """The end of a waiting arm by what its run has left."""
+        """Set the status of a waiting arm from the files of its run, if that has ended."""
         run = self.folder / arm["folder"]
         if arm["status"] != "waiting":
             return
@@ -105,12 +105,12 @@ class SweepState:
             arm |= {"status": "failed", "final": True, "reason": f"step {found.get('step')}: {found.get('term')} is not finite"}
 
     def _run(self, arm: dict) -> str | None:
-        """The settings of an arm's run by their hash, so that a sweep.json of another sweep is known as one."""
+        """The hash of the settings of an arm's run, by which a sweep.json of another sweep is recognised."""
         with contextlib.suppress(UserError):
             return run_of(self.folder / arm["folder"])["settings"]
 
     def lock(self):
-        """Lock the sweep's folder: a context manager. Also records date, machine and versions."""
+        """A context manager that locks the sweep's folder. Also records date, machine and versions."""
         if not first_process():
             return contextlib.nullcontext()
         held = lock_folder(self.folder)
@@ -124,7 +124,7 @@ class SweepState:
         return held
 
     def is_waiting(self, name: str) -> bool:
-        """Whether an arm is still to be trained. Other failures may have been fixed since; a non-finite value would come again."""
+        """Whether an arm still has to be trained. A failure may have been fixed since, except a non-finite value, which would recur."""
         arm = self.data["arms"][name]
         return arm["status"] == "waiting" or (arm["status"] == "failed" and not arm.get("final"))
 
@@ -181,7 +181,7 @@ class SweepState:
         return spent
 
     def record_group(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
-        """Record a group's results, {arm: (why it failed or None, whether it would fail again)}. Stopped arms stay waiting."""
+        """Record a group's results. `ends`: of each arm, why it failed or None, and whether it would fail again. Other arms stay waiting."""
         for name, (reason, last) in ends.items():
             arm = self.data["arms"][name]
             arm |= {"status": "failed" if reason else "done", "reason": reason, "final": last, "run": self._run(arm)}

@@ -1,8 +1,8 @@
 """The order of the examples and their split into micro-batches: pure functions of (seed, epoch), with no state to restore.
 
-An optimizer step takes `batch_size` examples, however many processes there are. They are sorted by length, split into
-micro-batches and handed to the ranks in turn; since the loss is a sum over the step's targets divided by their number, how
-the examples are split changes nothing but speed.
+An optimizer step takes `batch_size` examples, however many processes there are. They are sorted by length, split into micro-batches and
+dealt to the ranks in turn. The split changes the speed and not the result, since the loss is the sum over the step's targets divided by
+their number.
 """
 
 import heapq
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_TOKENS = 65_536  # upper bound of a measured token budget: larger micro-batches are not faster
-MOST_PACKED = 8_192  # the same for a packed row of which a family's own attention computes every pair of tokens, also pairs of two examples
-_FLOOR = 1024  # tokens: smaller passes take a GPU about as long, since they are bound by kernel launches
+MOST_TOKENS = 65_536  # largest token budget that `auto` measures: larger micro-batches are not faster
+MOST_PACKED = 8_192  # the same for packed rows if the attention also computes the pairs of tokens of different examples
+_FLOOR = 1024  # tokens: a GPU takes about as long for fewer, since launching kernels takes the time
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class Batching:
-    """How training examples become optimizer steps and micro-batches. Of `epochs` and `max_steps` one is given; a stream needs `max_steps`.
+    """How training examples become optimizer steps and micro-batches. Either `epochs` or `max_steps` is given; a stream needs `max_steps`.
 
     batch_size         examples of an optimizer step, over all processes
-    micro_batch_size   examples, or tokens of a budget
-    group_by_length    optimizer steps whose examples are sorted together by length
+    micro_batch_size   examples of a micro-batch, or a budget of tokens
+    group_by_length    number of optimizer steps whose examples are sorted by length together
     """
 
     seed: int
@@ -49,7 +49,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The whole run's order. `lengths[i]` is the number of tokens of example i."""
+    """The order of a run's examples. `lengths[i]` is the number of tokens of example i."""
 
     lengths: np.ndarray
     seed: int
@@ -75,9 +75,9 @@ class BatchPlan:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def step_batches(self, epoch: int) -> list[list[int]]:
-        """The examples of each optimizer step of an epoch: every example as often as its source's weight (1 by default).
+        """The examples of each optimizer step of an epoch. A source's weight is the number of passes over it.
 
-        One of them may be short: the last, unless grouped by length.
+        One step may have fewer examples than `batch_size`: the last one, or with `group_by_length` any.
         """
         rng = random.Random(f"{self.seed} {epoch}")
         order = []
@@ -107,14 +107,16 @@ class BatchPlan:
 
 
 def num_draws(examples: int, weight: float) -> int:
-    """How many examples an epoch takes of a source."""
+    """The number of examples that an epoch takes from a source."""
     return round(weight * examples)
 
 
 def make_micro_batches(examples: list[int], lengths: np.ndarray, size: int | TokenBudget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-    """Cut examples into micro-batches of `size`, examples or tokens, longest first, and deal them to the ranks in turn.
+    """The micro-batches of one rank: the examples are cut into micro-batches of `size`, longest first, which are dealt to the ranks in turn.
 
-    Without packing a micro-batch has examples of similar length. An example longer than the budget is a micro-batch of its own.
+    size   the largest number of examples, or of tokens; an example longer than the budget is a micro-batch of its own
+
+    Every rank gets as many; some may be empty. Without packing the examples of a micro-batch have similar lengths.
     """
     longest_first = sorted(examples, key=lambda i: (-lengths[i], i))
     if isinstance(size, TokenBudget):
@@ -127,10 +129,10 @@ def make_micro_batches(examples: list[int], lengths: np.ndarray, size: int | Tok
 
 
 def _slice_to_budget(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
-    """Slices of falling `lengths` with length x count <= tokens, equally many for each rank.
+    """Slices of the descending `lengths` with largest length x count <= tokens; their number is a multiple of `ranks` if there are examples enough.
 
-    For each possible number of micro-batches, split as evenly as possible; choose the number with the least padded tokens, counting
-    every micro-batch as at least 1024 tokens (smaller ones are launch-bound).
+    Several numbers of micro-batches are tried, each split as evenly as it allows; the one with the fewest padded tokens is taken, where
+    every micro-batch counts at least `_FLOOR` tokens.
     """
 
     def slices(most: int) -> list[list[int]]:
@@ -142,7 +144,7 @@ def _slice_to_budget(lengths: list[int], tokens: int, ranks: int) -> list[list[i
         return out
 
     def even(count: int) -> list[list[int]]:
-        low, high = 1, tokens  # the least budget that does with no more
+        low, high = 1, tokens  # bisection: the smallest budget that needs at most `count` micro-batches
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if len(slices(middle)) <= count else (middle + 1, high)
@@ -159,7 +161,8 @@ def _slice_to_budget(lengths: list[int], tokens: int, ranks: int) -> list[list[i
 
 
 def _first_fit_pack(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
-    """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing gives their number; the rows are then made as even as that number allows."""
+    """Packed rows of at most `tokens`, from descending `lengths`. First-fit decreasing gives their number; the examples are then dealt again, each
+    to the emptiest row, so that the rows are about equally long."""
     rows, room = [], []
     for n, length in enumerate(lengths):
         place = next((r for r, free in enumerate(room) if free >= length), len(rows))
@@ -170,9 +173,9 @@ def _first_fit_pack(lengths: list[int], tokens: int, ranks: int) -> list[list[in
         room[place] -= length
     count = len(rows) + -len(rows) % ranks
     even, heap = [[] for _ in range(count)], [(0, r) for r in range(count)]
-    for n, length in enumerate(lengths):  # each to the emptiest
+    for n, length in enumerate(lengths):
         held, place = heapq.heappop(heap)
-        if held and held + length > tokens:
+        if held and held + length > tokens:  # rows of equal length do not hold all examples: keep those of first-fit
             return sorted(rows, key=lambda row: -sum(lengths[n] for n in row))
         even[place].append(n)
         heapq.heappush(heap, (held + length, place))

@@ -1,4 +1,4 @@
-"""Examples: what a run has of its data, as a protocol, and examples of tokens: ids, loss masks, and the rows and sources that they came from."""
+"""The protocol `Examples`, by which a run sees its data, and its implementation for tokens, with their loss masks and the rows that they came from."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ ALL_TEACHERS = -1  # `Examples.teacher_index` of an example that all teachers an
 
 
 class Draw(NamedTuple):
-    """What all randomness of a training batch follows from, with its examples' content: the run's seed, the epoch (from 0) and the step (from 1)."""
+    """The seed of the run, the epoch (from 0) and the step (from 1), which with the examples' content determine all randomness of a training batch."""
 
     seed: int
     epoch: int
@@ -25,14 +25,14 @@ class Draw(NamedTuple):
 
 
 class Examples(Protocol):
-    """The examples of a run: what they cost, what they came from, how they weigh, and their batches. Who uses them does not ask what they are.
+    """The examples of a run, whatever their task: their origins, lengths, weights and batches.
 
-    row, source, teacher_index   int64 [examples]: the row and the source that each came from, and its teacher, or ALL_TEACHERS
-    counts                       what became of the rows
-    weights                      float32 [examples] by part of the loss, see `Batch.weights`; 1 without
+    row, source, teacher_index   int64 [examples]: the row and the source of each example, and the index of its teacher, or ALL_TEACHERS
+    counts                       how many rows were used, or left out for which reason
+    weights                      float32 [examples] by part of the loss, see `Batch.weights`; 1 for a part without an entry
     num_targets                  int64 [examples]
-    lengths, max_lengths         int64 [examples]: what each costs the student, and the student or the teacher, whichever is more: tokens, of
-                                 text. Examples of like lengths are put together
+    lengths                      int64 [examples]: the cost of each for the student (of text, its tokens), by which batches are formed
+    max_lengths                  int64 [examples]: the same for the student or the teacher, whichever is more
     """
 
     row: np.ndarray
@@ -52,25 +52,25 @@ class Examples(Protocol):
 
     @property
     def described(self) -> str:
-        """What they are, in a few words."""
+        """Their size in a few words, such as "900 tokens, 120 targets"."""
 
     @property
     def one_input(self) -> bool:
-        """Whether teachers read what the student reads."""
+        """Whether teachers read the same input as the student."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
-        """The examples `indices` as a batch on the CPU; of none, a batch without targets that a model can read.
+        """The examples `indices` as a batch on the CPU. Without indices, a batch without targets that a model can still read.
 
-        draw   of a training batch. Without one nothing is random: so batches are measured and validated on
+        draw   determines the randomness of a training batch; None: nothing is random, as in validation
         """
 
     def content_hash(self, i: int) -> str:
-        """A hash of all that an example is to student and teacher, 16 hex digits: it does not depend on the other examples."""
+        """A hash of the student's and the teacher's input and targets, 16 hex digits. It does not depend on the other examples."""
 
     def student_hash(self, i: int) -> str:
-        """The same of what the student alone reads."""
+        """The same, without the teacher's input."""
 
     def take(self, chosen: np.ndarray) -> "Examples":
         """The examples with these indices, in this order. `counts` are not kept."""
@@ -88,12 +88,12 @@ class Examples(Protocol):
         """The weight of each example in a part of the loss, float32 [examples]."""
 
     def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
-        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
-        number of those that are not 0."""
+        """For each part of the loss in which one of the examples `chosen` has a weight other than 1: the sum of the targets' absolute weights,
+        and the number of targets whose weight is not 0."""
 
 
 class Collator(NamedTuple):
-    """How examples of tokens become a batch, see `collate.collate`: the token of padding, and of training batches whether they are packed."""
+    """How examples of tokens become a batch, see `collate.collate`: the padding token, and whether training batches are packed."""
 
     pad: int = 0
     packing: bool = False
@@ -101,7 +101,7 @@ class Collator(NamedTuple):
 
 
 class Weighed:
-    """What all examples do alike with their weights, and with a choice among themselves. A base of dataclasses, whose fields are those of `Examples`."""
+    """The methods of `Examples` that are the same for all tasks. A base class of dataclasses with the fields of `Examples`."""
 
     def __post_init__(self):
         if self.source is None:
@@ -129,8 +129,7 @@ class Weighed:
         return self.weights.get(name, np.ones(len(self), np.float32))
 
     def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
-        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
-        number of those that are not 0."""
+        """See `Examples.weighted`."""
         counts, found = self.num_targets[chosen], {}
         for name, w_E in self.weights.items():
             own = w_E[chosen]
@@ -141,18 +140,18 @@ class Weighed:
 
 @dataclass
 class TokenExamples(Weighed):
-    """Examples as flat arrays, one after another; example i is `ids[offsets[i] : offsets[i + 1]]`."""
+    """Examples of tokens as flat arrays: example i is `ids[offsets[i] : offsets[i + 1]]`."""
 
     ids: np.ndarray  # int32 [tokens]
     loss_mask: np.ndarray  # bool [tokens]: the supervised tokens
     offsets: np.ndarray  # int64 [examples + 1]
     row: np.ndarray  # int64 [examples]: the row that each example came from
-    counts: dict[str, int] = field(default_factory=dict)  # what became of the rows, see `encode`
+    counts: dict[str, int] = field(default_factory=dict)  # how many rows were used or left out, see `encode`
     source: np.ndarray | None = None  # int64 [examples]: the source that each came from
     teacher_index: np.ndarray | None = None  # int64 [examples]: the index of its teacher, or ALL_TEACHERS
     teacher_view: "TokenExamples | None" = None  # the same examples as the teacher reads them, where its input differs
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [examples] by part of the loss, see `Batch.weights`; 1 without
-    token_weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [tokens] likewise: further factors of single targets
+    token_weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [tokens]: further factors of the weights of single targets
     collator: Collator = Collator()
 
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,22 +159,20 @@ class TokenExamples(Weighed):
         return self.ids[part], self.loss_mask[part]
 
     def batch(self, indices: Sequence[int], draw: Draw | None = None) -> "Batch":
-        """See `Examples`. Training batches are packed where the collator says so, and dropout follows their draw."""
+        """See `Examples.batch`. Only training batches are packed; their dropout follows from `draw`."""
         from .collate import collate
 
         pad, *packed = self.collator
         return collate(self, list(indices), pad, *((*packed, (draw.seed, draw.step)) if draw else ()))
 
     def content_hash(self, i: int) -> str:
-        """A hash of an example's tokens and loss mask, 16 hex digits.
-
-        The teacher's input is included where it differs, so the hash does not depend on the other examples in the data.
-        """
+        """A hash of an example's tokens and loss mask, 16 hex digits. The teacher's input is included only where it differs, so that the hash does
+        not depend on whether other examples have another input for the teacher."""
         student, teacher = (b"".join(x.tobytes() for x in of.example(i)) for of in (self, self.teacher_view or self))
         return digest(student if teacher == student else student + b"|" + teacher)
 
     def student_hash(self, i: int) -> str:
-        """The same hash of the student's input alone: equal with and without a context for the teacher."""
+        """The same hash of the student's input only: equal with and without a context for the teacher."""
         return digest(b"".join(x.tobytes() for x in self.example(i)))
 
     def take(self, chosen: np.ndarray) -> "TokenExamples":
@@ -192,7 +189,7 @@ class TokenExamples(Weighed):
         return replace(self, weights={}, token_weights={})
 
     def target_weights(self, i: int, name: str) -> np.ndarray:
-        """The weight of each of an example's targets in a part of the loss, float32 [targets]."""
+        """The weights of an example's targets in a part of the loss, float32 [targets]."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         own = (
             self.token_weights[name][part][self.loss_mask[part]] if name in self.token_weights else np.ones(self.num_targets[i], np.float32)
@@ -250,7 +247,7 @@ class TokenExamples(Weighed):
 
     @property
     def max_lengths(self) -> np.ndarray:
-        """The longer of the student's and the teacher's input of each example, in tokens, int64 [examples]."""
+        """The number of tokens of the student's or the teacher's input, whichever is longer, int64 [examples]."""
         return self.lengths if self.teacher_view is None else np.maximum(self.lengths, self.teacher_view.lengths)
 
 
@@ -259,7 +256,7 @@ def digest(content: bytes) -> str:
 
 
 def merge(parts: "list[Examples]") -> "Examples":
-    """The examples of several sources as one, with their rows numbered through and `source` set."""
+    """The examples of several sources as one, with their rows numbered consecutively and `source` set."""
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(part.counts["rows"] for part in parts)])
@@ -268,7 +265,7 @@ def merge(parts: "list[Examples]") -> "Examples":
 
 
 def concat(parts: "list[Examples]", before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> "Examples":
-    """The parts, of one kind, one after another. The rows of part k are numbered from `before[k]` on."""
+    """The parts, all of one class, one after another. The rows of part k are numbered from `before[k]`."""
     return type(parts[0]).joined(parts, before, counts, source)
 
 

@@ -1,7 +1,7 @@
-"""`llmkd make`: runs the stages in order and leaves the data, what was rejected, the counts and a data card.
+"""`llmkd make`: runs the stages in order and writes the data, the rejected rows, the counts and a data card.
 
-Nothing is stateful but the file of answers: stages are computed anew from them each time, so a run goes on where it was killed, a finished one asks
-nothing, and a changed prompt asks for what depends on it alone.
+The only state is the file of answers: the stages are computed from it anew each time. So a run continues where it was killed, a finished
+run asks for nothing, and after a change of a prompt only the asks that depend on it are new.
 """
 
 import contextlib
@@ -33,18 +33,19 @@ from .stage import Outcome, Rejected, Stage, Work
 from .writers.writer import Writer
 
 TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
-_THINKS = re.compile(r"</?think>")  # of some models the chat template has opened it, and the text has its end alone
-#: Keys of a line of rejected.jsonl that are not the row's: its own columns of these names are under the last one.
+_THINKS = re.compile(r"</?think>")  # some chat templates write the opening tag themselves, and the text has only the closing one
+#: Keys of a line of rejected.jsonl that do not come from the row. Columns of the row with these names are moved below the last one.
 _COLUMNS = "columns"
 _WHY = ("stage", "reason", "detail", "answer", _COLUMNS)
-_FEW = 20  # candidates of which all may be rejected
+_FEW = 20  # up to so many candidates, all may be rejected
 
 
 @dataclass
 class StageCount:
-    """What a stage did: passed + candidates - rejected = out. `asks`: different ones, of which `new` were not in the file of answers.
+    """Counts of a stage: passed + candidates - rejected = out.
 
-    prompt_tokens, tokens   read and written for these asks; in a dry run estimated, and at most
+    asks                    different asks, of which `new` were not in the file of answers
+    prompt_tokens, tokens   tokens read and written for these asks; in a dry run an estimate of the most there can be
     """
 
     stage: str
@@ -61,10 +62,7 @@ class StageCount:
 
 
 class Pipeline:
-    """One file of stages, with its writer.
-
-    progress  wraps what is written, for a bar
-    """
+    """The stages of one file, run with a writer. `dry_run`: count the asks and tokens, and ask nothing."""
 
     def __init__(self, settings: MakeSettings, writer: Writer, dry_run: bool = False):
         self.make, self.stages, self.writer, self.dry_run = settings.make, settings.stages, writer, dry_run
@@ -79,7 +77,7 @@ class Pipeline:
         self.reasoned = 0  # answers whose reasoning stood apart from the text
 
     def run(self) -> list[StageCount]:
-        """All stages. UserError for what a user can correct; Stopped where a signal arrived: what was written is kept, and the same call goes on."""
+        """Run all stages. UserError for a user's mistake; Stopped after a signal: what is written is kept, and the same call continues."""
         rows = read_seeds(self.make.seeds) if self.make.seeds else []
         if self.dry_run:
             self.answers.read()
@@ -101,7 +99,7 @@ class Pipeline:
         for one, stage, prompts in zip(self.stages, self.made, self.prompts, strict=True):
             counted = StageCount(one.label, len(rows))
             work = self._work(one, prompts, counted)
-            with contextlib.nullcontext() if one.asks else _named(one):  # what a writer refuses is no matter of its stage
+            with contextlib.nullcontext() if one.asks else _named(one):  # an error of the writer is not the stage's
                 outcome = Outcome(list(rows)) if self.dry_run and not one.asks else stage.run(rows, work)
             rows = outcome.rows
             self._count(counted, outcome, stage)
@@ -110,7 +108,7 @@ class Pipeline:
         return self._with_answers(rows)
 
     def _with_answers(self, rows: list[Row]) -> list[Row]:
-        """Those that there is something to learn from."""
+        """The rows that have an answer; the others are rejected."""
         outcome, counted = Outcome(), StageCount("train", len(rows))
         for row in rows:
             outcome.take(row, row if has_answer(row) or self.dry_run else Rejected(row, "no_answer", "no stage has answered it"))
@@ -134,13 +132,13 @@ class Pipeline:
             )
 
     def _too_few(self, problem: str) -> UserError:
-        """What stops the command, with the rejected rows on the disk."""
+        """The error that stops the command; writes the rejected rows, so that they can be looked at."""
         (self.folder / SUMMARY).unlink(missing_ok=True)
         self._write_rejected()
         return UserError(f"{problem}; {self.folder / REJECTED} has each with its reason")
 
     def _reasons(self, counted: StageCount) -> str:
-        """How many for which reason, each with its most frequent detail."""
+        """The number of rejected rows by reason, each with its most frequent detail."""
         out = []
         for reason, number in counted.reasons.items():
             details = Counter(one.detail for stage, one in self.rejected if stage == counted.stage and one.reason == reason and one.detail)
@@ -161,7 +159,7 @@ class Pipeline:
         )
 
     def _answer(self, asks: Sequence[Ask], counted: StageCount, one: StageSettings) -> list[Answer]:
-        """The answers to asks, in their order; those that are not in the file are written to it."""
+        """The answers to asks, in their order. Missing ones are asked of the writer and added to the file."""
         known, found = self.answers.known, {}
         different = {ask.key: ask for ask in asks}
         missing = [ask for key, ask in different.items() if key not in known]
@@ -186,7 +184,7 @@ class Pipeline:
                     self.answers.lose(ask, said)
                     found[ask.key] = said
                 if self.make.limit_tokens is not None and self.answers.tokens > self.make.limit_tokens:
-                    break  # the writer counts more than the ask can have
+                    break  # the writer counts more tokens than `_most_tokens` allows for
             missing = [ask for ask in missing if ask.key not in known and ask.key not in found]
         self.unanswered += sum(said.problem is not None for said in found.values())
         answers = [known.get(ask.key) or found[ask.key] for ask in asks]
@@ -197,7 +195,7 @@ class Pipeline:
         return answers
 
     def _within_limit(self, missing: list[Ask]) -> list[Ask]:
-        """The first of the asks, as many as cannot exceed limit_tokens whatever is answered."""
+        """The first of the asks: so many that limit_tokens holds however long their answers are."""
         if self.make.limit_tokens is None:
             return missing
         left, out = self.make.limit_tokens - self.answers.tokens, []
@@ -212,7 +210,7 @@ class Pipeline:
     # ---- what is left
 
     def _write(self, rows: list[Row]) -> None:
-        (self.folder / SUMMARY).unlink(missing_ok=True)  # until all is written again: it says what the other files are
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # it has the hashes of the other files, so it is written last
         write_atomic(self.folder / TRAIN, "".join(_line(row.as_json()) for row in rows))
         self._write_rejected()
         write_atomic(self.folder / SETTINGS, dump_make(self.settings, self.folder))
@@ -232,7 +230,7 @@ class Pipeline:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """UserError where a folder holds something else than what make wrote."""
+    """UserError for a folder with files that `llmkd make` did not write."""
     if not folder.is_dir() or (folder / NAME).exists():
         return
     if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
@@ -240,7 +238,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def refuse_changed(folder: Path) -> None:
-    """UserError where what make wrote was changed since. For the one process that writes to the folder."""
+    """UserError if a file has changed since `llmkd make` wrote it. For the one process that writes to the folder."""
     if not (folder / SUMMARY).exists():
         return
     try:
@@ -255,7 +253,7 @@ def refuse_changed(folder: Path) -> None:
 
 
 def _prompts_of(one: StageSettings) -> Prompts:
-    """The prompts of a stage. UserError where its file is wrong."""
+    """The prompts of a stage. UserError if its prompt file is wrong."""
     if not has_prompts(one.do):
         return NO_PROMPTS
     places = getattr(STAGES[one.do], "places", lambda settings: None)(one.settings)
@@ -263,14 +261,14 @@ def _prompts_of(one: StageSettings) -> Prompts:
 
 
 def _stage_of(one: StageSettings) -> Stage:
-    """A stage, which checks what it needs (files, models, packages) before anything is asked. UserError names it."""
+    """A stage. It checks its files, models and packages now, before anything is asked; UserError with the stage's name."""
     with _named(one):
         return STAGES[one.do](one.settings)
 
 
 @contextlib.contextmanager
 def _named(one: StageSettings) -> Iterator[None]:
-    """Problems of a stage, with its name before them."""
+    """Put the stage's name before the problems of a UserError raised in the block."""
     try:
         yield
     except UserError as error:
@@ -282,7 +280,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _most_tokens(ask: Ask) -> int:
-    """No token is less than a byte; a chat template adds a few."""
+    """The most tokens that an ask and its answer can have: every token is at least a byte, and a chat template adds a few."""
     return sum(len(one["content"].encode()) + 8 for one in ask.messages) + ask.sampling.max_new_tokens
 
 
@@ -292,21 +290,21 @@ def _pretended(ask: Ask) -> Answer:
 
 
 def report(counts: Sequence[StageCount], dry_run: bool) -> str:
-    """The counts as a table, and a line of reasons for each stage that rejected."""
+    """The counts as a table, and below it a line for each stage and reason of rejection."""
     names = ("stage", "rows", "asks", "new", "passed", "candidates", "rejected", "out", "prompt_tokens", "tokens")
     lines = [table([{name.replace("_", " "): getattr(one, name) for name in names} for one in counts])]
     for one in counts:
         lines += [f"{one.stage}: {reason} {number:,}" for reason, number in one.reasons.items()]
     if dry_run:
         lines.append(
-            f"{sum(one.new for one in counts):,} asks are not answered yet. Rows, asks and tokens are at most: prompts are estimated, every new answer is "
-            "as long as max_new_tokens, and nothing is rejected but what is more than was asked for"
+            f"{sum(one.new for one in counts):,} asks are not answered yet. Rows, asks and tokens are upper bounds: every new answer counts max_new_tokens, "
+            "nothing is rejected except rows beyond the number asked for, and the tokens of prompts are estimated"
         )
     return "\n".join(lines)
 
 
 def say_end(pipeline: Pipeline) -> None:
-    """What was made, in a line or two."""
+    """Print one line on the data that was made, and notes on answers that may be unintended."""
     done = pipeline.counts[-1]
     info(
         f"{pipeline.folder / TRAIN}: {count(done.out, 'row')}; {count(pipeline.answers.new, 'new answer')} of {len(pipeline.answers.known):,}, "
@@ -331,7 +329,7 @@ def say_end(pipeline: Pipeline) -> None:
 
 
 def make(settings: MakeSettings, writer_of: Callable[[], Writer], dry_run: bool = False) -> dict[str, Any]:
-    """Run a file's stages; returns what `--json` writes."""
+    """Run a file's stages and return counts, as `--json` writes them."""
     writer = writer_of()
     pipeline = Pipeline(settings, writer, dry_run)
     try:

@@ -1,4 +1,4 @@
-"""The protocol of the stages of `llmkd make`: rows in, rows out, and each that is left out with its reason. No torch."""
+"""The protocol of the stages of `llmkd make`: each turns rows into rows, and gives a reason for every row that it leaves out. No torch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from .rows import Message, Row, Sound, row_id
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is left out, or the row whose answer could not be used.
+    """A row that is left out, or whose answer could not be used.
 
-    reason   one word of a few, by which they are counted: cut_off, empty, ...
-    detail   more on this one
-    answer   the text that the writer gave, where a row could not be made of it
+    reason   a keyword by which rejected rows are counted: cut_off, empty, ...
+    detail   more about this row
+    answer   the writer's text, if no row could be made from it
     """
 
     row: Row
@@ -29,11 +29,11 @@ class Rejected:
 
 @dataclass
 class Outcome:
-    """What a stage gives. Its candidates, one way or the other: rows that are new or judged, and those that are rejected.
+    """The result of a stage. Its candidates, rows that it made or judged, are kept or rejected.
 
-    passed    rows that it hands on as they are, and does not count as candidates
-    kept      candidates that become rows
-    rejected  candidates that do not
+    passed     rows that it passes on unchanged, which are no candidates
+    kept       candidates that become rows
+    rejected   candidates that do not
     """
 
     passed: list[Row] = field(default_factory=list)
@@ -45,16 +45,18 @@ class Outcome:
         return [*self.passed, *self.kept]
 
     def take(self, row: Row, made: "Row | Rejected") -> None:
-        """Count what was made of a row."""
+        """Add the result of a row."""
         (self.rejected if isinstance(made, Rejected) else self.kept).append(made)
 
 
 class Stage(Protocol):
-    """One stage. It is made from its settings (of `config/make_stages.py`), and is a function of the rows, them and the answers alone.
+    """One stage, made from its settings in `config/make_stages.py`. Its outcome is a function of the rows, the settings and the answers only.
 
-    A static method `places(settings)` may say which sections of its prompt file a user's own must have, and which places in each; by default all.
+    A class may also have:
 
-    `chooses` says whether it is meant to leave out most rows: `max_rejected` is not for it. May be missing: False.
+    places    a static method from the settings to the sections that a user's own prompt file must have, and the places in each; by default
+              those of the shipped file
+    chooses   True if it is meant to leave out most rows, so that `max_rejected` does not apply to it
     """
 
     def __init__(self, settings: Any): ...
@@ -64,16 +66,16 @@ class Stage(Protocol):
 
 @dataclass
 class Work:
-    """What a stage works with.
+    """The context in which a stage runs.
 
-    label      of the stage, such as 2_evolve: `Row.stage` of what it makes
-    seed       of all that it draws: `draw` says how
-    writer     the label of the model that writes
-    identity   the writer's, see `writers/writer.py`
-    sampling   of the writer's settings; its seed is set for each ask
+    label      of the stage, such as 2_evolve: `Row.stage` of the rows that it makes
+    seed       of the stage's random numbers, see `draw`
+    writer     label of the model that writes
+    identity   of the writer, see `writers/writer.py`
+    sampling   the writer's; its seed is set for each ask
     prompts    the texts of the stage's prompt file, by section
-    folder     of the pipeline: a stage may keep there, in a folder of its label, what it has computed
-    answer     gives the answers to asks, in their order
+    folder     of the pipeline; a stage may keep results in a subfolder named by its label
+    answer     returns the answers to asks, in their order
     """
 
     label: str
@@ -87,18 +89,24 @@ class Work:
     dry_run: bool = False
 
     def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", audio: Sound | None = None, **sampling: Any) -> Ask:
-        """An ask for one text. `sample`: of several to the same messages the number; `audio`: see `Ask`; `sampling`: changes to the writer's."""
+        """An ask for one text.
+
+        sample     tells several asks with the same messages apart
+        pretend    see `Ask`
+        audio      see `Ask`
+        sampling   changes to the writer's sampling
+        """
         chosen = canonical(dataclasses.replace(self.sampling, **sampling, seed=self.draw("sample", sample)))
         said = tuple({"role": one["role"], "content": one["content"]} for one in messages)
         return Ask(key_of(said, chosen, self.identity), said, chosen, sample, pretend, audio)
 
     def draw(self, *of: Any) -> int:
-        """A number from 0 to 2^31 - 1, a function of the seed and of what it is for."""
+        """A random number from 0 to 2^31 - 1: a function of the seed and of `of`, the number's purpose."""
         return int(row_id(self.seed, *of)[:8], 16) >> 1
 
 
 def unusable(answer: Answer, cut: bool = True) -> tuple[str, str] | None:
-    """(reason, detail) where there is no text of use in an answer; `cut`: also where it was cut off. None where there is one."""
+    """(reason, detail) if an answer is missing, empty or, with `cut`, cut off; None if it can be used."""
     if answer.problem is not None:
         return "no_answer", answer.problem
     if not answer.text.strip():

@@ -1,4 +1,4 @@
-"""Find and check the teachers that a recipe names, before a model is loaded: a model's files, a teacher cache, or both. No torch here."""
+"""Finds and checks the teachers that a recipe names, before a model is loaded: a model's files, a teacher cache or a server. No torch."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -30,14 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher's outputs come from: the files of its model, its cache, or both (then the cache is read); or a server, whose answers
-    are kept."""
+    """Where a teacher's outputs come from.
 
-    setting: str  # the name of its setting: teacher, or teacher.0, ...
+    setting    teacher, or teacher.0, ... in a list
+    settings   of this teacher
+    files      the files of its model, if it names one
+    cache      its cache, if there is one; it is read even if there is a model too
+    answers    the stored answers of its server, once the tokenizer is known
+    """
+
+    setting: str
     settings: Teacher
     files: ModelFiles | None
     cache: TeacherCache | None
-    answers: Answers | None = None  # of a server, once the tokenizer is known
+    answers: Answers | None = None
 
     @property
     def needs_model(self) -> bool:
@@ -46,12 +52,12 @@ class TeacherSource:
 
     @property
     def asks_server(self) -> bool:
-        """Whether a run asks a server: not if its cache is complete."""
+        """Whether a run asks a server: it does not if the cache is complete."""
         return self.cache is None and bool(self.settings.server)
 
     @property
     def part(self) -> str | None:
-        """What a run knows of the teacher's distribution, where that is not all of it: `top 64 tokens`, `50 samples`."""
+        """The part of the teacher's distribution that a run gets, such as `top 64 tokens` or `50 samples`; None for all of it."""
         if self.cache:
             kept, vocab = self.cache.header["kind"], self.cache.header["vocab"]
         elif self.answers is not None:
@@ -63,9 +69,9 @@ class TeacherSource:
         return f"{kept['num_samples']} samples" if kept["name"] == "sampled" else None
 
     def open(self, device, models: Iterator, taps: "signals.Taps") -> "signals.Teacher":
-        """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`.
+        """The teacher, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next one of `models`.
 
-        taps   what its signals hold from inside the model, if it needs one
+        taps   the values inside the model that its signals are to hold
         """
         if self.needs_model:
             from .live import LiveTeacher
@@ -77,7 +83,7 @@ class TeacherSource:
 
     @property
     def weights(self) -> dict[str, str | None]:
-        """What its model computes with, see `identity.weights_of`; of a cache alone, what was recorded of the model that made it."""
+        """The hashes of its model's base and adapter, see `identity.weights_of`; of a cache without a model those that it records."""
         if self.files:
             return weights_of(self.files.base, self.files.adapter, f"{self.setting}.model")
         recorded = self.cache.header["provenance"]["teacher"] if self.cache else served_weights(self.settings)
@@ -85,14 +91,14 @@ class TeacherSource:
 
     @property
     def tuned(self) -> bool:
-        """Whether it looks fine-tuned: it is an adapter, or the output of an llmkd run."""
+        """Whether it is known to be fine-tuned: it is an adapter, or the output of an llmkd run."""
         return bool(self.files and (self.files.adapter or (self.files.base.parent / "summary.json").exists()))
 
     @property
     def identities(self) -> dict[str, str]:
-        """What `--resume` compares of the teacher, by file: equal ones give equal outputs. Empty for a cache that is still to be imported.
+        """The hashes by which `--resume` recognises the teacher, by file; equal ones mean equal outputs. Empty for a cache that is yet to be imported.
 
-        UserError where a file is not what the record beside it says, and for an adapter on other weights than those it was trained on.
+        UserError if a file differs from what llmkd recorded when writing it, or an adapter's base is not the one that it was trained on.
         """
         if self.cache is not None:
             return {f"the {self.setting}'s cache": self.cache.identity}
@@ -106,12 +112,12 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class SignalUse:
-    """What a run computes from its teachers' outputs; sampled tokens do not suffice for all of it.
+    """How a run uses its teachers' outputs. Caches of sampled tokens do not support all of it.
 
-    loss      its divergence and temperature
+    loss      the loss, for its divergence and temperature
     mixture   how several teachers are combined
     best_by   `checkpoint.best_by`
-    others    the divergences of training sources that have one of their own, by setting
+    others    the divergences of training sources that have their own, by setting
     """
 
     loss: Loss
@@ -121,7 +127,10 @@ class SignalUse:
 
 
 def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = True) -> tuple[TeacherSource, ...]:
-    """Every teacher, by its setting and settings. `open_caches` is false where the caches are still to be written."""
+    """The source of every teacher of (setting, settings). UserError for files or caches that are missing or unusable.
+
+    open_caches   false for caches that are yet to be written
+    """
     out = []
     for setting, one in named:
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model_path else None
@@ -134,7 +143,7 @@ def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = T
 
 
 def with_answers(teacher: TeacherSource, data: Data, tokenizer, vocab: int) -> TeacherSource:
-    """The same teacher; where a server is asked, with the answers that are kept: in its cache's folder, or else in one of `data.cache_dir`."""
+    """The teacher, with the stored answers if it asks a server. They are in its cache's folder, or else in a folder of `data.cache_dir`."""
     one = teacher.settings
     if not teacher.asks_server:
         return teacher
@@ -147,7 +156,7 @@ def with_answers(teacher: TeacherSource, data: Data, tokenizer, vocab: int) -> T
 
 
 def listed_format(settings: Teacher, vocab: int):
-    """The format in which a server's answers are kept: of a cache of kind topk."""
+    """The record format of a server's answers: that of a cache of kind topk."""
     from .cache.records import TopKFormat
 
     cache = settings.cache
@@ -156,7 +165,7 @@ def listed_format(settings: Teacher, vocab: int):
 
 
 def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None:
-    """UserError for `merge_adapter` without an adapter, and for merging into, or converting, a base that is quantised on disk."""
+    """UserError for `merge_adapter` without an adapter, and for merging or fp8 with a base that is quantised on disk."""
     if settings.merge_adapter and not files.adapter:
         raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
     if settings.is_transformed and "quantization_config" in files.config:
@@ -165,7 +174,11 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
 
 
 def provenance(settings: Data, teacher: TeacherSource, processor: dict[str, str], data: dict[str, str]) -> dict[str, dict]:
-    """All that the contents of a teacher cache depend on, by name: what reads the rows (`processor`), teacher and data. `data` are the hashes of the data."""
+    """Everything that the contents of a teacher cache depend on, by name: tokenizer, teacher and data.
+
+    processor   `Processor.provenance` of what reads the rows
+    data        hashes of the data, see `data_hashes`
+    """
     one, weights = teacher.settings, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         weights = {"dtype": weights_dtype(files, one)} | weights_of(files.base, files.adapter, f"{teacher.setting}.model")
@@ -179,17 +192,17 @@ def provenance(settings: Data, teacher: TeacherSource, processor: dict[str, str]
 
 
 def served_weights(settings: Teacher) -> dict[str, str]:
-    """What is known of a model that a server has: the name that it is asked by, or else the server's address."""
+    """All that is known of a server's model: the name that it is asked for by, or else the server's address."""
     return {"served": settings.model or base_address(settings.server)} if settings.server else {}
 
 
 def weights_dtype(files: ModelFiles, settings: Teacher) -> str:
-    """The type of a teacher's weights in memory: the recipe's, or for `auto` the type they were saved in."""
+    """The dtype of a teacher's weights in memory: the recipe's, or for `auto` the one they were saved in."""
     return loaded_dtype(files.config, settings.dtype)
 
 
 def data_hashes(prepared) -> dict[str, str]:
-    """The hashes of the data in `Prepared.identity`."""
+    """The hashes of the data, from `Prepared.identity`."""
     return {name: prepared.identity[name] for name in ("the training data", "the held-out data")}
 
 
@@ -205,7 +218,7 @@ _OTHER = {
 
 
 def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, processor: dict[str, str], vocab: int) -> None:
-    """UserError, naming every difference, for a cache of another tokenizer, chat template, teacher or kind than the recipe's."""
+    """UserError, with every difference, if a cache was made with another tokenizer, chat template, teacher or kind than the recipe's."""
     header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
     provenance_then, kept = header["provenance"], header["kind"]
     where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(data, teacher, processor, {})
@@ -229,7 +242,7 @@ def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, processor: d
 
 
 def _same_by_samples(known: str | None, folder: Path | None, setting: str) -> bool:
-    """Whether a cache of an earlier version, which recorded samples of the weights, was made by this folder's model as far as they tell."""
+    """Whether a cache of an earlier version, which recorded only samples of the weights, agrees with this folder's model in these."""
     if not known or not folder or known.startswith(WHOLE):
         return False
     weights, _, config = known.partition(" ")
@@ -237,7 +250,7 @@ def _same_by_samples(known: str | None, folder: Path | None, setting: str) -> bo
 
 
 def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -> None:
-    """UserError where a run needs more than the samples in one of its teachers' caches. Reads the headers of caches that exist."""
+    """UserError if a run needs more than one of its caches holds. Reads the headers of the caches that exist."""
     problems = []
     for setting, one in named:
         if one.cache and one.cache.is_written:
@@ -248,8 +261,10 @@ def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -
 
 
 def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
-    """Why a run cannot use a cache with this `kept` (the header's "kind"): it holds a part of the teacher's distribution, and sampled tokens
-    estimate one divergence at one temperature."""
+    """The reasons why a run cannot use a cache. `kept`: "kind" of the cache's header.
+
+    A top-k cache holds a part of the teacher's distribution only; sampled tokens estimate one divergence at one temperature.
+    """
     entropy = kept.get("tail_exponents") in (None, list(TAIL_EXPONENTS))
     rules = (unusable_cache(setting, by, kept["name"], entropy) for setting, by in rules_in_use(use.loss.keep, use.loss.target_weights))
     problems = [f"{problem} ({path})" for problem in rules if problem]
@@ -270,10 +285,10 @@ def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
 
 
 def check_coverage(teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | None, Sequence[str]]], ours: dict) -> None:
-    """UserError where the cache lacks examples that teacher `number` is used for.
+    """UserError if the cache lacks examples that teacher `number` is used for.
 
-    parts   for each data setting its examples (None where there are none) and the place of each in its file
-    ours    the `provenance` that a cache of this recipe would have
+    parts   of each data setting its examples, or None, and the place of each example in its file
+    ours    the `provenance` of a cache of this recipe
     """
     then, now = teacher.cache.header["provenance"]["data"], ours["data"]
     for setting, (encoded, places) in parts.items():
@@ -296,5 +311,5 @@ def check_coverage(teacher: TeacherSource, number: int, parts: dict[str, tuple[E
 
 
 def examples_of(encoded: Examples, number: int) -> np.ndarray:
-    """Indices of the examples that teacher `number` is used for, alone or in the ensemble."""
+    """The indices of the examples that teacher `number` is used for, alone or in a mixture, int64 [examples]."""
     return np.flatnonzero(np.isin(encoded.teacher_index, (ALL_TEACHERS, number)))
