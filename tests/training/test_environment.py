@@ -96,7 +96,7 @@ def test_the_tables_of_the_documents_hold_the_rules_and_no_others():
     """So a rule that is lost here is missed there."""
     text = OPERATIONS.read_text(encoding="utf-8")
     text = text[text.index("### What may change the arithmetic") : text.index("**In Python.**")]
-    for kind, title in ((REFUSED, "Refused"), (SAID, "Said"), (HARMLESS, "Harmless")):
+    for kind, title in ((REFUSED, "Refused"), (SAID, "Reported"), (HARMLESS, "Harmless")):
         table = text[text.index(f"| {title} |") :].split("\n\n")[0]
         first = [line.split("|")[1] for line in table.splitlines()[2:]]
         listed = {name for cell in first for name in re.findall(r"`([^`]+)`", cell)}
