@@ -1,6 +1,6 @@
-"""A server that is asked in JSON over HTTP: time-outs, requests that are repeated while it is busy or gone, and one line for what goes wrong.
+"""JSON requests to a server over HTTP: time-outs, retries while it is busy or gone, and errors in one line.
 
-No torch. The key comes from the environment alone; it is sent in the header `Authorization` and stands in no message and no file.
+The key comes from the environment only; it is sent in the header `Authorization` and appears in no message and no file. No torch.
 """
 
 import datetime
@@ -22,27 +22,29 @@ from ..errors import UserError
 from ..process import heartbeat
 from .connections import cut_after, pool
 
-#: Statuses of a server that is busy, starting or broken for a moment.
+#: Statuses of a server that is busy, starting or temporarily broken.
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-#: Answers that are no JSON, however often they are asked for; and what to do.
+#: By content type: answers that will not become JSON by repeating the request, and what to do.
 _OTHER = {
     "text/html": ("a page of HTML", "name the address of its API"),
     "text/event-stream": ("a stream of events", "let it send whole answers"),
 }
+_DOUBLED = 10  # how often the pause doubles: 2 to the power of thousands of attempts would overflow a float
 _BROKE_OFF = "closed the connection before its answer was whole"
-_YEAR = 365 * 86400.0  # seconds; a longer pause is no number that somebody meant
-_CONNECT = 10.0  # seconds within which a connection is accepted
+_YEAR = 365 * 86400.0  # seconds; a longer pause cannot be meant, and is not printed
+_CONNECT = 10.0  # seconds within which a connection must be accepted
 _LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
-_SHORTEST_WAIT = 0.1  # even where it names less
+_SHORTEST_WAIT = 0.1  # even if the server names less
 _LARGEST = 1 << 30  # bytes of an answer
 _START = "start it, or correct the address"
-_SHORTEST_SECRET = 8  # characters: a shorter key (EMPTY, x) hides nothing, and stands in many a text
+_SHORTEST_SECRET = 8  # characters: a shorter key (EMPTY, x) is not secret, and may occur in any text
 
 
 class ServerFailed(UserError):
-    """A server that cannot be reached, or does not answer. What was done before is not lost.
+    """A server cannot be reached, or does not answer. What was done before is not lost.
 
-    alone  how a request failed, where that may be due to it and not to the server: an error 500, a broken answer, a time-out. None otherwise
+    alone   how the request failed, if the request itself may be the cause and not the server: an error 500, a broken answer, a time-out.
+            None otherwise
     """
 
     exit_code = 1
@@ -53,7 +55,7 @@ class ServerFailed(UserError):
 
 
 class Refused(Exception):
-    """A server's answer that repeating the request would not change: its status (400, say) and its own words."""
+    """A server's error that repeating the request would not change: its status (400, say) and its text."""
 
     def __init__(self, status: int, text: str):
         self.status, self.text = status, text
@@ -61,12 +63,12 @@ class Refused(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may pass. Its text goes on from the server's address.
+    """A failure that may be temporary. Its text continues a sentence that begins with the server's address.
 
-    fix       what to do about it; {section} is that of the server's settings
-    wait      the seconds that the server named
-    answered  whether it has said something
-    alone     whether it may be due to the request
+    fix        what to do; {section} is replaced by the section of the server's settings
+    wait       seconds to wait that the server named
+    answered   whether the server answered at all
+    alone      whether the request itself may be the cause
     """
 
     def __init__(self, text: str, fix: str = _START, *, wait: float | None = None, answered: bool = False, alone: bool = False):
@@ -75,15 +77,15 @@ class _Passing(Exception):
 
 
 class Server:
-    """One server. It may be called from several threads.
+    """One server. Several threads may use it.
 
-    address      http://host:port, and perhaps a path
-    setting      the setting that names it, for messages
-    key_env      the environment variable that holds the key; None: no key is sent
-    timeout      seconds that one request may take
-    patience     seconds for which a request is repeated
-    connections  kept open at once
-    again        the end of the error about a server that is given up: how the command goes on
+    address       http://host:port, possibly with a path
+    setting       the setting that names it, for messages
+    key_env       the environment variable that holds the key; None: no key is sent
+    timeout       seconds that one request may take
+    patience      seconds for which a request is repeated
+    connections   most connections that are kept open
+    again         how to continue, for the error when the server is given up
     """
 
     def __init__(
@@ -102,22 +104,22 @@ class Server:
         self._secret = self._key if self._key and len(self._key) >= _SHORTEST_SECRET else None
         self._pool = pool(self.address, connections, setting)
         self._ended, self._gone = threading.Event(), threading.Event()
-        self._answers_json = False  # once it has, a page of HTML is that of a proxy whose server is gone for a moment
+        self._answers_json = False  # once it has, a page of HTML comes from a proxy whose server is temporarily gone
 
     def get(self, path: str, patience: float | None = None, within: float | None = None) -> Any:
-        """The answer as JSON gives it. `within`: seconds that it may take where these are less than the server's `timeout`."""
+        """The answer, parsed from JSON. `within`: seconds that it may take, if fewer than the server's `timeout`."""
         return self._asked("GET", path, None, patience, within=within)
 
     def post(self, path: str, content: dict, patience: float | None = None) -> Any:
-        """The answer as JSON gives it. Refused, or ServerFailed once `patience` is over (by default the server's own)."""
+        """The answer, parsed from JSON. Refused, or ServerFailed after `patience` seconds (by default the server's own)."""
         return self._asked("POST", path, json.dumps(content).encode(), patience)
 
     def tell(self, path: str, content: dict, patience: float | None = None) -> None:
-        """`post` without its answer, which may be no JSON."""
+        """As `post`, for a request whose answer is not read and need not be JSON."""
         self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
 
     def reach(self, path: str) -> None:
-        """Ask once. ServerFailed where no answer comes at all; Refused where it is an error that does not pass."""
+        """Send one request. ServerFailed if no answer comes at all; Refused for an error that is not temporary."""
         try:
             self._once("GET", path, None, lambda body: None, self.timeout)
         except _Passing as error:
@@ -135,11 +137,11 @@ class Server:
         return True
 
     def holds_key(self, text: str) -> bool:
-        """Whether the key stands in a text, which then must not be written anywhere."""
+        """Whether a text contains the key, so that it must not be written anywhere."""
         return self._secret is not None and self._secret in text
 
     def end(self) -> None:
-        """Let requests that wait for the server fail."""
+        """Make the requests that wait for the server fail."""
         self._ended.set()
 
     def _asked(
@@ -163,9 +165,7 @@ class Server:
                     warn(f"note: {self.setting}: {self.address} answers again")
                 return answer
             except _Passing as error:
-                wait = (
-                    min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1) if error.wait is None else max(_SHORTEST_WAIT, error.wait)
-                )
+                wait = _pause(attempt) if error.wait is None else max(_SHORTEST_WAIT, error.wait)
                 if self._ended.is_set() or time.monotonic() + wait > until:
                     tried = f" (tried {attempt + 1} times)" if attempt else ""
                     resume = f"; {self._again}" if patience else ""
@@ -206,7 +206,7 @@ class Server:
                     if over.is_set():
                         raise TimeoutError
                 except BaseException:
-                    response.close()  # what is left of the answer must not be read as the next one's
+                    response.close()  # or the rest of this answer would be read as the beginning of the next
                     raise
                 response.release_conn()
             except (failures.HTTPError, OSError) as error:
@@ -241,7 +241,7 @@ class Server:
             raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes{begins})", answered=True, alone=True) from None
 
     def _told(self, body: bytes) -> str:
-        """The message in an error's body, in one line, without the key: it is taken out before anything is cut, so that no half of it stays."""
+        """The message in an error's body, in one line and without the key, which is removed before the text is cut so that no part of it is left."""
         text = body[:65536].decode("utf-8", "replace")
         try:
             return self.in_a_line(json.loads(text))
@@ -249,7 +249,7 @@ class Server:
             return self.in_a_line(text)
 
     def in_a_line(self, found: Any) -> str:
-        """The same of a body that is read already."""
+        """The message in a parsed body, in one line, without the key."""
         for name in ("error", "message", "detail"):
             found = found.get(name, found) if isinstance(found, dict) else found
         text = found if isinstance(found, str) else json.dumps(found)
@@ -265,8 +265,14 @@ def _key(name: str, setting: str) -> str:
     return os.environ[name]
 
 
+def _pause(attempt: int) -> float:
+    """Seconds before the attempt after number `attempt` (from 0): about 0.5, 1, 2, ... up to `_LONGEST_WAIT`, drawn at random so that processes
+    do not ask all at once."""
+    return min(_LONGEST_WAIT, 0.5 * 2 ** min(attempt, _DOUBLED)) * random.uniform(0.5, 1)
+
+
 def _failure(error: Exception, over: bool, timeout: float, most: float) -> _Passing:
-    """What happened to a request. `over`: whether it was cut off; `most`: the time-out of the settings, which `timeout` may be less than."""
+    """The failure of a request. `over`: whether it was cut off after `timeout` seconds; `most`: the settings' own timeout, which may be longer."""
     if (over or isinstance(error, failures.ReadTimeoutError | TimeoutError)) and not isinstance(error, failures.ConnectTimeoutError):
         fix = _START if timeout < most else "raise {section}.timeout if it is working, or start it"
         return _Passing(f"has not answered within {timeout:g} seconds", fix, alone=True)
@@ -275,7 +281,7 @@ def _failure(error: Exception, over: bool, timeout: float, most: float) -> _Pass
 
 
 def _in_words(error: Exception, timeout: float) -> str:
-    """The same in words, to follow the server's address."""
+    """A failed connection in words, to follow the server's address."""
     text = str(error)
     if isinstance(error, failures.LocationValueError):
         return "is no address"
@@ -294,7 +300,7 @@ def _in_words(error: Exception, timeout: float) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Of Retry-After: a number of seconds, or a date."""
+    """The seconds that a header Retry-After names, as a number or a date."""
     if not header:
         return None
     if header.strip().isdecimal():

@@ -29,6 +29,13 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(client, "_LONGEST_WAIT", 0.02)
 
 
+def test_pauses_double_up_to_the_longest_after_however_many_attempts(monkeypatch):
+    """A patience of a day is thousands of attempts, and 2 to that power is no float."""
+    monkeypatch.setattr(client, "_LONGEST_WAIT", 30.0)
+    for attempt, longest in ((0, 0.5), (1, 1.0), (5, 16.0), (6, 30.0), (5000, 30.0)):
+        assert longest / 2 <= client._pause(attempt) <= longest
+
+
 def told(fake, answer, patience=0.0, timeout=5.0) -> str:
     """What is said of a server that always answers so."""
     fake.misbehave = lambda right, number: answer
