@@ -18,7 +18,7 @@ from ..config.make import MakeSettings, StageSettings, dump_make
 from ..config.make import Writer as WriterSettings
 from ..console import count, info, table, warn
 from ..errors import UserError
-from ..files import remove_leftovers, sha256_file, write_atomic, write_sealed
+from ..files import Damaged, read_sealed, remove_leftovers, sha256_file, write_atomic, write_sealed
 from ..rollouts.sampling import Sampling
 from .answers import NAME, Answers
 from .asks import CUT, Answer, Ask, estimated_tokens
@@ -242,10 +242,10 @@ def refuse_changed(folder: Path) -> None:
     if not (folder / SUMMARY).exists():
         return
     try:
-        known = json.loads((folder / SUMMARY).read_text())["sha256"]
-    except (ValueError, KeyError, TypeError, OSError):
+        known = [*read_sealed(folder / SUMMARY)["sha256"].items()]
+    except (Damaged, KeyError, AttributeError, OSError):
         raise UserError(f"{folder / SUMMARY}: is damaged; delete it, and the same command writes it again") from None
-    for name, digest in known.items():
+    for name, digest in known:
         if (folder / name).exists() and sha256_file(folder / name) != digest:
             raise UserError(
                 f"{folder / name}: has changed since it was written; move it to where it is to be kept, and the same command writes it again"

@@ -246,6 +246,12 @@ def test_what_others_wrote_or_changed_is_left_alone(tmp_path):
         run_make(path)
     assert (out / "train.jsonl").read_text() == "edited\n"
     (out / "train.jsonl").unlink()
+    summary = (out / "make.json").read_text()
+    for other in ('{"sha256": []}', "{}", summary.replace('"rows": ', '"rows": 1')):
+        (out / "make.json").write_text(other)
+        with pytest.raises(UserError, match="make.json: is damaged; delete it, and the same command writes it again"):
+            run_make(path)
+    (out / "make.json").write_text(summary)
     raw = (out / "answers.jsonl").read_bytes()
     for other, message in ((raw.replace(b"To:", b"To;", 1), ":1 is damaged"), (raw + raw.splitlines(True)[0], "answer of an earlier line")):
         (out / "answers.jsonl").write_bytes(other)
