@@ -107,7 +107,7 @@ def teacher_checks(sweep: SweepFolder) -> list:
             how = {key: value for key, value in run.recipe.items() if key.startswith(("teacher", "mixture."))}
             groups.setdefault(json.dumps(how if len(run.teachers) > 1 else run.teachers, sort_keys=True), []).append(run)
     if not groups:
-        return [*out, Para("No arm has a teacher with a kd_ratio above 0.")]
+        return [*out, Para("No arm learns from a teacher.")]
     rows, warned = [], []
     for runs in groups.values():
         teachers, combined = runs[0].teachers, runs[0].recipe.get("mixture.combine", "probabilities")

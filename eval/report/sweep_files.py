@@ -68,12 +68,14 @@ class Run:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers it learned from: each one's model, or its teacher cache where only that is named."""
-        if not self.recipe.get("loss.kd_ratio"):
+        """The teachers that the student learns from: each one's model, or the teacher cache or server of one that names no model."""
+        inside = ("loss.features.", "loss.attention.")  # by these it learns from a teacher without a kd_ratio too
+        if not (self.recipe.get("loss.kd_ratio") or any(key.startswith(inside) for key in self.recipe)):
             return ()
         several = self.recipe.get("teacher")
         each = [flatten({"teacher": one}) for one in several] if isinstance(several, list) else [self.recipe]
-        return tuple(str(who) for one in each if (who := one.get("teacher.model") or one.get("teacher.cache.path")))
+        names = ("teacher.model", "teacher.cache.path", "teacher.server")
+        return tuple(str(found[0]) for one in each if (found := [one[name] for name in names if one.get(name)]))
 
     @property
     def distils(self) -> bool:

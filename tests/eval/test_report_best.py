@@ -10,7 +10,7 @@ from llmkd_eval.comparison.compare import compare
 from llmkd_eval.comparison.compare_text import p_text
 from llmkd_eval.report.best import Best, best_sentence
 from llmkd_eval.report.sweep_charts import over_seeds as band_of
-from llmkd_eval.report.sweep_files import read_sweep
+from llmkd_eval.report.sweep_files import Run, read_sweep
 from llmkd_eval.report.write import read_report
 
 from tests.kit.sweep_report import TWO, checked, lines, written
@@ -135,3 +135,21 @@ def test_runs_that_ended_worse_than_they_began_are_listed(made):
     (folder / "arms/kd/summary.json").write_text(json.dumps({"warnings": ["worse than before training: <CE>"]}))
     page, text = written(folder)
     assert "### Runs that ended worse than they began\n\n- `kd`: worse than before training" in text and "training: &lt;CE&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teachers"),
+    [
+        ({"loss.kd_ratio": 0.5, "teacher.model": "big"}, ("big",)),
+        ({"loss.kd_ratio": 0.0, "teacher.model": "big"}, ()),
+        ({"loss.kd_ratio": 0.0, "loss.features": None, "loss.attention": None, "teacher.model": "big"}, ()),
+        ({"loss.kd_ratio": 0.0, "loss.features.weight": 1.0, "teacher.model": "big"}, ("big",)),
+        ({"loss.kd_ratio": 0.0, "loss.attention.weight": 1.0, "teacher.model": "big"}, ("big",)),
+        ({"loss.kd_ratio": 1.0, "teacher.server": "http://host:1"}, ("http://host:1",)),
+        ({"loss.kd_ratio": 1.0, "teacher": [{"model": "a"}, {"cache": {"path": "c"}}]}, ("a", "c")),
+    ],
+)
+def test_an_arm_is_distilled_where_any_term_of_its_loss_has_a_teacher(recipe, teachers, tmp_path):
+    """By hidden states or attention a student learns without a kd_ratio too: it was counted among the plain arms."""
+    run = Run("a", "a", None, tmp_path / "not there", {}, "done", None, 0.0, recipe)
+    assert (run.teachers, run.distils) == (teachers, bool(teachers))
