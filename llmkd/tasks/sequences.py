@@ -1,4 +1,5 @@
-"""Tasks of encoder-decoder models: a source is read, and the tokens of a target are predicted. Text to text here; speech in `speech.py`."""
+"""Tasks of encoder-decoder models: the encoder reads a source, and the decoder predicts the tokens of a target. Text to text here; speech in
+`speech.py`."""
 
 import functools
 import json
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
 
 _ANY = 1 << 31  # more positions than any target has
 
-
-#: The names of transformers' class that loads encoder-decoder models, and of the pipeline that uses them, by the kind of what they read.
+#: By the kind of source: the transformers class that loads encoder-decoder models, and the pipeline that uses them.
 LOADED_BY = {
     "text": ("AutoModelForSeq2SeqLM", "text2text-generation"),
     "audio": ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
@@ -45,13 +45,15 @@ LOADED_BY = {
 
 @dataclass(frozen=True)
 class SequenceProcessor:
-    """What reads the rows of encoder-decoder models, as a `Processor`: the tokenizer of the targets, which all models have, and what reads the sources.
+    """The `Processor` of encoder-decoder models: the tokenizer of the targets, which all models share, and the readers of the sources.
 
-    frame    what all sequences of the decoder have in common
-    pad      the token of padding of the decoder
-    longest  positions of the models' decoders
-    others   of encoder-decoder teachers that read another column: their tokenizer and frame, by setting
-    target   the column of the targets
+    reader    the tokenizer of the targets
+    frame     the tokens before and after every target
+    pad       the decoder's padding token
+    longest   the smallest number of positions of the models' decoders
+    others    the tokenizer and frame of each encoder-decoder teacher that reads another column, by setting
+    readers   of the sources
+    target    the column of the targets
     """
 
     reader: Any
@@ -90,7 +92,8 @@ class TextToText:
     name = "text_to_text"
 
     def measures(self, processor: SequenceProcessor, validation: Validation) -> ErrorRates:
-        rates, most = validation.error_rates, processor.longest - len(processor.frame.given) + 1  # nothing is predicted from the last one
+        rates = validation.error_rates
+        most = processor.longest - len(processor.frame.given) + 1  # the last token of a text needs no position: nothing follows it
         if rates and rates.max_tokens > most:
             raise UserError(
                 f"validation.error_rates.max_tokens: found {rates.max_tokens}, and the models' {processor.longest} positions have place for {most} "
@@ -132,20 +135,20 @@ class TextToText:
 
 
 def decoder_positions(config: dict) -> int:
-    """The positions of a model's decoder, by its configuration; more than any target has where there is no bound."""
+    """The number of positions of a model's decoder, from its configuration; `_ANY` if it has no bound."""
     return config.get("max_target_positions") or config.get("max_position_embeddings") or _ANY
 
 
 def generation_of(config: dict, files: ModelFiles | None) -> dict:
-    """The generation config of what a model is trained from, with the token that its decoder starts from."""
+    """The generation config of the model that a student is trained from, with the decoder's start token."""
     found = generation_settings(config, (files.adapter, files.base) if files else (), "student.model")
     start = config.get("decoder_start_token_id")
     return found if start is None else {"decoder_start_token_id": start} | found
 
 
 def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tuple[Any, int, Frame, int, int, dict[str, tuple[Any, Frame]]]:
-    """The tokenizer, the entries that it and all models have, the frame of targets, the token of padding, the decoders' positions, and the
-    tokenizers and frames of teachers that read another column. UserError where models differ in these."""
+    """The first six fields of `SequenceProcessor`: tokenizer, vocabulary size, frame, padding token, decoder positions, and the tokenizers and
+    frames of teachers that read another column. UserError if the models do not agree in them."""
     config = models.configs["student.model"]
     named, setting = (
         (student.tokenizer, "student.tokenizer") if student.tokenizer else (str(models.student.with_tokenizer), "student.model")
@@ -168,7 +171,7 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
             continue
         prefix = None if apart else data.target_prefix
         other = frame_of(theirs, its_config, generation_of(its_config, teacher.files), prefix, setting)
-        if apart:  # its targets are compared row by row
+        if apart:  # `with_same_targets` compares its targets row by row
             others[teacher.setting] = theirs, other
         elif other != frame:
             ours, its = (reader.convert_ids_to_tokens([*one.given, one.end]) for one in (frame, other))
@@ -181,69 +184,70 @@ def tokens_of_targets(student: Student, models: FoundModels, data: Data) -> tupl
 
 
 def encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tuple[Teacher, ...], processor: SequenceProcessor) -> Dataset:
-    """The examples of a source: those whose source and target are not too long."""
+    """The examples of a source: of the rows whose source and target are not too long."""
     own, theirs, kept, longer, counts = processor.readers.inputs(read, data, setting)
-    texts = [read.rows[i][processor.target] for i in kept]
+    texts, places = [read.rows[i][processor.target] for i in kept], [read.places[i] for i in kept]
+    targets, used, too_long = _targets(texts, places, data, processor)
     counts["unsupervised"] = sum(not row[processor.target].strip() for row in read.rows if row.get("train") is not False)
+    counts["too_long"] = len({*longer.tolist(), *kept[too_long].tolist()})
+    if not len(used):
+        raise UserError(
+            f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are too long, {counts['unsupervised']} have no target); "
+            "raise data.max_length, or check the rows"
+        )
+    taken = {id(one): one.take(used) for one in (own, *(one.inputs for one in theirs.values()))}
+    theirs = {name: one._replace(inputs=taken[id(one.inputs)]) for name, one in theirs.items()}
+    texts, places = [texts[n] for n in used], [places[n] for n in used]
+    ids, masks = zip(*(targets[n] for n in used), strict=True)
+    supervised = [own_ids[mask] for own_ids, mask in zip(ids, masks, strict=True)]
+    counts |= {"examples": len(used), "targets": sum(map(len, supervised))}
+    examples = SequenceExamples(
+        taken[id(own)],
+        np.concatenate(ids),
+        np.concatenate(masks),
+        np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        kept[used],
+        texts,
+        processor.pad,
+        counts,
+        of_teachers=with_same_targets(theirs, supervised, texts, places, processor.others, processor.reader),
+    )
+    examples.teacher_index[:] = teacher_index(source, teachers)
+    examples.weigh(vars(source.loss))
+    origin = read.origin | {"used": len(used)}
+    return Dataset(f"{setting} ({source.path})", examples, places, [origin])
+
+
+def _targets(
+    texts: list[str], places: list[str], data: Data, processor: SequenceProcessor
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, np.ndarray]:
+    """The token ids and loss mask of each target, cut with data.too_long: truncate; the indices of the targets that are used, and of those
+    that are too long, int64. UserError names the targets that cannot be used."""
     most, given = min(data.max_length, processor.longest), len(processor.frame.given)
     if most <= given:
         raise UserError(
             f"data.max_length: found {data.max_length}, and the {given} tokens that every target begins with leave no place in {most}; raise it"
         )
-    found, problems, fits, too_long = sequences(texts, processor.reader, processor.frame), ErrorCollector(), [], {*longer.tolist()}
-    for n, (ids, _) in enumerate(found):
-        place, empty = read.places[kept[n]], not texts[n].strip()
-        if unknown := [int(i) for i in ids[found[n][1]] if i >= processor.vocab]:
+    out, used, too_long, problems = [], [], [], ErrorCollector()
+    for n, (ids, mask) in enumerate(sequences(texts, processor.reader, processor.frame)):
+        if unknown := [int(i) for i in ids[mask] if i >= processor.vocab]:
             token = processor.reader.convert_ids_to_tokens(max(unknown))
-            problems.add(f"{place}: contains the token {token!r}, for which a model has no row; remove it from the text")
+            problems.add(f"{places[n]}: contains the token {token!r}, for which a model has no row; remove it from the text")
         if len(ids) > most:
-            too_long.add(int(kept[n]))
+            too_long.append(n)
             if data.too_long == "refuse":
                 problems.add(
-                    f"{place}: its target has {len(ids)} tokens, and at most {most} are used (data.max_length, or the models' positions); shorten it"
+                    f"{places[n]}: its target has {len(ids)} tokens, and at most {most} are used (data.max_length, or the models' positions); shorten it"
                 )
-            if data.too_long == "truncate":
-                ids, mask = found[n]
-                found[n] = ids[:most], mask[:most]
-        if not empty and (len(ids) <= most or data.too_long == "truncate"):
-            fits.append(n)
+        if texts[n].strip() and (len(ids) <= most or data.too_long == "truncate"):
+            used.append(n)
+        out.append((ids[:most], mask[:most]))
     problems.raise_if_any()
-    counts["too_long"] = len(too_long)
-    if not fits:
-        raise UserError(
-            f"{setting}: none of its {counts['rows']} rows can be used ({counts['too_long']} are too long, {counts['unsupervised']} have no target); "
-            "raise data.max_length, or check the rows"
-        )
-    chosen = np.array(fits, np.int64)
-    of = {id(one): one.take(chosen) for one in (own, *(one.inputs for one in theirs.values()))}
-    sequence, masks = zip(*(found[n] for n in fits), strict=True)
-    offsets = np.cumsum([0, *map(len, sequence)], dtype=np.int64)
-    counts |= {"examples": len(fits), "targets": int(sum(mask.sum() for mask in masks))}
-    theirs = {name: one._replace(inputs=of[id(one.inputs)]) for name, one in theirs.items()}
-    targets, written, places = (
-        [ids[mask] for ids, mask in zip(sequence, masks, strict=True)],
-        [texts[n] for n in fits],
-        [read.places[i] for i in kept[chosen]],
-    )
-    examples = SequenceExamples(
-        of[id(own)],
-        np.concatenate(sequence),
-        np.concatenate(masks),
-        offsets,
-        kept[chosen],
-        written,
-        processor.pad,
-        counts,
-        of_teachers=with_same_targets(theirs, targets, written, places, processor.others, processor.reader),
-    )
-    examples.teacher_index[:] = teacher_index(source, teachers)
-    examples.weigh(vars(source.loss))
-    origin = read.origin | {"used": len(fits)}
-    return Dataset(f"{setting} ({source.path})", examples, places, [origin])
+    return out, np.array(used, np.int64), np.array(too_long, np.int64)
 
 
 def refuse_messages(rows: dict[str, list[Rows]]) -> None:
-    """UserError for rows that are conversations, which an encoder has no template for."""
+    """UserError for rows of messages, since encoders have no chat template."""
     problems = ErrorCollector()
     for read in (one for of_setting in rows.values() for one in of_setting):
         for row, place in zip(read.rows, read.places, strict=True):
@@ -253,7 +257,7 @@ def refuse_messages(rows: dict[str, list[Rows]]) -> None:
 
 
 def refuse_decoders_alone(task: str, configs: dict[str, dict]) -> None:
-    """UserError for models that are not an encoder and a decoder, before their weights are read."""
+    """UserError for models without an encoder and a decoder, before their weights are read."""
     for setting, config in configs.items():
         if not is_encoder_decoder(config):
             raise UserError(

@@ -45,8 +45,8 @@ FAULTS = [
         (
             "counted-twice",
             "a row whose source and target are cut counts as two",
-            'counts["too_long"] = len(too_long)',
-            'counts["too_long"] += len(too_long)',
+            'counts["too_long"] = len({*longer',
+            'counts["too_long"] += len({*longer',
             f"{RUN}::test_targets_that_are_long_or_empty_and_the_teacher_of_a_source",
         ),
         (
