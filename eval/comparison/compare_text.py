@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from llmkd import __version__
-from llmkd.console import align
+from llmkd.console import align, text_width
 from llmkd.output import markdown
 
 from . import stats
@@ -33,12 +33,12 @@ def as_text(rows: list[Row]) -> str:
     out = []
     for block in blocks(rows):
         head, *body = cells(block)
-        room = _COLUMNS - sum(2 + max(map(len, column)) for column in list(zip(head, *body, strict=True))[1:])
-        long = {i: line[0] for i, line in enumerate(body, 1) if len(line[0]) > room}
+        room = _COLUMNS - sum(2 + max(map(text_width, column)) for column in list(zip(head, *body, strict=True))[1:])
+        long = {i: line[0] for i, line in enumerate(body, 1) if text_width(line[0]) > room}
         for i in long:
             body[i - 1][0] = ""
         lines = [line.rstrip() for line in align([head, *body], left=(0, len(head) - 1))]
-        rule = "-" * max(map(len, lines))
+        rule = "-" * max(map(text_width, lines))
         lines = [f"{long[i]}\n{line}" if i in long else line for i, line in enumerate(lines)]
         out.append("\n".join([title(block), lines[0], rule, *lines[1:], *remarks(block)]))
     return "\n\n".join([*out, "\n".join((*LEGEND, *EXPLANATION))])

@@ -251,7 +251,6 @@ class _Work:
                 f"warning: {name}: {record['truncated']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
                 f"{live.max_length} tokens; the harness dropped their beginning, so the scores of those items mean little"
             )
-
         if live.no_system:
             warn(f"warning: {name}: the chat template takes no system message, so the task's description is left out of the prompts")
 

@@ -1,4 +1,4 @@
-"""Batch sources: where an optimizer step's finished micro-batches come from. Planned data here, a stream of rows in stream.py."""
+"""Batch sources give each optimizer step its micro-batches. The protocols, and the source of planned data; a stream of rows is in stream.py."""
 
 import contextlib
 import copy
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. A source that takes its batches from no examples leaves out all but the first two.
+    """One optimizer step. A source whose batches are not made of examples sets only the number and the epoch.
 
-    num_targets     over all ranks, if known before the batches are built; None: the loop counts them in the finished micro-batches
-    weighted        if num_targets is known: by the part of the loss whose targets are weighted (`Batch.weights`), over all ranks the sum of
-                    its absolute weights, and the number of those that are not 0
-    data, places    the examples that the numbers below index, and where each was read
-    examples        those of all ranks
-    micro_batches   this rank's part of them; a list may be empty, and all ranks have equally many
+    num_targets     targets over all ranks, if they are known before the batches are built; None: the loop counts them in the micro-batches
+    weighted        if num_targets is known, for each part of the loss with weighted targets (`Batch.weights`): the sum of the absolute weights
+                    and the number of weights that are not 0, over all ranks
+    examples        the examples of all ranks, as indices into `data`
+    micro_batches   this rank's examples, as indices into `data`; one may be empty, and all ranks have equally many
+    data, places    the examples, and the file and line of each
     """
 
     number: int  # from 1
@@ -42,18 +42,18 @@ class Step:
     places: Sequence[str] = field(default=(), compare=False, repr=False)
 
     def kept(self, share: float) -> int:
-        """How many targets count where `share` of each example's are kept."""
+        """The number of targets that count if `loss.keep` keeps `share` of each example's."""
         return sum(part_of(share, n) for n in self.data.num_targets[self.examples].tolist())
 
     def place(self, example: int) -> str:
-        """Where an example was read (file:line); `example` as in `Batch.example_N`."""
+        """The file:line of an example, by its index in `data`, as in `Batch.example_N`."""
         return self.places[example] if self.places else f"example {example}"
 
 
 @dataclass(frozen=True)
 class WrittenText:
-    """An answer that was written for a step, to be read: token ids of the prompt, of the answer and of the data's own answer. `finished`: its last
-    token is an end token."""
+    """An answer that was written for a step, for people to read: the token ids of the prompt, of the answer (`ids`) and of the data's own answer
+    (`reference`). `finished`: the answer ends with an end token."""
 
     place: str
     prompt: Sequence[int]
@@ -63,27 +63,26 @@ class WrittenText:
 
 
 class BatchSource(Protocol):
-    """Gives each optimizer step its finished micro-batches: a pure function of (seed, step) and, where the student writes, of its weights.
+    """Gives each optimizer step its micro-batches, as a pure function of (seed, step) and, if the student writes, of the student's weights.
 
-    A source decides for itself whether to build the next step's batches while this one trains; one that depends on the student's
-    weights must not.
+    A source may build the next step's batches during the current step, unless they depend on the student's weights.
     """
 
     seed: int
     total_steps: int
 
     def steps(self, done: int = 0) -> Iterator[tuple[Step, "list[Batch]"]]:
-        """The steps after the first `done`, each with this rank's micro-batches, of which all ranks have equally many. Closed at the end."""
+        """The steps after the first `done`, each with this rank's micro-batches, of which all ranks have equally many. The caller closes it."""
 
 
 class TrainingSource(BatchSource, Protocol):
-    """A batch source as the trainer has it.
+    """A batch source as the trainer uses it.
 
-    examples               the data known before the first step, for checks and measurements: all of it, or a stream's first step
-    places                 where each of `examples` was read
-    complete               whether `examples` are all that is trained on
-    reads_while_training   rows are read, or a server is asked, while training: what is wrong with them may end the run after any step
-    on_built               is called with each step's micro-batches once they are built, which is before their turn. It must not wait
+    examples               the examples known before the first step, for checks and measurements: all of them, or a stream's first step
+    places                 the file and line of each of `examples`
+    complete               whether `examples` are all training examples
+    reads_while_training   whether rows are read, or a server is asked, during training, so that an error in them may end the run after any step
+    on_built               called with each step's micro-batches as soon as they are built, before they are used. It must not block
     """
 
     examples: Examples
@@ -93,34 +92,34 @@ class TrainingSource(BatchSource, Protocol):
     on_built: "Callable[[list[Batch]], None]"
 
     def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None) -> "TrainingSource":
-        """The same source as one of `ranks` processes reads it, for a device."""
+        """The source for one of `ranks` processes and its device."""
 
     def longest(self, count: int) -> Examples:
-        """Of the examples that a step may hold those that take most memory, `count` of the data's. No weights matter."""
+        """The `count` examples that take most memory in a step. Their weights do not matter."""
 
     def measured(self) -> dict[str, float]:
-        """What the source has measured since the last time, by name; empty where it measures nothing. The same on all ranks but for times."""
+        """The source's own metrics since the last call, by name. Equal on all ranks, except for times."""
 
     def checked(self, metrics: dict[str, float]) -> None:
-        """Before the first step the student has these metrics on training examples, and the teacher has `teacher_ce`."""
+        """Tell the source the metrics of the student on training examples before the first step, and `teacher_ce`."""
 
     def validated(self, metrics: dict[str, float]) -> None:
-        """The student has these held-out metrics, which are the same on all ranks, after the step that was trained last."""
+        """Tell the source the student's held-out metrics after the last step. They are equal on all ranks."""
 
     def texts(self, step: int) -> Sequence[WrittenText]:
-        """Of the newest step some answers that were written for it, to be kept for people; most steps have none."""
+        """Some answers that were written for the newest step, for samples.jsonl; empty for most steps."""
 
     def state(self, step: int) -> dict:
-        """What a checkpoint of that step keeps of the source: JSON, and numpy arrays. The step is the newest or the one before."""
+        """The source's state for a checkpoint of `step`, the newest step or the one before: values of JSON, and numpy arrays."""
 
     def restore(self, state: dict) -> None:
-        """Resume from a checkpoint's state. ValueError, in a few words, if it cannot be of this run."""
+        """Resume from a checkpoint's state. ValueError, with a short reason, if it cannot belong to this run."""
 
 
 class ExampleSource:
-    """Planned data and a stream: a step's examples are split into micro-batches, whose batches are made one step ahead of training.
+    """Base class of sources of examples, planned or streamed: it splits a step's examples into micro-batches and builds them one step ahead.
 
-    micro_batch_size   examples, or tokens of a budget. The one thing here that changes during a run: `AutoBatchSize` sets it.
+    micro_batch_size   examples, or a budget of tokens. The only attribute that changes during a run: `AutoBatchSize` sets it
     """
 
     examples: Examples
@@ -132,7 +131,7 @@ class ExampleSource:
         self.on_built: Callable[[list[Batch]], None] = lambda batches: None
 
     def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None):
-        """The same source as one of `ranks` processes reads it. For a GPU the batches are in pinned memory."""
+        """The source for one of `ranks` processes. For a GPU its batches are in pinned memory."""
         other = copy.copy(self)
         other.rank, other.ranks, other.device = rank, ranks, device
         return other
@@ -145,7 +144,7 @@ class ExampleSource:
         if self._on_gpu:
             import torch
 
-            torch.cuda.set_device(self.device)  # of the thread that runs this: or pinning would open the first GPU for every process
+            torch.cuda.set_device(self.device)  # of this thread: otherwise pinning would open the first GPU in every process
         for step in self.schedule(done):
             batches = self.build(step)
             self.on_built(batches)
@@ -166,11 +165,11 @@ class ExampleSource:
         return make_micro_batches(examples, max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
 
     def resplit(self, step: Step) -> Step:
-        """The same step in micro-batches of the size that holds now."""
+        """The same step, split by the current micro-batch size."""
         return dataclasses.replace(step, micro_batches=self.split(step.examples, self.max_lengths(step)))
 
     def max_lengths(self, step: Step) -> np.ndarray:
-        """Of each of the step's `data`, the tokens that student or teacher read, whichever is more."""
+        """`Examples.max_lengths` of the step's `data`."""
         return step.data.max_lengths
 
     def longest(self, count: int) -> Examples:
@@ -200,7 +199,7 @@ class ExampleSource:
 
 
 class PlannedSource(ExampleSource):
-    """Examples that are all in memory, in the order of a plan."""
+    """A batch source of examples that are all in memory, in the order of a plan."""
 
     complete = True
 

@@ -1,4 +1,4 @@
-"""From examples to a batch, padded on the right or packed. Labels are aligned here, once: no other code shifts them."""
+"""Makes a batch of examples, padded on the right or packed. Labels are aligned with positions here: no other code shifts them."""
 
 import hashlib
 
@@ -16,14 +16,16 @@ _NONE = np.zeros(0, np.int64)
 def collate(
     data: TokenExamples, indices: list[int], pad: int, packing: bool = False, share: bool = False, key: tuple[int, ...] | None = None
 ) -> Batch:
-    """A batch of the examples `indices`, on the CPU. No examples give one padding token and no targets.
+    """A batch of the examples `indices`, on the CPU. Without examples it has one padding token and no targets.
+
+    pad       the padding token
+    packing   put all examples into one row, without padding
+    share     with packing: put a prefix that several examples share into the row once
+    key       (seed, step): with the example's content and the position it determines the student's dropout; None: without dropout's keys
 
     Position t of the input predicts token t + 1, so an input ends before its last supervised token. No attention mask is needed, since
-    a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
-    prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
-    Every target has its example's weights, times its own.
-
-    key  seed and step, of which with the example's content and the position the student's dropout is a function
+    a causal model does not attend to padding on its right. If the teacher's view differs, it has the same labels at other positions. The
+    weight of a target is its example's, times its own.
     """
     student = build_view(data, indices, pad, packing, share, key)
     teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
@@ -58,7 +60,8 @@ def build_view(data: TokenExamples, indices: list[int], pad: int, packing: bool,
 
 
 def position_keys(key: tuple, length: int) -> np.ndarray:
-    """A key for each position of an example, int32 [length]: SplitMix64 (Steele et al., OOPSLA 2014), seeded by a hash of `key`, without its low half."""
+    """A pseudorandom key for each position of an example, int32 [length]: the high halves of SplitMix64 (Steele et al., OOPSLA 2014), seeded by a
+    hash of `key`."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
     x = np.uint64(seed) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -67,13 +70,15 @@ def position_keys(key: tuple, length: int) -> np.ndarray:
 
 
 def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool, keys: list[np.ndarray] | None = None) -> View:
-    """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example.
+    """All examples as one row: for each group the shared prefix, if it has one, and then the rest of each example.
 
-    keys  of the positions of each example; those of a shared prefix are its first example's
+    ids    int32 [tokens] of each example
+    rows   the positions in each example that predict its targets
+    keys   of the positions of each example, see `position_keys`; a shared prefix takes those of its first example
     """
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
     segments, positions, prefix_of, example_of, of_segments = [], [], [], [], []
-    target_rows, length = [_NONE] * len(ids), 0  # length: of the row so far
+    target_rows, length = [_NONE] * len(ids), 0  # `length` of the row so far
     for shared, members in groups:
         prefix = len(segments) if shared else -1
         for example, start, end in [(-1, 0, shared)] * bool(shared) + [(i, shared, len(ids[i])) for i in members]:
@@ -95,7 +100,7 @@ def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool, keys
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:
-    """Some of a batch's examples, for teachers: `mine[i]`: whether example i is kept. The student's view is left out: it is the teacher's."""
+    """The examples of a batch for which `mine` [examples] is true, for a teacher: the student's view is not kept, and is the teacher's here."""
     keep_N = per_target(batch, mine).to(batch.labels_N.device)
     part, *others = (_selected(view, mine, keep_N) for view in (batch.teacher, *batch.of_teachers.values()))
     examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
@@ -104,7 +109,7 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
 
 
 def _selected(view: View, mine: list[bool], keep_N: Tensor) -> View:
-    """The view of some examples, of whose targets `keep_N` marks those that are kept."""
+    """The view of the examples for which `mine` is true. `keep_N`: whether each target belongs to one of them."""
     kept_N, device, packed, T = view.rows_N[keep_N], keep_N.device, None, view.T
     if view.packed:
         packed, keep = view.packed.select(mine)
@@ -120,5 +125,5 @@ def _selected(view: View, mine: list[bool], keep_N: Tensor) -> View:
 
 
 def per_target(batch: Batch, of_example: list[bool]) -> Tensor:
-    """A mark of each example, repeated for each of its targets; on the CPU."""
+    """The values of the examples repeated for each of their targets, bool [N], on the CPU."""
     return torch.tensor(of_example).repeat_interleave(torch.tensor([example.num_targets for example in batch.examples]))

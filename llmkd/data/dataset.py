@@ -1,4 +1,4 @@
-"""A recipe's data as finished parts: rows that were read, examples with their places, held-out examples, multiple-choice questions."""
+"""A recipe's data: reading its rows, encoding them as examples, holding some out, and multiple-choice questions."""
 
 import dataclasses
 import json
@@ -29,8 +29,8 @@ class Dataset:
 
     name: str  # in reports
     examples: Examples
-    places: Sequence[str]  # [examples]: where each was read, as file:line
-    origins: list[dict]  # of each source its entry in the model card: path, name, split, revision, rows, and rows that were used
+    places: Sequence[str]  # [examples]: the file:line of each
+    origins: list[dict]  # each source's entry in the model card: path, name, split, revision, rows, and rows that were used
 
     def subset(self, name: str, keep: np.ndarray, origins: list[dict]) -> "Dataset":
         """The examples where the boolean array `keep` [examples] is true."""
@@ -39,7 +39,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Questions:
-    """Multiple choice: the encoded choices of all questions, the number of choices of each question, and the index of its answer."""
+    """Multiple-choice questions: the encoded choices of all questions, each question's number of choices, and the index of its answer."""
 
     examples: Examples
     counts: list[int]
@@ -50,11 +50,11 @@ class Questions:
 
 
 def read_data(data: Data, views: Collection[str] = ()) -> dict[str, list[Rows]]:
-    """The checked rows of data.train, data.validation and data.choices; none for a stream, which is read while training.
+    """The checked rows of data.train, data.validation and data.choices, by setting; none of a stream, which is read during training.
 
     views   the columns that teachers read in place of the student's
 
-    UserError names every bad row of all of them.
+    UserError names every bad row.
     """
     wanted = {"data.train": None if data.streaming else data.train, "data.validation": data.validation, "data.choices": data.choices}
     out, problems = {}, []
@@ -74,10 +74,10 @@ def read_data(data: Data, views: Collection[str] = ()) -> dict[str, list[Rows]]:
 
 
 def _warn_of_shared_data(rows: dict[str, list[Rows]], data: Data) -> None:
-    """Warn where held-out rows and training rows come from the same data."""
+    """Warn if held-out rows and training rows come from the same data."""
 
     def read(setting: str, value) -> list[tuple[str, Source, Rows]]:
-        of_setting = zip(with_setting_names(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
+        of_setting = zip(with_setting_names(value, setting), rows[setting], strict=False)  # rows of a stream are not read yet
         return [(name, source, one) for (name, source), one in of_setting]
 
     train, held_out = read("data.train", data.train), read("data.validation", data.validation)
@@ -85,7 +85,7 @@ def _warn_of_shared_data(rows: dict[str, list[Rows]], data: Data) -> None:
     if data.validation_fraction:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
     for (name, source, one), (other, others_source, others) in pairs:
-        same = one.content.partition(" [")[0] == others.content.partition(" [")[0]  # whatever its limit
+        same = one.content.partition(" [")[0] == others.content.partition(" [")[0]  # without the part for limit
         if same and (source.where or others_source.where):
             same = not _texts(one).isdisjoint(_texts(others))
         if same:
@@ -106,7 +106,7 @@ def _as_text(value: object) -> object:
 def encode_sources(
     rows: list[Rows], sources: Source | tuple[Source, ...] | None, setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = ()
 ) -> list[Dataset]:
-    """The examples of a setting, one data set for each of its sources. `rows`: what `read_data` returned for the setting."""
+    """The examples of a setting, one data set for each of its sources. `rows`: the setting's rows from `read_data`."""
     out = []
     for (name, source), read in zip(with_setting_names(sources, setting), rows, strict=True):
         examples = load_or_encode(read, source, data, tokenizer, name)
@@ -118,7 +118,7 @@ def encode_sources(
 
 
 def join(name: str, parts: list[Dataset]) -> Dataset | None:
-    """The data sets of a setting's sources as one; None without a source."""
+    """The data sets of a setting's sources as one; None without any."""
     if not parts:
         return None
     places = [place for part in parts for place in part.places]
@@ -126,17 +126,17 @@ def join(name: str, parts: list[Dataset]) -> Dataset | None:
 
 
 def teacher_index(source: Source, teachers: tuple[Teacher, ...]) -> int:
-    """The index of the teacher that answers a source's rows alone, or ALL_TEACHERS."""
+    """The index of the teacher that a source names for its rows, or ALL_TEACHERS."""
     if source.teacher is None or len(teachers) < 2:
         return ALL_TEACHERS
     return [teacher.name for teacher in teachers].index(source.teacher)
 
 
 def hold_out(data: Dataset, fraction: float) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out examples of data from one setting; None without a fraction.
+    """Split examples into training and held-out ones; None for the latter if `fraction` is 0.
 
-    Rows are drawn the same way for every seed of a run, so that runs with different seeds can be compared on them. All examples of a row
-    (pieces of a text, turns of a conversation) stay together.
+    The held-out rows do not depend on the run's seed, so runs with different seeds can be compared on them. All examples of a row (pieces
+    of a text, turns of a conversation) stay together.
     """
     rows = sorted(set(data.examples.row.tolist()))
     count = round(fraction * len(rows))
@@ -151,7 +151,7 @@ def hold_out(data: Dataset, fraction: float) -> tuple[Dataset, Dataset | None]:
 
 
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
-    """One example for each choice of each question, with only the choice supervised. The student reads no context for the teacher."""
+    """One example for each choice of each question, with only the choice supervised, and without a context for the teacher."""
     questions = [{column: value for column, value in row.items() if column != "teacher_context"} for row in rows.rows]
     answered = [FORMATS[source.format].with_answer(row, choice) for row in questions for choice in row["choices"]]
     source = dataclasses.replace(source, format=answered[0][1])
@@ -160,7 +160,7 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
         [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
         rows.content + " choices",
     )
-    # a choice that is cut off would get a higher likelihood, so too long ones are refused
+    # a truncated choice would get a higher likelihood, so choices that are too long are refused
     whole = dataclasses.replace(data, too_long="refuse", train_on_input=False, teacher_context=None)
     examples = load_or_encode(expanded, source, whole, tokenizer, "data.choices")
     if len(examples) != len(expanded.rows):
@@ -174,7 +174,7 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
 
 
 def refuse_empty_sources(train: Examples, data: Data) -> None:
-    """UserError where a source has no example in an epoch: all are held out, or its weight is too small."""
+    """UserError if a source has no example in an epoch, since all are held out or its weight is too small."""
     for i, (setting, source) in enumerate(with_setting_names(data.train, "data.train")):
         count = int((train.source == i).sum())
         if not count:
@@ -184,7 +184,7 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
 
 
 def refuse_uncounted(held_out: Examples, best_by: str | None) -> None:
-    """UserError where the held-out examples that were drawn from the training rows have no weight in a metric that is needed."""
+    """UserError if the examples that data.validation_fraction holds out have no weight in a metric that is needed."""
     for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
         if not (held_out.weight(name) > 0).any() and (name == "ce" or best_by not in (None, *OF_THE_STUDENT)):
             raise UserError(
@@ -194,7 +194,7 @@ def refuse_uncounted(held_out: Examples, best_by: str | None) -> None:
 
 
 def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
-    """UserError where data.max_length exceeds a model's positions. `configs`: each setting's model configuration."""
+    """UserError if data.max_length exceeds a model's positions. `configs`: each model's config.json, by setting."""
     for setting, config in configs.items():
         longest = positions(config)
         if longest and data.max_length > longest:
@@ -210,7 +210,7 @@ def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
 
 
 def refuse_unknown_tokens(vocab: int, data: Dataset, tokenizer) -> None:
-    """UserError where an example has a token that the tokenizer has and a model has no row for: it would be an index error, or worse on a GPU."""
+    """UserError if an example has a token without a row in a model's embeddings, which would be an index error, or worse on a GPU."""
     views = [view for view in (data.examples, data.examples.teacher_view) if view is not None]
     for i in range(len(data.examples)) if vocab < vocab_size(tokenizer) else ():
         ids = np.concatenate([view.example(i)[0] for view in views])
@@ -223,7 +223,7 @@ def refuse_unknown_tokens(vocab: int, data: Dataset, tokenizer) -> None:
 
 
 def report_examples(data: Dataset) -> None:
-    """One line with the number of examples, tokens and targets, and the notes."""
+    """Print one line with the numbers of examples, tokens and targets, and the notes."""
     examples, c = data.examples, data.examples.counts
     reasons = {"too_long": "too long", "unsupervised": "with nothing supervised, dropped", "marked": "marked as not trained on, dropped"}
     dropped = [f"{c[k]} {words}" for k, words in reasons.items() if c.get(k)]
@@ -236,7 +236,7 @@ def report_examples(data: Dataset) -> None:
 
 
 def weights_in_words(examples: Examples) -> list[str]:
-    """For each part of the loss in which examples have another weight than 1: its weights, and the targets that carry it."""
+    """A phrase for each part of the loss in which examples have weights other than 1: the weights, and the number of targets with them."""
     said = []
     for name, (_, carriers) in examples.weighted(range(len(examples))).items():
         values = ", ".join(f"{weight:g}" for weight in np.unique(examples.weights[name]))
@@ -245,7 +245,7 @@ def weights_in_words(examples: Examples) -> list[str]:
 
 
 def report_notes(data: Dataset) -> None:
-    """A line for each oddity of the examples that may matter."""
+    """Print a line for each oddity of the examples that may matter."""
     for note in example_notes(data.examples.counts):
         kind, _, words = note.partition(": ")
         warn(f"{kind}: {data.name}: {words}")

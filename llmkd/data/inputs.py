@@ -1,4 +1,4 @@
-"""What models read of examples that are not plain tokens of a language model, and what all examples of such inputs do alike."""
+"""Model inputs other than the tokens of a causal language model, and the common base of examples that have them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
 
 
 class Inputs(Protocol):
-    """What models read of some examples.
+    """The inputs of some examples.
 
-    lengths     int64 [examples]: what each costs, such as its tokens
-    positions   whether the second dimension of the first input is of positions that all layers keep, as of text: then `padded` is there
+    lengths     int64 [examples]: the cost of each, such as its number of tokens
+    positions   whether the second dimension of the first input is a dimension of positions that all layers keep, as for text; such inputs
+                also have `padded`
     """
 
     lengths: np.ndarray
@@ -27,27 +28,27 @@ class Inputs(Protocol):
     def take(self, chosen: np.ndarray) -> "Inputs": ...
 
     def content(self, i: int) -> bytes:
-        """What identifies an example."""
+        """Bytes that identify an example, to be hashed."""
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> "dict[str, Tensor]":
-        """The keyword arguments of a model for some examples, at least one, on the CPU; the first dimension of each is that of the examples.
+        """The keyword arguments of a model for at least one example, on the CPU; the first dimension of each is that of the examples.
 
-        draw   with the example's content all that augmentation follows from; None for none of it
+        draw   with the example's content, it determines the augmentation; None: no augmentation
         """
 
     def shown(self, i: int, reader) -> str:
-        """An example for people, as the model reads it. `reader`: what has made it."""
+        """An example as text for people, as the model reads it. `reader`: the tokenizer, extractor or processor that made it."""
 
     @staticmethod
     def joined(parts: "Sequence[Inputs]") -> "Inputs": ...
 
 
 class Reading(NamedTuple):
-    """What a teacher reads, where that is not what the student reads.
+    """A teacher's input, if it is not the same as the student's.
 
-    inputs      another column's, or the same column's in another way; or the student's own, which is not augmented for the teacher
-    augmented   whether it is augmented as the student's is: never another column
-    given       of an encoder-decoder model: the tokens that its decoder is given before a target, where they are not the student's
+    inputs      of another column, or of the same column by another reader; or the student's own, not augmented
+    augmented   whether it is augmented like the student's; never for another column
+    given       of an encoder-decoder model, the tokens that its decoder is given before a target, if they are not the student's
     """
 
     inputs: Inputs
@@ -56,25 +57,25 @@ class Reading(NamedTuple):
 
 
 class WithInputs(Weighed):
-    """Examples that are inputs and targets: a base of dataclasses, which say what a target is.
+    """Base class of examples with inputs and targets; the subclasses, dataclasses, define the targets.
 
-    inputs       what the student reads
-    of_teachers  by setting (teacher, or teacher.0, ...) what those teachers read that do not read the same. Equal inputs are one object
+    inputs        the student's inputs
+    of_teachers   the readings of teachers whose inputs differ, by setting (teacher, or teacher.0, ...). Equal inputs are one object
     """
 
     inputs: Inputs
     of_teachers: dict[str, Reading]
 
     def own_content(self, i: int) -> bytes:
-        """What identifies an example to the student."""
+        """Bytes that identify the student's input and targets of an example, to be hashed."""
         raise NotImplementedError
 
     def labels_of(self, i: int) -> np.ndarray:
-        """What an example's targets must be, int64 [targets]."""
+        """The labels of an example's targets, int64 [targets]."""
         raise NotImplementedError
 
     def view(self, read: Reading, indices: list[int], draw: Draw | None, dropout: bool) -> "View":
-        """What one model reads of some examples; of none the inputs of the first one, and no target. `dropout`: with keys that it follows from."""
+        """One model's view of some examples; without indices, the inputs of the first example and no targets. `dropout`: with the keys of dropout."""
         raise NotImplementedError
 
     @property
@@ -83,7 +84,7 @@ class WithInputs(Weighed):
 
     @property
     def others(self) -> list[Inputs]:
-        """What teachers read that is not the student's input, each once."""
+        """The different inputs of teachers other than the student's, each once."""
         every = {id(one.inputs): one.inputs for one in self.of_teachers.values()}
         return [inputs for key, inputs in every.items() if key != id(self.inputs)]
 

@@ -1,4 +1,4 @@
-"""Examples with a class each, and texts as what models read of them."""
+"""Examples of classifiers, with a class each, and texts as their inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
 
 @dataclass
 class LabelledExamples(WithInputs):
-    """Examples of classes: one target each. `names`: of the classes, in their order. The other fields as of `WithInputs` and `Examples`."""
+    """Examples with one target each, a class. `names`: of the classes, in their order. The other fields are those of `WithInputs` and `Examples`."""
 
     inputs: Inputs
     labels: np.ndarray  # int64 [examples]
@@ -73,7 +73,7 @@ class LabelledExamples(WithInputs):
         inputs, some, keys = read.inputs, indices or [0], None
         found = inputs.batch(some, draw)
         if dropout:
-            lengths = found["attention_mask"].sum(1).tolist() if inputs.positions else [1] * len(some)  # of texts as they are in this epoch
+            lengths = found["attention_mask"].sum(1).tolist() if inputs.positions else [1] * len(some)  # edits change lengths in each epoch
             of_each = [position_keys((draw.seed, draw.step, self.content_hash(i)), T) for i, T in zip(some, lengths, strict=True)]
             keys = torch.from_numpy(inputs.padded(of_each, [own[0] for own in of_each]) if inputs.positions else np.stack(of_each))
         return View(found, torch.arange(len(indices)), None, keys, given=1)
@@ -81,13 +81,13 @@ class LabelledExamples(WithInputs):
 
 @dataclass
 class TextInputs:
-    """Tokens of texts as flat arrays; text i is `ids[offsets[i] : offsets[i + 1]]`, and `kinds` tell a pair's first text from its second."""
+    """Texts as flat arrays of tokens: text i is `ids[offsets[i] : offsets[i + 1]]`. `kinds` tell the first text of a pair from the second."""
 
     ids: np.ndarray  # int32 [tokens]
     offsets: np.ndarray  # int64 [examples + 1]
-    kinds: np.ndarray | None  # int32 [tokens], token_type_ids; None of a tokenizer that has none
+    kinds: np.ndarray | None  # int32 [tokens], token_type_ids; None if the tokenizer has none
     pad: int
-    left: bool = False  # whether padding stands on the left
+    left: bool = False  # whether padding is on the left
     positions = True
 
     @property
@@ -112,7 +112,7 @@ class TextInputs:
         return replace(parts[0], ids=np.concatenate([part.ids for part in parts]), offsets=offsets, kinds=kinds)
 
     def padded(self, values: Sequence[np.ndarray], filled: Sequence[int]) -> np.ndarray:
-        """Values of positions [B, T], one row for each text; `filled` stands in the padding of each."""
+        """The values of the texts' positions as [B, T]. `filled`: the value of each text's padding."""
         T = max(map(len, values))
         rows = zip(values, filled, strict=True)
         fill = [np.full(T - len(own), one, own.dtype) for own, one in rows]

@@ -1,4 +1,4 @@
-"""Files of prompts, rendered and encoded as the run's training rows are."""
+"""Reads files of prompts, and renders and encodes them like the run's training rows."""
 
 import dataclasses
 import functools
@@ -28,17 +28,17 @@ from .reading.sources import open_source
 from .reading.unread import note_unread
 from .reading.values import kind, opened
 
-#: A row without the columns of the run's data may have one of these.
+#: A row that does not have the columns of the run's data must have one of these.
 GENERAL = ("prompt", "messages", "instruction")
-#: Stands in the place of the answer while a prompt is rendered.
+#: Placeholder for the answer while a prompt is rendered.
 _ANSWER = "Yes"
 
 
 def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, setting: str = "--prompts") -> list[Prompt]:
-    """The prompts of a file, each as a row of `sources`, the run's training data, would be up to its answer. UserError names every bad row.
+    """The prompts of a file, rendered like a row of `sources`, the run's training data, up to its answer. UserError names every bad row.
 
-    A row has the columns of one of the sources, with or without the answer, or instead a `prompt` (text or messages), `messages` or an
-    `instruction`; in a .txt file each line is a prompt. A row of `input_ids` is the prompt up to its first target, all of it without one.
+    A row has the columns of one of the sources, with or without the answer, or else a `prompt` (text or messages), `messages` or an
+    `instruction`; in a .txt file each line is a prompt. A row of `input_ids` is a prompt up to its first target, or all of it without one.
     """
     problems, unread, counts, out = ErrorCollector(), Counter(), Counter(), []
     has_turns = functools.cache(lambda: _has_turns(next(one for one in sources if config.FORMATS[one.format].is_text), setting))
@@ -93,7 +93,8 @@ def _line(line: bytes) -> dict[str, str]:
 
 
 def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) -> tuple[Source, dict, bool]:
-    """The source as one of whose rows a row is read, that row, and whether its answer is the file's own. ValueError where none fits."""
+    """The source like whose rows a row is read, the row with that source's columns, and whether its answer is the file's own. ValueError if no
+    source fits."""
     if not isinstance(row, dict):
         raise ValueError(f"found {kind(row)}, expected an object")
     for source in sources:
@@ -112,19 +113,19 @@ def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) 
 
 
 def asks(row: Any, source: Source) -> bool:
-    """Whether a row has the columns of a source without which it asks nothing."""
+    """Whether a row has all columns that a prompt of the source needs."""
     names = _asked(source)
     return isinstance(row, dict) and opened(row, names).keys() >= {*names}
 
 
 def _asked(source: Source) -> list[str]:
-    """The file's names for the columns without which a row of the source asks nothing."""
+    """The file's names for the columns that a prompt of the source needs: all but the answer and optional ones."""
     row_format = config.FORMATS[source.format]
     return [source.fields.get(name, name) for name, column in row_format.row.items() if not column.optional and name != row_format.answer]
 
 
 def with_some_answer(row: dict, source: Source) -> tuple[dict, bool]:
-    """The row with something in the place of a missing answer, and whether it had one."""
+    """The row with a placeholder for a missing answer, and whether it had one."""
     answer, row = config.FORMATS[source.format].answer, opened(row, source.fields.values())
     theirs = source.fields.get(answer, answer)
     if answer is None or row.get(theirs) is not None:
@@ -135,7 +136,7 @@ def with_some_answer(row: dict, source: Source) -> tuple[dict, bool]:
 
 
 def _with_columns_of(source: Source, row: dict, name: str, has_turns: Callable[[], bool]) -> dict:
-    """A row that asks under one of the names of GENERAL, with the columns of the source's format."""
+    """A row whose prompt is in the column `name`, one of GENERAL, with the columns of the source's format instead."""
     asked, rest = row[name], {column: value for column, value in row.items() if column != name}
     if source.format != "alpaca" and rest.get("input"):
         raise ValueError(f"input is not read where the run's data are of format {source.format}; write it into the {name}")
@@ -160,7 +161,7 @@ def _is_assistant(message: Any) -> bool:
 
 
 def _has_turns(source: Source, setting: str) -> bool:
-    """Whether the prompts of the run's own rows are lists of messages, by the first of them."""
+    """Whether the prompts of the run's own rows are lists of messages; the first row tells."""
     try:
         row = next(get() for _, get in open_source(source, "data.train").records)
         name = source.fields.get("prompt", "prompt")
@@ -176,7 +177,7 @@ def _has_turns(source: Source, setting: str) -> bool:
 
 
 def prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> tuple[Prompt, tuple[str, ...]]:
-    """A checked row as a prompt, and the keys in it that the chat template does not show. ValueError where it cannot be rendered."""
+    """A checked row as a prompt, and its keys that the chat template does not show. ValueError if it cannot be rendered."""
     row = {column: value for column, value in row.items() if column != "train"}
     if not config.FORMATS[source.format].is_text:
         return _token_prompt(row, place, tokenizer), ()
@@ -211,7 +212,7 @@ def prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data,
 
 
 def _token_prompt(row: dict, place: str, tokenizer) -> Prompt:
-    """A row of tokens as a prompt: all before its first target, or all of it."""
+    """A row of tokens as a prompt: everything before its first target, or all of it without one."""
     refuse_foreign(row, tokenizer)
     (own,) = split(row, whole=False) or [(row["input_ids"], None)] if len(row["lengths"]) == 1 else [None]
     if own is None:
@@ -222,10 +223,10 @@ def _token_prompt(row: dict, place: str, tokenizer) -> Prompt:
 
 
 def _raw_prompt(reference: str | None, has_answer: bool, data: Data, tokenizer, text: Text) -> np.ndarray:
-    """The tokens of a text without a template up to its answer.
+    """The tokens of a text without a chat template up to its answer.
 
-    Beside an answer that is not the data's own the last word might be another token, so the prompt is then encoded alone; a space at its
-    end is left to the answer, of whose first token it is a part.
+    With a placeholder as answer, the prompt's last word might become another token, so the prompt is then encoded by itself, without a
+    space at its end, which would be a part of the answer's first token.
     """
     if reference:
         ids, loss_mask = tokens_of([text], data, tokenizer)[0]

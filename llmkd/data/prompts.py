@@ -1,4 +1,4 @@
-"""Prompts for a model to go on from: of examples, all before the first target. `prompt_files.py` reads files of them."""
+"""Prompts for a model to continue: in an example, everything before the first target. `prompt_files.py` reads files of prompts."""
 
 import random
 from collections.abc import Sequence
@@ -10,32 +10,32 @@ from .encoding.control_tokens import controls
 from .encoding.teacher_context import Tokens
 from .examples import TokenExamples
 
-#: Tokens that are a prompt where all of a text is supervised: so many of its first ones, and at most half of it.
+#: If all of a text is supervised, so many of its first tokens are the prompt, but at most half of it.
 TEXT_PROMPT = 32
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to go on from. `ends`: the control token that ends an answer to it in training, if one does."""
+    """A prompt for a model to continue. `ends`: the control token that ends its answers in training, if one does."""
 
     place: str
     ids: np.ndarray  # int32 [tokens]
-    teacher_ids: np.ndarray  # as a teacher reads it: the same, or with its context before
-    reference: str | None = None  # the answer of the data
+    teacher_ids: np.ndarray  # the same as a teacher reads it, with its context if it has one
+    reference: str | None = None  # the data's own answer
     ends: frozenset[int] = frozenset()
 
 
 def prompts_of(examples: TokenExamples, places: Sequence[str], tokenizer) -> list[Prompt]:
-    """The prompt of each example: all before its first target, and as reference the targets that follow it without a gap.
+    """The prompt of each example: everything before its first target; the reference is the first contiguous run of targets.
 
-    Of a text that is supervised from its beginning, a part is the prompt: see TEXT_PROMPT.
+    If a text is supervised from its beginning, its first tokens are the prompt, see TEXT_PROMPT.
     """
     theirs = examples.teacher_view or examples
     return [parted(places[i], examples.example(i), theirs.example(i), tokenizer) for i in range(len(examples))]
 
 
 def held_out_prompts(examples: TokenExamples, places: Sequence[str], count: int, tokenizer) -> list[Prompt]:
-    """Prompts of `count` held-out rows, in the order of the data: the same ones every time. Of a row that became several examples the first."""
+    """Prompts of `count` held-out rows, the same ones every time, in the order of the data. A row with several examples gives its first."""
     firsts = np.unique(examples.row, return_index=True)[1]
     chosen = sorted(random.Random("samples").sample(firsts.tolist(), min(count, len(firsts))))
     return prompts_of(examples.take(np.array(chosen, np.int64)), [places[i] for i in chosen], tokenizer)
@@ -56,7 +56,7 @@ def parted(place: str, own: Tokens, theirs: Tokens, tokenizer) -> Prompt:
 
 
 def closing(supervised: np.ndarray, tokenizer) -> int:
-    """Where the control tokens begin that close what is supervised, white space after them or not; its end, if none does."""
+    """The index at which the control tokens begin that end an answer, possibly followed by white space; its length if there are none."""
     control, tokens = controls(tokenizer).any, tokenizer.convert_ids_to_tokens(supervised.tolist())
     place = n = len(tokens)
     while n and (control.fullmatch(tokens[n - 1]) or not decoded(supervised[n - 1 : n], tokenizer).strip()):

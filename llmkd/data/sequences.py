@@ -1,4 +1,4 @@
-"""Examples of a source and a target: what an encoder reads of each, in a form of its own for text or sound, and the tokens that a decoder predicts."""
+"""Examples of encoder-decoder models: the encoder's inputs, of text or sound, and the tokens that the decoder predicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,15 +22,15 @@ _NONE = np.zeros(0, np.int64)
 class SequenceExamples(WithInputs):
     """Examples of encoder-decoder models; the decoder's sequence i is `ids[offsets[i] : offsets[i + 1]]`.
 
-    A sequence is whole: the token that a decoder starts from, those that a target begins with in any case, the text, and the token that ends
-    it. So what the decoder reads and its labels are one sequence, a position apart: this class cuts them, and no other code shifts them.
+    A sequence has the decoder's start token, the tokens that every target begins with, the target's text and the end token. The decoder's
+    input and its labels are this sequence, one position apart: this class shifts them, and no other code does.
 
-    `texts`: of each, its target as it was written. The other fields as of `WithInputs` and `Examples`.
+    `texts`: the targets as text. The other fields are those of `WithInputs` and `Examples`.
     """
 
     inputs: Inputs
     ids: np.ndarray  # int32 [tokens]
-    loss_mask: np.ndarray  # bool [tokens]: the supervised tokens, of which the first of a sequence is none
+    loss_mask: np.ndarray  # bool [tokens]: the supervised tokens; False for the first of a sequence
     offsets: np.ndarray  # int64 [examples + 1]
     row: np.ndarray  # int64 [examples]
     texts: list[str]
@@ -99,9 +99,9 @@ class SequenceExamples(WithInputs):
         return View(inputs, rows_N, None, None if keys is None else torch.from_numpy(np.stack(keys)), given=ids_BT.shape[1])
 
     def _decoder(self, indices: list[int], given: tuple[int, ...] | None = None) -> "tuple[Tensor, Tensor]":
-        """What the decoder reads [B, T], and the flattened positions that predict the targets [N]: position t predicts token t + 1.
+        """The decoder's input ids [B, T], and the flattened positions [N] that predict the targets: position t predicts token t + 1.
 
-        given   the tokens before the targets, where they are others than those of the sequences
+        given   the tokens before the targets, if they differ from those of the sequences
         """
         import torch
 
@@ -122,7 +122,7 @@ class SequenceExamples(WithInputs):
 
 @dataclass
 class PromptedTargets:
-    """What a causal language model reads next to an encoder-decoder student: a prompt and the target as one text. As `inputs.Inputs`, with `view`."""
+    """The inputs of a causal language model that teaches an encoder-decoder student: a prompt and the target as one text. `inputs.Inputs`, and `view`."""
 
     examples: TokenExamples
     positions = True

@@ -1,11 +1,10 @@
-"""Training rows that are read and tokenised while training: the first batch within seconds, in constant memory.
+"""Training rows that are read and tokenised during training: the first batch is ready within seconds, and memory is constant.
 
-Optimizer step k (from 1) consumes rows (k - 1) * batch_size to k * batch_size of an endless stream: the source again and
-again, its rows shuffled inside blocks of `shuffle_buffer` by (seed, pass, block). Rows that are dropped as too long or
-without an answer only make their step smaller, which is exact, since the loss is divided by the step's targets.
-Step k always uses the same rows, so resuming at step k skips the earlier rows without tokenising them.
-The rows of the first pass are hashed in the order in which they are taken: a run resumes only if they are unchanged. A bad row
-that ended the run was taken by no step, so it may be corrected.
+Optimizer step k (from 1) consumes rows (k - 1) * batch_size to k * batch_size of an endless stream: passes over the source, each with its
+rows shuffled within blocks of `shuffle_buffer` rows by (seed, pass, block). Rows that are too long or have no answer make their step
+smaller, and the loss stays exact, since it is divided by the step's targets. Step k always uses the same rows, so a resumed run skips the
+earlier rows without tokenising them. The rows of the first pass are hashed in the order in which steps take them, and a run resumes only
+if they are unchanged; a bad row that ended the run was not taken by a step, so it may be corrected.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ from .reading.where import Chosen
 
 
 class StreamSource(ExampleSource):
-    """A batch source of one endless stream of rows. `examples` and `places` are those of its first step."""
+    """A batch source that reads an endless stream of rows. `examples` and `places` are those of its first step."""
 
     reads_while_training = True
 
@@ -47,9 +46,9 @@ class StreamSource(ExampleSource):
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
         self.batch_size, self.teacher = batching.batch_size, teacher
         self.counts: dict[str, int] = {}
-        self.end_tokens: set[int] = set()  # of the steps that were read; one set for all copies of this source
-        self._pass_rows: int | None = None  # known after the first pass
-        self._hashes: dict[int, str] = {}  # by step, of all rows up to it; of the last few steps
+        self.end_tokens: set[int] = set()  # of the steps read so far; all copies of this source share the set
+        self._pass_rows: int | None = None  # the number of rows, known after the first pass
+        self._hashes: dict[int, str] = {}  # for each of the last few steps, the hash of all rows up to it
         self._expected: str | None = None
         self.files = None if source.path == "builtin:skills" else local(source, self.setting)
         listed = next((name for name, path in self.files or [] if kind_of(path) == ".json"), None)
@@ -61,7 +60,7 @@ class StreamSource(ExampleSource):
         self.examples, self.places = self._first()
 
     def _first(self) -> tuple[TokenExamples, list[str]]:
-        """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
+        """The first step's examples and places. All rows of the first block are checked too, before a model is loaded."""
         chosen = Chosen(self.source, self.setting)
         block = list(itertools.islice(self._records(chosen), self.data.shuffle_buffer))
         if not block:
@@ -75,21 +74,22 @@ class StreamSource(ExampleSource):
 
     @property
     def content(self) -> str:
-        """Identifies this data when a run resumes: hashing all of it would take as long as reading it. See `state`."""
+        """A hash of the source's name and files, by which a resumed run recognises it; `state` identifies the rows. Hashing all of them here would
+        take as long as reading them."""
         named = [self.source.path, self.source.name, self.source.split, self.origin["revision"], [name for name, _ in self.files or []]]
         return f"stream {hashlib.sha256(repr(named).encode()).hexdigest()}"
 
     def state(self, step: int) -> dict:
-        """A hash of the rows of steps 1 to `step`, which a checkpoint keeps. It is known for the last few steps."""
+        """The hash of the rows of steps 1 to `step`, for a checkpoint. It is known for the last few steps only."""
         return {"rows": self._hashes.get(step)}
 
     def restore(self, state: dict) -> None:
-        """When resuming, other rows than those that gave this hash are refused."""
+        """Refuse rows that do not have the hash of a checkpoint's state, once the stream arrives there."""
         self._expected = state.get("rows")
 
     def steps(self, done: int = 0):
-        """The steps after the first `done`. The next step's rows are read and tokenised in the background; errors in them are raised when
-        that step is reached."""
+        """The steps after the first `done`. The rows of the next step are read and tokenised in the background; an error in them is raised when
+        that step is due."""
         yield from super().steps(done)
         c = self.counts
         if c:
@@ -127,9 +127,10 @@ class StreamSource(ExampleSource):
             yield Step(number, taken[0][0], int(data.num_targets.sum()), data.weighted(examples), examples, split, data, places)
 
     def rows_from(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
-        """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
+        """(pass, place, function that returns the row) for the rows of the endless stream after the first `skip`.
 
-        Rows of the first pass, skipped ones too, go into `digest` as they are taken.
+        digest    a hash that all rows of the first pass are added to in their order, skipped ones too
+        arrived   called once, before the first row that is not skipped
         """
         turn = 0
         while True:
@@ -159,7 +160,7 @@ class StreamSource(ExampleSource):
             skip %= count
 
     def _records(self, chosen: Chosen | None = None) -> Records:
-        """One pass over the rows that the source's `where` chooses."""
+        """One pass over the rows that the source's `where` and `limit` choose."""
         chosen = chosen or Chosen(self.source, self.setting)
         return itertools.islice(chosen.records(self._local() if self.files is not None else self._elsewhere()), self.source.limit)
 
@@ -200,7 +201,7 @@ class StreamSource(ExampleSource):
         return Rows(rows, places, "", unread=unread)
 
     def _encode(self, taken: list[tuple[str, Any]]) -> tuple[TokenExamples, list[str]]:
-        """The examples of some rows, and the place of each."""
+        """The examples of some rows, and each example's place."""
         rows = self._checked(taken)
         if new := Counter({name: number for name, number in rows.unread.items() if name not in self._named}):
             self._named |= set(new)

@@ -1,6 +1,6 @@
-"""Examples whose answers a model has written: the prompts that the data has for it, and examples of prompt and answer. No torch here.
+"""Examples whose answers a model writes: the prompts in the data, and the examples made of prompts and answers. No torch.
 
-An answer is token ids and is never encoded again: a tokenizer may encode its text otherwise.
+An answer is a list of token ids and is never encoded again, since a tokenizer may encode its text as other tokens.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from ..console import info
 from ..errors import UserError
 from .examples import TokenExamples
 
-WRITTEN = "long_horizon"  # the part of the loss that is of answers alone that the student has written
+WRITTEN = "long_horizon"  # the part of the loss for answers that the student has written only
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where the prompts of examples end, and which examples may be answered anew.
+    """The lengths of the examples' prompts, and the examples that may get new answers.
 
-    own        tokens of each prompt, int64 [examples]: all before the first target
-    theirs     the same as the teacher reads it, with its context
-    may        bool [examples]: the prompt leaves enough room, and the teacher has a say in the example's loss
-    too_long   bool [examples]: the prompt leaves too little room
+    own        int64 [examples]: tokens of each prompt, which is all before the first target
+    theirs     int64 [examples]: the same as the teacher reads it, with its context
+    may        bool [examples]: whether the prompt leaves enough room for an answer, and the example has a weight in the distillation term
+    too_long   bool [examples]: whether the prompt leaves too little room
     """
 
     own: np.ndarray
@@ -38,7 +38,7 @@ class Prompts:
         return [examples.example(i)[0][: self.own[i]].tolist() for i in chosen]
 
     def teachers(self, examples: TokenExamples, chosen: Sequence[int]) -> list[list[int]]:
-        """The same as the teacher reads them."""
+        """The prompts of the examples `chosen`, as the teacher reads them."""
         view = examples.teacher_view or examples
         return [view.example(i)[0][: self.theirs[i]].tolist() for i in chosen]
 
@@ -46,9 +46,9 @@ class Prompts:
 def prompts_of(examples: TokenExamples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
     """The prompts of examples.
 
-    room            tokens of the longest answer, which must fit behind a prompt in max_length
-    prompt_tokens   of an example that is supervised from its beginning: so many first tokens are the prompt, or all but the last. UserError
-                    where there is such an example and this is None
+    room            tokens of the longest answer, which must fit into max_length together with the prompt
+    prompt_tokens   for an example that is supervised from its beginning: so many of its first tokens are the prompt, or all but the last.
+                    UserError if there is such an example and this is None
     """
     own = _first_targets(examples)
     whole = own <= 1
@@ -66,7 +66,7 @@ def prompts_of(examples: TokenExamples, places: Sequence[str], room: int, max_le
 
 
 def prompts_for(settings: OnPolicy, examples: TokenExamples, places: Sequence[str], max_length: int) -> Prompts:
-    """The prompts of the training examples, with a line on how many there are. UserError where no example may be answered."""
+    """The prompts of the training examples; prints a line on how many there are. UserError if there is none that may get a new answer."""
     found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens)
     count, every = int(found.may.sum()), len(examples)
     long = int(found.too_long.sum())
@@ -80,7 +80,7 @@ def prompts_for(settings: OnPolicy, examples: TokenExamples, places: Sequence[st
 
 
 def refuse_mix(settings: OnPolicy, examples: TokenExamples) -> None:
-    """UserError where tokens are to be drawn from student and teacher together, and the two read different prompts."""
+    """UserError if tokens are to be drawn from a mixture of student and teacher and the two read different prompts."""
     if settings.long_horizon and settings.long_horizon.teacher_mix and examples.teacher_view is not None:
         raise UserError(
             "on_policy.long_horizon.teacher_mix: set with rows that have a teacher_context, and tokens are drawn from the mixture of what both models say after "
@@ -89,7 +89,7 @@ def refuse_mix(settings: OnPolicy, examples: TokenExamples) -> None:
 
 
 def refuse_replay(settings: OnPolicy, batch_size: int, total_steps: int) -> None:
-    """UserError where a run of so many steps of so many examples would never draw an answer from its buffer."""
+    """UserError if a run with these steps would never draw an answer from its replay buffer."""
     if not settings.replay:
         return
     refuse_long_schedule("on_policy.replay.ratio", settings.replay.ratio, total_steps)
@@ -114,7 +114,7 @@ def _first_targets(examples: TokenExamples) -> np.ndarray:
 
 
 def of_written(examples: TokenExamples) -> TokenExamples:
-    """The same examples, with no weight in the part of the loss that is of the student's answers alone."""
+    """The same examples with weight 0 in the part of the loss for the student's own answers: those of the data are not."""
     return dataclasses.replace(examples, weights=examples.weights | {WRITTEN: np.zeros(len(examples), np.float32)})
 
 
@@ -126,12 +126,13 @@ def answered(
     weights: Sequence[Sequence[float] | None] = (),
     by_student: bool = True,
 ) -> TokenExamples:
-    """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
+    """The examples `chosen`, each with a written answer of at least one token in place of the data's.
 
-    weights   of each answer those of its tokens in what the teacher has a say in, or None: all 1
+    weights      for each answer the weights of its tokens in the terms of the teacher (kd, features, attention), or None for 1
+    by_student   whether the student wrote the answers
 
-    Every token of an answer is a target, for student and teacher alike. It has no weight in the cross-entropy, since nobody has said that
-    it is right; its other weights are the example's, and in a part of the loss that is of what the student wrote alone (`of_written`) it has that for "kd".
+    Every token of an answer is a target for student and teacher. Its weight in the cross-entropy is 0, since the answer may be wrong; its
+    other weights are the example's. In the part of the loss for the student's own answers (WRITTEN) it is the weight in "kd".
     """
     theirs = None if examples.teacher_view is None else _appended(examples.teacher_view, prompts.theirs, chosen, answers)
     found = _appended(examples, prompts.own, chosen, answers)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..console import info, warn
+from ..console import warn
 from ..errors import ChangedFiles, UserError, fix_of
 from ..files import open_file, sha256_file
 from .hashes import stamp, tensor_hashes
@@ -212,5 +212,5 @@ def _verify_files(folder: Path, record: dict, setting: str) -> None:
 
 @functools.cache
 def _note(text: str) -> None:
-    """A note, once in a process."""
-    (warn if text.startswith("warning") else info)(text)
+    """Print a note, once in a process."""
+    warn(text)

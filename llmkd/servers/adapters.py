@@ -1,6 +1,6 @@
-"""Adapters that a vLLM server loads while it runs. Written from vLLM's source, and not run against a real one. No torch.
+"""Loads adapters into a running vLLM server. Written from vLLM's source, and not tested against a real server. No torch.
 
-The server has to be started with --enable-lora and, in its environment, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+The server must be started with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.
 """
 
 import re
@@ -10,13 +10,13 @@ from .client import Refused, Server
 from .logprobs import explain
 
 _LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-_NOBODY = "llmkd-nobody"  # the name of no adapter
+_NOBODY = "llmkd-nobody"  # a name that no adapter has
 
 
 def load_adapter(server: Server, name: str, path: str, rank: int, setting: str) -> None:
-    """Let the server read the adapter in a folder, under a name; nothing where it has one of that name. UserError where it refuses.
+    """Have the server load the adapter in the folder `path` under `name`, unless it has one of that name. UserError if it refuses.
 
-    rank      the adapter's, for messages
+    rank      of the adapter, for messages
     setting   the section that names the server, for messages
     """
     try:
@@ -27,7 +27,7 @@ def load_adapter(server: Server, name: str, path: str, rank: int, setting: str) 
 
 
 def unload_adapter(server: Server, name: str, patience: float | None = None) -> None:
-    """Let the server forget an adapter; nothing where it has none of that name."""
+    """Have the server unload an adapter, if it has one of that name."""
     try:
         server.tell(_UNLOAD, {"lora_name": name}, patience)
     except Refused as error:
@@ -36,7 +36,7 @@ def unload_adapter(server: Server, name: str, patience: float | None = None) -> 
 
 
 def refuse_without_loading(server: Server, setting: str) -> None:
-    """UserError where the server does not load adapters while it runs. It is asked once, to forget an adapter that it does not have."""
+    """UserError if the server cannot load adapters while it runs. Tested by one request to unload an adapter that it does not have."""
     try:
         server.tell(_UNLOAD, {"lora_name": _NOBODY}, 0.0)
     except Refused as error:

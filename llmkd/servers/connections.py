@@ -67,9 +67,9 @@ def cut_after(seconds: float) -> Iterator[threading.Event]:
 
 
 def pool(address: str, connections: int, setting: str) -> urllib3.PoolManager:
-    """Through the proxy of the environment, where there is one for that host; never for this machine's own addresses.
+    """A pool of connections, through the environment's proxy if there is one for that host; never for this machine's own addresses.
 
-    UserError where the proxy's address is not understood, which is not shown: it may hold a password.
+    UserError, without showing it, if the proxy's address is invalid: it may hold a password.
     """
     parts, options = urlsplit(address), {"maxsize": connections, "retries": False}
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -89,7 +89,7 @@ def pool(address: str, connections: int, setting: str) -> urllib3.PoolManager:
 
 
 def _through(proxy: str, options: dict) -> urllib3.ProxyManager:
-    """By a proxy, with the name and the password in its address, which urllib3 does not send by itself."""
+    """A pool of connections through a proxy, with the name and password in its address, which urllib3 does not send by itself."""
     parts = urlsplit(proxy)
     if not parts.hostname:
         raise ValueError("no host")

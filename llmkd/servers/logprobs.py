@@ -1,7 +1,7 @@
-"""What vLLM and SGLang say of each token of a text that is given as token ids: its log-probability, and the most likely tokens at its place.
+"""Log-probabilities from vLLM and SGLang: for token ids, each token's log-probability and the most likely tokens at its place.
 
-Written from the source of both servers (vLLM's /v1/completions with `prompt_logprobs`, SGLang's /generate with `logprob_start_len`);
-neither has been run against this. No torch.
+Written from the source of both servers (vLLM's /v1/completions with `prompt_logprobs`, SGLang's /generate with `logprob_start_len`), and
+not tested against real ones. No torch.
 """
 
 import math
@@ -15,13 +15,13 @@ import numpy as np
 from ..errors import UserError
 from .client import Refused, Server
 
-LIST_SECONDS = 20.0  # for the list of models: the first question to a server, which may accept connections and never answer
-SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
+LIST_SECONDS = 20.0  # time-out of the list of models: the first request to a server, which may accept connections and never answer
+SLACK = 1e-3  # by how much rounding may make a log-probability exceed 0, or a sum of probabilities 1
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model in a server's list. `parent`: of an adapter, the name of its base. `positions`: the longest text, where the server says."""
+    """A model in a server's list. `parent`: for an adapter, the name of its base. `positions`: the longest text in tokens, if the server says."""
 
     name: str
     parent: str | None = None
@@ -30,9 +30,12 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Listed:
-    """The log-probabilities that a server lists at N targets: the ids of at most M tokens each (-1: no token), their log-probabilities, and that of the target's own.
+    """The log-probabilities that a server lists at N targets.
 
-    `strings`: the server's own text of a target's token, by id, where it gives one.
+    ids_NM          int64 ids of at most M tokens; -1: no token
+    log_p_NM        float64, their log-probabilities; -inf: no token
+    label_log_p_N   float64, the log-probability of the target's own token
+    strings         the server's own text of targets' tokens, by id, if it gives one
     """
 
     ids_NM: np.ndarray
@@ -42,23 +45,24 @@ class Listed:
 
 
 class WrongAnswer(Exception):
-    """An answer that is not what was asked for. The text goes on from the server's address."""
+    """An answer that does not fit the request. Its text continues a sentence that begins with the server's address."""
 
 
 class LogProbs(Protocol):
-    """A server's interface for log-probabilities. Made of a `Server` and the entries of the student's vocabulary."""
+    """A server's interface for log-probabilities. Constructed from a `Server` and the size of the student's vocabulary."""
 
     server: Server
 
     def models(self, patience: float | None = None) -> list[ServedModel]:
-        """The models that it serves. `patience` as in `Server`."""
+        """The models that the server lists. `patience` as in `Server`."""
 
     def ask(self, model: ServedModel, ids: Sequence[int], places: Sequence[int], k: int, strings: bool = False) -> Listed:
-        """Of the tokens ids[places], given all before each: the k most likely ones. WrongAnswer, Refused, or what `Server` raises."""
+        """The log-probabilities at the tokens ids[places], each given all tokens before it: of the k most likely tokens, and of its own. WrongAnswer,
+        Refused, or an error of `Server`."""
 
 
 class VLLM:
-    """vLLM, and what imitates it."""
+    """vLLM, and servers with its interface."""
 
     def __init__(self, server: Server, vocab: int):
         self.server, self.vocab = server, vocab
@@ -115,7 +119,7 @@ class SGLang:
         return served_models(self.server, patience)
 
     def ask(self, model: ServedModel, ids: Sequence[int], places: Sequence[int], k: int, strings: bool = False) -> Listed:
-        start = min(places) - 1  # nothing is said of the token at the start
+        start = min(places) - 1  # SGLang gives no log-probabilities of the first token
         content = {
             "input_ids": list(ids),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0},
@@ -152,7 +156,7 @@ INTERFACES: dict[str, type[LogProbs]] = {"vllm": VLLM, "sglang": SGLang}
 
 
 def served_models(server: Server, patience: float | None = None) -> list[ServedModel]:
-    """The models that a server has: both kinds list them as OpenAI does. WrongAnswer, or what `Server` raises."""
+    """The models that a server lists; both kinds use OpenAI's form. WrongAnswer, or an error of `Server`."""
     answer = server.get("/v1/models", patience, LIST_SECONDS)
     try:
         return [ServedModel(one["id"], one.get("parent"), one.get("max_model_len")) for one in answer["data"]]
@@ -161,7 +165,7 @@ def served_models(server: Server, patience: float | None = None) -> list[ServedM
 
 
 def explain(error: Refused, setting: str, k: int = 0, longest: int = 0) -> UserError:
-    """A server's refusal of a text of `longest` tokens and k tokens at each place, as the user's mistake that it is."""
+    """A server's refusal of a request for k tokens at each place of a text of `longest` tokens, as a UserError with the fix."""
     if found := re.search(r"logprobs of -?\d+.{0,40}?greater than max allowed: *(\d+)|max_logprobs\D{0,40}(\d+)", error.text):
         most = found[1] or found[2]
         return UserError(
@@ -178,7 +182,7 @@ def explain(error: Refused, setting: str, k: int = 0, longest: int = 0) -> UserE
 
 
 def one_choice(answer, model: ServedModel) -> dict:
-    """The one choice in an answer of OpenAI's form, by the model that was asked."""
+    """The only choice in an answer of OpenAI's form. WrongAnswer if there are others, or it is another model's."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise WrongAnswer("gives no choices; is it a vLLM server?")
@@ -196,7 +200,7 @@ def same_ids(given: list, wanted: Sequence[int], first: int = 0) -> None:
 
 
 def _listed(entries: list[tuple[list, list]], label: list, k: int, strings: dict[int, str]) -> Listed:
-    """Checked and as arrays."""
+    """Check the entries and return them as arrays. WrongAnswer if they are not k or more log-probabilities of one distribution."""
     longest = max(len(ids) for ids, _ in entries)
     ids_NM, log_p_NM = np.full((len(entries), longest), -1, np.int64), np.full((len(entries), longest), -math.inf)
     try:

@@ -1,4 +1,4 @@
-"""Threads that ask a server several things at one time. No torch."""
+"""Threads for several requests to a server at a time. No torch."""
 
 import queue
 import threading
@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 
 class Workers:
-    """A few threads that work on what is submitted. They are daemons: a request that hangs keeps no process alive."""
+    """A pool of daemon threads: a request that hangs does not keep the process alive."""
 
     def __init__(self, count: int):
         self._count, self._queue, self._started = count, queue.SimpleQueue(), False

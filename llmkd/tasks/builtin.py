@@ -1,8 +1,8 @@
-"""Lets transformers' Auto classes and pipelines know the built-in classifier and what reads sound for it."""
+"""Registers the built-in classifier and its feature extractor with transformers' Auto classes and pipelines."""
 
 
 def register() -> None:
-    """To be called before such a model is loaded outside of llmkd; more than once is as once."""
+    """Call it before loading such a model outside llmkd. Further calls change nothing."""
     from transformers import AutoFeatureExtractor
 
     from ..data.audio.feature_extractor import LogMelFeatureExtractor

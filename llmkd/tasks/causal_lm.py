@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer as a `Processor`. Its own padding and truncation do not matter."""
+    """The tokenizer as a `Processor`. The tokenizer's own padding and truncation are not used."""
 
     reader: object
     vocab: int
@@ -67,7 +67,7 @@ class Tokenizer:
 
 
 class TokenMeasures:
-    """Perplexity."""
+    """See `Measures`: perplexity."""
 
     rows = kept = shown = ()
 
@@ -117,7 +117,7 @@ class CausalLM:
 
 
 def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> tuple[object, int]:
-    """The student's tokenizer, and the entries that it and all models have. UserError where a teacher's tokenizer is another one."""
+    """The student's tokenizer, and the size of the vocabulary that it and all models share. UserError if a teacher has another tokenizer."""
     sources = [
         (name, source, read)
         for setting in rows
@@ -137,7 +137,7 @@ def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict
 def encode_data(
     rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], tokenizer, vocab: int
 ) -> EncodedData:
-    """Training, held-out and multiple-choice examples, from rows that were read; the training examples as a batch source."""
+    """Encode the rows that were read: training examples, as a batch source too, held-out examples and multiple-choice questions."""
     how = (data, tokenizer, teachers)
     held_out = joined("validation", encode_sources(rows["data.validation"], data.validation, "data.validation", *how))
     if data.streaming:
@@ -172,13 +172,13 @@ def encode_data(
 
 
 def _with_edits(parts: list[Dataset], rows: list[Rows], data: Data, tokenizer) -> list[Dataset]:
-    """Data sets of the training sources, whose prompts are edited in every epoch."""
+    """The training sources' data sets with prompts that are edited anew in every epoch."""
     every = zip(parts, rows, as_tuple(data.train), strict=True)
     return [dataclasses.replace(part, examples=with_edits(part.examples, read, source, data, tokenizer)) for part, read, source in every]
 
 
 def generation_before(student: Student, files: ModelFiles | None) -> dict:
-    """The generation config of what the student is trained from."""
+    """The generation config of the model that the student is trained from."""
     config, folders = (files.config, (files.adapter, files.base)) if files else (student.architecture, ())
     return generation_settings(config, folders, "student.model")
 

@@ -1,4 +1,4 @@
-"""Classification: rows with a label, compared at one target each, the distribution over the classes."""
+"""Classification: rows with a label. Each example has one target, and models are compared in their distributions over the classes."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..models.classifier import ClassifierKind
 
 
-#: The names of transformers' class that loads classifiers, and of the pipeline that uses them, by the kind of what they read.
+#: By the kind of input: the transformers class that loads classifiers, and the pipeline that uses them.
 LOADED_BY = {
     "text": ("AutoModelForSequenceClassification", "text-classification"),
     "audio": ("AutoModelForAudioClassification", "audio-classification"),
@@ -43,7 +43,7 @@ LOADED_BY = {
 
 @dataclass(frozen=True)
 class ClassProcessor:
-    """What reads the rows of classifiers, and their classes, as a `Processor`."""
+    """The readers and the classes of classifiers, as a `Processor`."""
 
     readers: Readers
     labels: tuple[str, ...]
@@ -69,7 +69,7 @@ class ClassProcessor:
 
 
 class ClassMeasures:
-    """Accuracy and macro F1 over all classes; what each example was answered with is kept, for the confusion matrix."""
+    """See `Measures`: accuracy, and macro F1 over all classes. Each example's label and answer are recorded for the confusion matrix."""
 
     rows, kept, shown = ("accuracy", "label", "answer"), ("label", "answer"), ("accuracy", "f1")
 
@@ -144,18 +144,19 @@ def _encoded(read: Rows, source: Source, setting: str, data: Data, teachers: tup
 
 
 def has_head(files: ModelFiles) -> bool:
-    """Whether a model has the head of a classifier, by the class that its configuration names."""
+    """Whether a model has a classifier's head, by the class that its configuration names. Adapters have one."""
     return files.adapter is not None or any(name.endswith("Classification") for name in files.config.get("architectures") or [])
 
 
 def names_of(config: dict) -> tuple[str, ...]:
-    """The classes of a classifier by its configuration, in their order; LABEL_0, LABEL_1 where it names none, as in transformers."""
+    """The names of a classifier's classes, in their order, from its configuration; LABEL_0, LABEL_1, ... if it has none, as in transformers."""
     given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
     return tuple(str(name) for _, name in sorted(given.items(), key=lambda one: int(one[0])))
 
 
 def refuse_other_kinds(models: FoundModels, data: Data) -> None:
-    """UserError for a classifier of another kind than the column that it is to read, as far as its configuration names a class that is known."""
+    """UserError for a classifier of another kind of input than the column that it would read, if transformers knows the class that its
+    configuration names."""
     form = FORMATS[as_tuple(data.train)[0].format]
     columns = {"student.model": form.reads} | {
         f"{one.setting}.model": one.settings.reads or form.reads for one in models.teachers if one.files
@@ -172,7 +173,7 @@ def refuse_other_kinds(models: FoundModels, data: Data) -> None:
 
 
 def classes_of(kind: str, config: dict) -> set[str]:
-    """The classes of classifiers that read a kind of inputs, by their names in `config`, a model's config.json."""
+    """The names of the model classes of classifiers for a kind of input. `config`: a model's config.json, which tells the built-in classifier's kind."""
     from transformers.models.auto import modeling_auto
 
     tasks = re.sub("(?<!^)([A-Z])", r"_\1", LOADED_BY[kind][0].removeprefix("AutoModelFor")).upper()
@@ -182,7 +183,8 @@ def classes_of(kind: str, config: dict) -> set[str]:
 
 
 def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str, ...]:
-    """The classes of a run: those of the student's head, or of a new one those of the training rows. UserError for fewer than two, or two of one name."""
+    """The names of a run's classes: those of the student's head, or for a new head those in the training rows. UserError for fewer than two, and
+    for two of the same name."""
     names = names_of(student.config) if student and has_head(student) else label_names(train)
     if len(names) < 2:
         raise UserError(
@@ -197,7 +199,7 @@ def class_names(student: ModelFiles | None, train: Sequence[Rows]) -> tuple[str,
 
 
 def refuse_several_answers(configs: dict[str, dict]) -> None:
-    """UserError for a model whose outputs are no distribution over its classes. `configs`: by setting."""
+    """UserError for a model whose outputs are not a distribution over its classes. `configs`: each model's config.json, by setting."""
     for setting, config in configs.items():
         if (found := config.get("problem_type")) not in (None, "single_label_classification"):
             raise UserError(
@@ -207,7 +209,7 @@ def refuse_several_answers(configs: dict[str, dict]) -> None:
 
 
 def refuse_other_labels(names: tuple[str, ...], models: FoundModels) -> None:
-    """UserError where a teacher is no classifier, or its classes are not the student's, in the same order."""
+    """UserError if a teacher is not a classifier, or does not have the student's classes in the same order."""
     for teacher in models.teachers:
         if not teacher.files:
             continue
@@ -232,7 +234,7 @@ def refuse_other_labels(names: tuple[str, ...], models: FoundModels) -> None:
 
 
 def refuse_unknown_classes(train: Dataset, held_out: Dataset) -> None:
-    """UserError for held-out rows of classes that no training row has."""
+    """UserError for held-out rows with a class that no training row has."""
     known, examples = set(np.unique(train.examples.labels).tolist()), held_out.examples
     lacking = [i for i, label in enumerate(examples.labels.tolist()) if label not in known]
     if lacking:

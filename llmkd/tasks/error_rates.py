@@ -1,4 +1,4 @@
-"""What encoder-decoder models are measured by: perplexity, and the error rates of the texts that they write."""
+"""Metrics of encoder-decoder models: perplexity, and the word and character error rates of the texts that they generate."""
 
 import functools
 import importlib.util
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class ErrorRates:
-    """See `Measures`. Rates are over all texts: edits divided by the references' words, or characters. UserError where jiwer is missing."""
+    """See `Measures`. An error rate is the edits of all texts divided by the words, or characters, of all references. UserError if jiwer is missing."""
 
     rows = kept = ()
 
     def __init__(self, processor: Any, settings: Settings | None, micro_batch_size: int):
         self.processor, self.settings, self.micro_batch_size = processor, settings, micro_batch_size
         self.shown = ("wer",) if settings else ()
-        self._said = functools.cache(warn)  # once a run
+        self._warn_once = functools.cache(warn)
         if settings and importlib.util.find_spec("jiwer") is None:
             raise UserError('validation.error_rates: needs jiwer, which is not installed; pip install "llmkd[audio]"')
 
@@ -38,7 +38,7 @@ class ErrorRates:
         return {"perplexity": math.exp(min(means["ce"], 700))}
 
     def of_texts(self, model: "EncoderDecoder", data: "SequenceExamples", accelerator: Any) -> dict[str, float]:
-        """Word and character error rate of the first `limit` examples, each written greedily by one of the processes."""
+        """Word and character error rate of the first `limit` examples, whose texts are generated greedily, shared out among the processes."""
         if not self.settings:
             return {}
         import torch
@@ -46,7 +46,7 @@ class ErrorRates:
         count = min(len(data), self.settings.limit or len(data))
         longer = int((data.num_targets[:count] - 1 > self.settings.max_tokens).sum())  # without the end token
         if longer and accelerator.is_main_process:
-            self._said(
+            self._warn_once(
                 f"note: validation.error_rates.max_tokens: found {self.settings.max_tokens}, and {longer:,} of {count:,} held-out targets are longer: "
                 "the rest of each counts as errors; raise it"
             )
@@ -64,7 +64,7 @@ class ErrorRates:
 def transcripts(
     model: "EncoderDecoder", data: "SequenceExamples", indices: np.ndarray, processor: Any, most: int, micro_batch_size: int, device: Any
 ) -> list[str]:
-    """What a model writes for some examples, in eval mode, without control tokens."""
+    """The texts that a model generates for the examples `indices`, in eval mode, at most `most` tokens each, without control tokens."""
     from ..models.greedy import greedy
 
     training, out, frame = model.training, [], processor.frame

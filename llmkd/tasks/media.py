@@ -1,4 +1,4 @@
-"""The sounds and images of a run, and the common part of how models read them."""
+"""The sounds and images of a run, and the common base of their inputs and readers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +20,10 @@ from ..errors import UserError, brief
 
 
 class MediaOfRun:
-    """`rate`: samples a second at which sounds are decoded: the highest of the models' rates, so that what any reads is in them."""
+    """Decodes the sounds and images of a run.
+
+    rate   samples per second at which sounds are decoded: the highest rate of the models, so that each can resample from it
+    """
 
     def __init__(self, data: Data):
         self.rate, self._augment, self._count = 0, data.augment, data.workers
@@ -31,12 +34,12 @@ class MediaOfRun:
         self.rate = max(self.rate, extractor.sampling_rate)
 
     def sounds(self, rows: Sequence[dict], column: str, places: Sequence[str], setting: str) -> Sounds:
-        """See `read_sounds`; the column of the rows that were read last is not decoded again. All readers are to be known."""
+        """See `read_sounds`. The column is not decoded again for the same rows. Call `read_by` for all extractors first, since they set the rate."""
         workers = self._started("audio", lambda augment: of_sounds.way_of(self.rate, augment), setting)
         return self._read(rows, column, lambda: of_sounds.read_sounds(rows, column, places, workers, setting))
 
     def pictures(self, rows: Sequence[dict], column: str, places: Sequence[str], setting: str) -> MediaFiles:
-        """See `read_pictures`; likewise. The transforms are tried on training images."""
+        """See `read_pictures`. The column is not decoded again for the same rows. Transforms are tried on training images."""
         workers = self._started("image", of_pictures.way_of, setting)
         tried = workers.way.augmentation() if workers.way.augment and setting.startswith("data.train") else None
         return self._read(rows, column, lambda: of_pictures.read_pictures(rows, column, places, workers, tried))
@@ -55,7 +58,7 @@ class MediaOfRun:
 
 @dataclass(frozen=True)
 class MediaInputs:
-    """A base of `data.inputs.Inputs` of files; a subclass has `lengths`, `shown` and `batch`. `reader`: the model's feature extractor or image processor."""
+    """Base class of `data.inputs.Inputs` of files; a subclass adds `lengths`, `shown` and `batch`. `reader`: a feature extractor or image processor."""
 
     files: MediaFiles
     reader: Any
@@ -79,7 +82,7 @@ class MediaInputs:
 
 @dataclass(frozen=True)
 class MediaReader:
-    """A base of a `Reader` of files; a subclass has `kind` and `inputs`."""
+    """Base class of a `Reader` of files; a subclass adds `kind` and `inputs`."""
 
     column: str
     reader: Any
@@ -95,7 +98,7 @@ class MediaReader:
 
 
 def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> Any:
-    """What reads a model's files, by transformers' class `auto`, from the model's folder. UserError where there is none."""
+    """The feature extractor or image processor in a model's folder, loaded by the transformers class `auto`. UserError if there is none."""
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise UserError(
             f"{setting}: {folder} has no preprocessor_config.json, which says how its model reads {what}; fetch it, or name another model"
@@ -107,5 +110,5 @@ def read_from(folder: Path, auto: Any, what: str, called: str, setting: str) -> 
 
 
 def settings_of(extractor) -> str:
-    """What an extractor or image processor does, as text: those of equal settings read alike. `--resume` and caches compare it."""
+    """The settings of a feature extractor or image processor, as text, by which `--resume` and caches recognise it."""
     return json.dumps(extractor.to_dict(), sort_keys=True, default=str)

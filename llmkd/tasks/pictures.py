@@ -1,4 +1,4 @@
-"""Images as what models read: image processors, and inputs."""
+"""Images as model inputs, and image processors as readers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ class PictureInputs(MediaInputs):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [examples]: 1, since all cost the same."""
+        """int64 [examples]: 1 each, since all images cost the same."""
         return np.ones(len(self.files), np.int64)
 
     def shown(self, i: int, reader) -> str:
@@ -30,7 +30,8 @@ class PictureInputs(MediaInputs):
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> "dict[str, Tensor]":
         pixels = self.files.read(indices, draw)
-        return dict(self.reader(pixels, return_tensors="pt", input_data_format="channels_last"))  # else an image 3 pixels high is turned
+        # the format is given, since transformers would take the rows of an image that is 3 pixels high for its channels
+        return dict(self.reader(pixels, return_tensors="pt", input_data_format="channels_last"))
 
 
 class PictureReader(MediaReader):
@@ -50,7 +51,7 @@ class PictureReader(MediaReader):
 
 
 def find_image_processor(folder: Path | None, features: InputFeatures | None, setting: str) -> Any:
-    """The image processor of a model's folder, or of the recipe's features for new weights. UserError where there is none."""
+    """The image processor of a model's folder, or for new weights (`folder` None) the one that data.features describes. UserError if there is none."""
     from transformers import AutoImageProcessor
 
     register()

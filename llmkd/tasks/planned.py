@@ -1,4 +1,4 @@
-"""Batch sources of planned examples, and the parts of a recipe's data that every task makes alike."""
+"""Batch sources of examples that are all in memory, and the encoding of a recipe's data as far as it is the same for all tasks."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from .task import EncodedData
 
 
 def batch_plan(batching: Batching, examples: Examples, weights: tuple[float, ...]) -> BatchPlan:
-    """The order of the training examples. `weights`: passes over each source in an epoch."""
+    """The order of the training examples. `weights`: the passes over each source in an epoch."""
     return BatchPlan(
         lengths=examples.lengths,
         seed=batching.seed,
@@ -29,14 +29,14 @@ def batch_plan(batching: Batching, examples: Examples, weights: tuple[float, ...
 
 
 def joined(name: str, parts: list[Dataset]) -> Dataset | None:
-    """The examples of a setting; of several sources each is reported."""
+    """The examples of a setting's sources as one; with several, each is reported."""
     for part in parts if len(parts) > 1 else ():
         report_examples(part)
     return join(name, parts)
 
 
 def planned(train: Dataset, data: Data, batching: Batching) -> tuple[PlannedSource, Dataset, Dataset | None]:
-    """Training examples that are all in memory: their source, and the examples without those that are held out, and these."""
+    """The batch source of training examples, the training examples that are not held out, and the held-out ones (`data.validation_fraction`)."""
     held_out = None
     if data.validation_fraction:
         report_examples(dataclasses.replace(train, name="train and validation"))
@@ -55,10 +55,11 @@ def encoded_data(
     check: Callable[[Dataset, Dataset], None] = lambda train, held_out: None,
     end_tokens: frozenset[int] = frozenset(),
 ) -> EncodedData:
-    """Training and held-out examples of a task that streams nothing, identified by their rows and by all that they are, as the files that rows name.
+    """Training and held-out examples of a task that cannot stream. Their identity hashes the rows and the examples, since rows may name files.
 
-    encode   the examples of a source, by its rows, its settings and their name
-    check    of training and held-out examples: UserError where they do not belong together
+    encode       from a source's rows, its settings and the name of its setting to its examples
+    check        of training and held-out examples: UserError if they do not fit each other
+    end_tokens   see `EncodedData`
     """
 
     def of(setting: str) -> list[Dataset]:

@@ -1,4 +1,4 @@
-"""What reads the columns of rows: a reader for the student, and one for each teacher, by the kind of the column that it reads."""
+"""Readers turn a column of the rows into a model's inputs: one for the student, and one for each teacher, by the kind of its column."""
 
 import functools
 import hashlib
@@ -25,12 +25,12 @@ from .text_reader import TextReader
 
 
 class Reader(Protocol):
-    """What reads one column of the rows for a model.
+    """Turns one column of the rows into a model's inputs.
 
     kind          of the column: text, audio or image
     column        its name in a row
     reader        a tokenizer, a feature extractor or an image processor
-    tokens, pad   of text: entries of the tokenizer, and the token of padding
+    tokens, pad   of text: the number of the tokenizer's entries, and the padding token
     """
 
     kind: str
@@ -41,28 +41,32 @@ class Reader(Protocol):
 
     @property
     def identity(self) -> str:
-        """What it makes of a column: equal ones read alike."""
+        """A text that is equal for readers that make the same inputs of a column."""
 
     def inputs(self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str) -> tuple[Inputs, np.ndarray, np.ndarray]:
-        """The model's inputs of the rows that are used, the numbers of these rows, and those of rows that are too long.
+        """The inputs of the rows that are used, the indices of these rows, and the indices of rows that are too long.
 
-        UserError, beginning with its place, for a row that cannot be read, or that data.too_long refuses. setting: of the rows' source
+        places    file and line of each row
+        setting   of the rows' source
+
+        UserError, with the place, for a row that cannot be read, or is too long where data.too_long says refuse.
         """
 
     def save(self, folder: Path) -> None: ...
 
 
-#: By kind, from (column, the model's files or None for new weights, its configuration, the setting of the model, student or None, data, the run's sounds and images).
+#: By kind, the function that makes a reader, from (column, the model's files or None for new weights, its configuration, its setting, the
+#: student's settings or None for a teacher, data, MediaOfRun).
 READERS: dict[str, Callable[..., Reader]] = {"text": TextReader.of, "audio": SoundReader.of, "image": PictureReader.of}
 
 
 @dataclass(frozen=True)
 class Readers:
-    """What reads the rows of a run.
+    """The readers of a run.
 
-    student    its reader
-    teachers   by setting (teacher, or teacher.0, ...) that of each teacher: the student's, where it reads alike
-    clean      whether teachers read what is not augmented
+    student    the student's reader
+    teachers   each teacher's reader, by setting (teacher, or teacher.0, ...); the student's object if it makes the same inputs
+    clean      whether teachers read examples that are not augmented
     """
 
     student: Reader
@@ -70,17 +74,17 @@ class Readers:
     clean: bool = False
 
     def of(self, setting: str) -> Reader:
-        """Of the model of a setting: student.model, teacher.0.model, ..."""
+        """The reader of the model of a setting: student.model, teacher.0.model, ..."""
         return self.teachers.get(setting.removesuffix(".model"), self.student)
 
     @property
     def every(self) -> list[Reader]:
-        """Each once, the student's first."""
+        """All different readers, the student's first."""
         return list({id(one): one for one in (self.student, *self.teachers.values())}.values())
 
     @functools.cached_property
     def provenance(self) -> dict[str, str]:
-        """What caches depend on, by name: of text its tokenizers, of files what reads them."""
+        """Hashes on which teacher caches depend, by name: of the tokenizers, and of the readers of files."""
         texts = [one.identity for one in self.every if one.kind == "text"]
         files = [one.identity for one in self.every if one.kind != "text"]
         found = {"tokenizer": " ".join(texts)} if texts else {}
@@ -91,8 +95,8 @@ class Readers:
         return {"the tokenizer" if name == "tokenizer" else name: value for name, value in self.provenance.items()}
 
     def inputs(self, read: Rows, data: Data, setting: str) -> tuple[Inputs, dict[str, Reading], np.ndarray, np.ndarray, dict[str, int]]:
-        """Of a source's rows: the student's inputs; by setting those of the teachers that read otherwise; the numbers of the rows that are used;
-        the numbers of those that are too long for a model, which are used where they are cut; and counts."""
+        """The inputs of a source's rows: the student's; by setting those of the teachers that read something else; the indices of the rows that are
+        used; the indices of rows that are too long for a model (which are used if they are truncated); and counts."""
         trained = np.array([i for i, row in enumerate(read.rows) if row.get("train") is not False], np.int64)
         if not len(trained):
             raise UserError(f"{setting}: all of its {len(read.rows)} rows are marked as not trained on; check the rows")
@@ -115,7 +119,7 @@ class Readers:
 
 
 def find_readers(student: Student, models: FoundModels, data: Data, readers: dict[str, Callable[..., Reader]] = READERS) -> Readers:
-    """What reads the columns for the models. UserError where a model has nothing that reads its column. `readers`: as READERS."""
+    """The readers of all models. UserError if a model has no tokenizer, extractor or processor for its column. `readers`: as READERS."""
     (form,) = {source.format for source in as_tuple(data.train)}
     own, media = FORMATS[form].reads, MediaOfRun(data)
 

@@ -1,4 +1,4 @@
-"""Sounds as what models read: feature extractors, and inputs."""
+"""Sounds as model inputs, and feature extractors as readers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class SoundInputs(MediaInputs):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [examples]: what each costs, in hundredths of a second."""
+        """int64 [examples]: the length of each, as far as the model reads it, in hundredths of a second."""
         rate = self.files.workers.way.rate
         return np.maximum(1, np.minimum(self.files.num_samples, limit_of(self.reader, rate) or 2**62) * 100 // rate)
 
@@ -61,7 +61,7 @@ class SoundReader(MediaReader):
 
 
 def inputs_of(extractor, clips: Sequence[np.ndarray], rate: int) -> "dict[str, Tensor]":
-    """A model's inputs of clips at `rate` samples a second, [B, ...]; padded to the longest where the extractor has no length of its own."""
+    """A model's inputs [B, ...] for clips at `rate` samples per second, padded to the longest clip if the extractor has no fixed length."""
     own = extractor.sampling_rate
     if own != rate:
         import soxr
@@ -74,7 +74,7 @@ def inputs_of(extractor, clips: Sequence[np.ndarray], rate: int) -> "dict[str, T
 
 
 def limit_of(extractor, rate: int) -> int | None:
-    """The longest clip of an extractor, in samples at `rate`; None where it reads any. What is longer it would cut without a word."""
+    """The longest clip that an extractor reads, in samples at `rate`; None for any length. Extractors cut longer clips silently."""
     own = extractor.sampling_rate
     if (seconds := getattr(extractor, "seconds", None)) is not None:
         samples = round(seconds * own)
@@ -88,7 +88,7 @@ def limit_of(extractor, rate: int) -> int | None:
 
 
 def find_extractor(folder: Path | None, features: InputFeatures | None, setting: str) -> Any:
-    """The feature extractor of a model's folder, or of the recipe's features for new weights. UserError where there is none."""
+    """The feature extractor of a model's folder, or for new weights (`folder` None) the one that data.features describes. UserError if there is none."""
     register()
     if folder is None:
         from ..data.audio.feature_extractor import LogMelFeatureExtractor
@@ -105,7 +105,8 @@ def find_extractor(folder: Path | None, features: InputFeatures | None, setting:
 
 
 def fitting(num_samples: np.ndarray, limit: int | None, rate: int, too_long: str, places: Callable[[int], str], setting: str) -> np.ndarray:
-    """Which clips are used [E], by `data.too_long`; UserError where longer ones are refused. Truncated ones are used: extractors cut them."""
+    """Which clips are used, bool [examples], by `data.too_long`. UserError if it says refuse and a clip is longer than `limit` samples. With
+    truncate all are used, since the extractors cut them."""
     longer = np.zeros(len(num_samples), bool) if limit is None else num_samples > limit
     if too_long == "refuse" and longer.any():
         i = int(np.argmax(longer))

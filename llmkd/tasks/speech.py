@@ -1,4 +1,4 @@
-"""Speech recognition: the encoder reads a sound's features, and the decoder predicts its transcript (Whisper and its kind)."""
+"""Speech recognition: the encoder reads a sound's features, and the decoder predicts its transcript, as in Whisper."""
 
 from ..config.recipe import Data, Student
 from ..data.reading.sources import Rows

@@ -1,7 +1,7 @@
-"""Teachers that read another column than an encoder-decoder student: each writes the same targets, token by token, or the row is refused.
+"""Teachers that read another column than an encoder-decoder student. Their targets must be the student's, token by token; other rows are refused.
 
-Such a teacher is an encoder-decoder model of text, whose decoder may begin otherwise, or a causal language model, which reads the column and the
-target as one text.
+Such a teacher is an encoder-decoder model of text, whose decoder may begin with other tokens, or a causal language model, which reads the
+column and the target as one text.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from .text_reader import TextReader
 
 @dataclass(frozen=True)
 class PromptReader:
-    """A causal language model's tokenizer as a `Reader` of a prompt that its target follows, as in task causal_lm with format prompt_completion.
+    """A causal language model's tokenizer as a `Reader` of a prompt followed by its target, as in task causal_lm with format prompt_completion.
 
     target   the column of the targets
     """
@@ -52,7 +52,7 @@ class PromptReader:
     def inputs(
         self, rows: Sequence[dict], places: Sequence[str], data: Data, setting: str
     ) -> tuple[PromptedTargets, np.ndarray, np.ndarray]:
-        """A text that is too long is left out, whatever is done with others: its end is the target."""
+        """See `Reader.inputs`. Texts that are too long are left out even with data.too_long: truncate, since the target is at their end."""
         texts = Rows([{"prompt": row[self.column], "completion": row[self.target]} for row in rows], list(places), "")
         whole = dataclasses.replace(data, too_long="refuse" if data.too_long == "refuse" else "drop", packing=False)
         examples = encode(texts, Source(path=setting, format="prompt_completion"), whole, self.reader)
@@ -68,7 +68,8 @@ class PromptReader:
 
 
 def text_readers(target: str) -> Callable[..., TextReader | PromptReader]:
-    """How text is read, by what the model is. `target`: the column of the targets."""
+    """A function that makes the reader of a text column, as in `readers.READERS`: by whether the model is an encoder-decoder model. `target`: the
+    column of the targets."""
 
     def of(column: str, files: ModelFiles | None, config: dict, setting: str, student: Student | None, data: Data, clips):
         if is_encoder_decoder(config):
@@ -79,7 +80,7 @@ def text_readers(target: str) -> Callable[..., TextReader | PromptReader]:
     return of
 
 
-#: Families whose configurations need not say that they are encoder-decoder models.
+#: Model types that are encoder-decoder models, even if their config.json does not say is_encoder_decoder.
 _BY_DEFAULT = ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "speech_to_text", "moonshine")
 
 
@@ -95,9 +96,11 @@ def with_same_targets(
     others: dict[str, tuple[Any, Frame]],
     reader: Any,
 ) -> dict[str, Reading]:
-    """What teachers read, by setting, with the tokens that their decoders are given. UserError names the rows where one's targets are not the student's.
+    """The teachers' readings, by setting, with the tokens that their decoders are given. UserError names the rows where a teacher's targets are not
+    the student's.
 
-    targets   of the student, the token ids of each example, and `texts` as they were written
+    targets   the student's targets: the token ids of each example
+    texts     the same as text
     others    the tokenizer and the frame of each encoder-decoder teacher that reads another column
     reader    the student's tokenizer
     """

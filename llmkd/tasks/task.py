@@ -1,4 +1,4 @@
-"""What a recipe trains a model for: the protocol `Task`, what it makes of a recipe's sections, and what its models are measured by. No torch here."""
+"""The protocol `Task`: what kind of model a recipe trains, how its data is encoded and how its models are measured. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FoundModels:
-    """The files of the recipe's models: their folders and configurations, and no weights."""
+    """The files of the recipe's models: their folders and configurations, without weights."""
 
     student: ModelFiles | None  # None for new weights
     teachers: tuple[TeacherSource, ...]
@@ -32,13 +32,13 @@ class FoundModels:
 
 
 class Processor(Protocol):
-    """What turns rows into what models read, and is saved with a student.
+    """Turns rows into the inputs of models, and is saved with a student.
 
     reader       a tokenizer, a feature extractor or an image processor
-    vocab        V, the events over which student and teacher are compared: the tokens that all models have, or the classes
+    vocab        V, the number of events over which student and teacher are compared: the tokens that all models have, or the classes
     labels       the names of the classes, in their order; empty for tokens
-    identity     what `--resume` compares, by what it is
-    provenance   what a teacher cache depends on, by name
+    identity     hashes by which `--resume` recognises it, by name
+    provenance   hashes on which a teacher cache depends, by name
     """
 
     reader: Any
@@ -56,25 +56,25 @@ class Processor(Protocol):
 
 @dataclass(frozen=True)
 class EncodedData:
-    """The recipe's data as examples. `places` name where each example was read (file:line)."""
+    """The recipe's data as examples. `places` are the file and line of each example."""
 
     source: TrainingSource
-    train: Examples  # of a stream the first step's
+    train: Examples  # of a stream only the first step's
     places: Sequence[str]
     validation: Examples | None
     validation_places: Sequence[str]
     questions: Questions | None
     identity: dict[str, str]  # hashes of the training and the held-out data
-    end_tokens: set[int]  # that close the training answers; of a stream those of the steps that were read
-    origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
+    end_tokens: set[int]  # tokens that end the training answers; of a stream in the steps read so far
+    origins: dict[str, list[dict]]  # by setting (data.train, ...) its sources: path, name, split, resolved revision, rows
 
 
 class Measures(Protocol):
-    """What validation takes down of each target, besides cross-entropy and the comparison with the teacher, and what follows from it.
+    """The task's own metrics in validation, in addition to cross-entropy and the comparison with the teacher.
 
-    rows   the names of `of_rows`: summed over an example's targets, and the means over all are metrics
-    kept   those of them that are no metrics themselves
-    shown  the metrics that the bar shows, as the newest validation measured them
+    rows    the names of the values of `of_rows`; their means over all targets are metrics
+    kept    those of `rows` whose means are not metrics: their sums over each example are recorded only
+    shown   the metrics that the progress bar shows
     """
 
     rows: tuple[str, ...]
@@ -82,41 +82,41 @@ class Measures(Protocol):
     shown: tuple[str, ...]
 
     def of_rows(self, log_q_nV: "Tensor", labels_n: "Tensor") -> "dict[str, Tensor]":
-        """By name, [n]: of the student's log-probabilities and the labels."""
+        """Values of each target, [n] by name, from the student's log-probabilities and the labels."""
 
     def metrics(self, means: dict[str, float], sums: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
-        """Further metrics, of the means, and of each example's sums [examples], which count with these weights [examples]."""
+        """Further metrics, from the means over all targets and from each example's sums [examples], weighted by `weights` [examples]."""
 
     def of_texts(self, model: Any, data: Examples, accelerator: Any) -> dict[str, float]:
-        """Metrics of what a model writes for held-out examples; every process calls it. Empty where nothing is written."""
+        """Metrics of the texts that a model generates for held-out examples; empty if it generates none. All processes call it together."""
 
 
 class Task(Protocol):
-    """From a recipe's sections to examples, models and metrics. The training loop, the terms of the loss and the teachers do not know it."""
+    """Makes examples, models and metrics from a recipe's sections. The training loop, the terms of the loss and the teachers do not know the task."""
 
     name: str
 
     def measures(self, processor: Processor, validation: Validation) -> Measures: ...
 
     def find_processor(self, student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> Processor:
-        """What reads the data for all models. UserError where a teacher's is another, before weights are read."""
+        """The processor of the data, for all models. UserError if a teacher's differs; no weights are read."""
 
     def encode(
         self, rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], processor: Processor
     ) -> EncodedData:
-        """Training and held-out examples of rows that were read; the training examples as a batch source."""
+        """Encode the rows that were read: training examples, as a batch source too, and held-out examples."""
 
     def report(self, data: EncodedData, student: Student, files: ModelFiles | None, processor: Processor) -> None:
-        """Say what matters of the examples for the model that is trained on them."""
+        """Print notes on the examples that matter for the trained model, such as its end tokens."""
 
     def student_files(self, files: ModelFiles | None, processor: Processor) -> ModelFiles | None:
-        """The files of a student that was found: where it needs a new head, those of the model that has one."""
+        """The files of the student; if it needs a new head, those of a copy that has one."""
 
     def kind(self, processor: Processor, examples: Examples | None = None, setting: str = "student.model") -> "ModelKind":
-        """How the model of a setting is loaded and run: student.model, teacher.model, ... `examples`: some, on which it is tried."""
+        """How the model of `setting` (student.model, teacher.model, ...) is loaded and run. `examples`: some on which the loaded model is tried."""
 
     def generation(self, student: Student, files: ModelFiles | None, end_tokens: set[int]) -> dict | None:
-        """The generation config of a student; None for one that does not generate."""
+        """The generation config that is saved with a student; None for a model that does not generate."""
 
     def pipeline(self, processor: Processor) -> str:
-        """The name of transformers' pipeline that uses its models."""
+        """The name of the transformers pipeline for its models."""

@@ -1,4 +1,4 @@
-"""Text as what classifiers read: their tokenizers."""
+"""Tokenizers as readers of text, for classifiers and encoders."""
 
 import functools
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..model_folder.files import ModelFiles
 
 @dataclass(frozen=True)
 class TextReader:
-    """A tokenizer as a `Reader`; of pairs it reads the column text_pair too."""
+    """A tokenizer as a `Reader`. With the column text, it also reads text_pair."""
 
     column: str
     reader: Any
@@ -33,7 +33,7 @@ class TextReader:
     def of(
         cls, column: str, files: ModelFiles | None, config: dict, setting: str, student: Student | None, data: Data, clips
     ) -> "TextReader":
-        """UserError where the model is too short for data.max_length, or names no token of padding."""
+        """The reader of a model. UserError if it has fewer positions than data.max_length, or no padding token."""
         refuse_too_few_positions(data, {setting: config})
         named, of = (student.tokenizer, "student.tokenizer") if student and student.tokenizer else (str(files.with_tokenizer), setting)
         reader = load_tokenizer(named, of, ends=False)
@@ -51,7 +51,7 @@ class TextReader:
         columns = (self.column, "text_pair") if self.column == "text" else (self.column,)
         found, used, longer = text_inputs(rows, places, columns, data, self.reader, self.pad, setting)
         edits = data.augment.prompt if data.augment else ()
-        if edits and self.column == _of_student(data):  # held-out rows, too: a cache joins them with the others
+        if edits and self.column == _of_student(data):  # also of held-out rows, which a teacher cache joins with the training rows
             found = with_edits(found, [rows[i] for i in used], edits, columns, data.max_length, self.reader)
         return found, used, longer
 
@@ -65,7 +65,7 @@ def _of_student(data: Data) -> str | None:
 
 
 def padding_of(tokenizer, config: dict, setting: str) -> int:
-    """The token that a model knows for padding. UserError where there is none."""
+    """The padding token of a model, from its configuration or its tokenizer. UserError if there is none."""
     found = config.get("pad_token_id")
     found = tokenizer.pad_token_id if found is None else found
     if found is None:

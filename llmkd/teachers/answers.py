@@ -1,10 +1,10 @@
-"""A teacher's answers, kept as they come: records of examples in a folder that any number of processes read and add to. No torch.
+"""The answers of a teacher's server: records of examples in a folder that several processes may read and add to. No torch.
 
-    answers.json                 the header: what the answers depend on, as in a teacher cache
-    answers-PID-RANDOM.bin       one file for each process that asked: the header's checksum, and then entry after entry
+    answers.json                 the header: everything that the answers depend on, as in a teacher cache
+    answers-PID-RANDOM.bin       one file for each process that asked: the header's checksum, then the entries
 
-An entry is (content hash, number of targets, CRC-32 of both and of the records; 16 bytes) and the records, as a teacher cache has them.
-A kill may leave a piece of an entry at the end of a file: it is not read, and asked for again.
+An entry is the content hash, the number of targets and a CRC-32 of these and of the records (16 bytes together), then the records, as in a
+teacher cache. A kill may leave an incomplete entry at the end of a file: it is ignored, and the example is asked for again.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _START = 32  # bytes of the header's checksum at the start of a file
 
 
 class Answers:
-    """The answers in a folder, and a file for those of this process. It may be used from several threads.
+    """The answers in a folder; new ones go to a file of this process. Several threads may use it.
 
     record_format   a `cache.records.RecordFormat`
-    provenance      all that the answers depend on, apart from the example
-    setting         that names the folder or the teacher, for messages
+    provenance      everything that the answers depend on, apart from the example
+    setting         the setting that names the folder or the teacher, for messages
     """
 
     def __init__(self, folder: str | Path, record_format, provenance: dict, setting: str):
@@ -42,7 +42,7 @@ class Answers:
         self.header = json.loads(json.dumps({"version": VERSION, **kind, "provenance": provenance}))
         self._mark = checksum(self.header)[:_START].encode()
         self._lock, self._own = threading.Lock(), None
-        self._entries: dict[int, tuple[Path, int, int]] = {}  # of a content hash: file, start of its records, number of targets
+        self._entries: dict[int, tuple[Path, int, int]] = {}  # by content hash: file, start of the records, number of targets
         self._read_up_to: dict[Path, int] = {}
         self._damaged: set[Path] = set()
         self._check()
@@ -57,19 +57,19 @@ class Answers:
         return checksum(self.header)
 
     def missing(self, hashes: list[str]) -> list[int]:
-        """The indices in `hashes` of the examples without an answer, as far as is known; `refresh` looks for those of other processes."""
+        """The indices in `hashes` of the examples without a known answer. `refresh` first, to know those of other processes."""
         with self._lock:
             return [i for i, one in enumerate(hashes) if int(one, 16) not in self._entries]
 
     def refresh(self) -> None:
-        """Read what other processes have added."""
+        """Read the answers that other processes have added."""
         with self._lock:
             for path in sorted(self.folder.glob("answers-*.bin")):
                 if path not in self._damaged and (self._own is None or path != self._own[0]):
                     self._read_file(path)
 
     def put(self, content_hash: str, records_NR: np.ndarray) -> None:
-        """Keep one example's records [targets, bytes]. It is on the disk when this returns, but for what the system still holds."""
+        """Write one example's records [targets, bytes]. They are handed to the system, not synced to disk."""
         content = np.ascontiguousarray(records_NR).tobytes()
         known, targets = int(content_hash, 16), len(records_NR)
         entry = _ENTRY.pack(known, targets, _crc(known, targets, content)) + content
@@ -81,7 +81,7 @@ class Answers:
                 _write(file, entry)
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(file, end)  # or the next entry would stand behind a piece of this one
+                    os.ftruncate(file, end)  # otherwise the next entry would follow an incomplete one
                 raise
             self._own = path, file, end + len(entry)
             self._entries[known] = path, end + _ENTRY.size, targets
@@ -103,7 +103,7 @@ class Answers:
         return out_NR
 
     def _check(self) -> None:
-        """Compare the header with the folder's."""
+        """UserError if the folder's header is damaged or differs."""
         path = self.folder / "answers.json"
         if not path.exists():
             return

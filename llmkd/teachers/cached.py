@@ -10,11 +10,11 @@ from .cache.shards import TeacherCache
 
 
 class CachedTeacher:
-    """A teacher from an open `TeacherCache`; its signals are on `device`. See `cache/records.py` for what each format keeps.
+    """A teacher that reads an open `TeacherCache`; its signals are on `device`. `cache/records.py` describes the formats.
 
     On one CPU core 560 targets (8 examples of 70, in random order from a cache of 100 MB in the page cache) are read in 0.04 ms and
-    decoded in 2.5 ms (topk 64), 1 ms (sampled 50) or 0.1 ms (hidden states of 2,048 in bfloat16). That is negligible beside a
-    step, so there is no prefetch. UserError for an example that the cache does not hold.
+    decoded in 2.5 ms (topk 64), 1 ms (sampled 50) or 0.1 ms (hidden states of 2,048 in bfloat16). That is negligible compared with a
+    step, so there is no prefetch. UserError for an example that is not in the cache.
     """
 
     def __init__(self, cache: TeacherCache, device):

@@ -1,4 +1,4 @@
-"""Before the first step: open the teachers that servers have, and find out whether each server has the right one."""
+"""Opens the teachers on servers, and checks before the first step that each server has the right model."""
 
 import functools
 import math
@@ -18,16 +18,16 @@ from .served import ServedTeacher, texts_of
 from .served_models import chosen_model, server_of
 from .sparse import NEGLIGIBLE
 
-PROBED = 8  # examples that a server is asked for before anything is trained
-_KEPT = 2  # examples whose answers are kept, to see whether it still says the same
-_OTHER_WEIGHTS = 0.1  # nats: the mean difference of the labels' log-probabilities that rounding and batching do not make
-_OTHER_TOKENS = 0.1  # the share of tokens whose texts may differ: a server decodes single bytes in its own way
+PROBED = 8  # examples that a server is asked for before training
+_KEPT = 2  # examples with stored answers that are asked for again and compared
+_OTHER_WEIGHTS = 0.1  # nats: a larger mean difference of the labels' log-probabilities is not due to rounding or batching
+_OTHER_TOKENS = 0.1  # share of tokens whose texts may differ, since servers decode single bytes differently
 
 
 def open_served(
     sources: Sequence[TeacherSource], device, vocab: int, stop_asked: Callable[[], bool] = lambda: False
 ) -> dict[str, ServedTeacher]:
-    """The teachers that are asked at a server, by their settings. No server is asked yet."""
+    """The teachers on servers, by setting. Sends no request yet."""
     found = {}
     for number, source in enumerate(sources):
         if source.asks_server:
@@ -41,10 +41,10 @@ def open_served(
 
 
 def check_served(teacher: ServedTeacher, train: Examples, validation: Examples | None, tokenizer) -> None:
-    """Ask a server for some examples, unless all that is needed of it is kept. UserError where it is not what was asked for.
+    """Ask a server for some examples, unless all answers are stored already. UserError if it does not serve the right model.
 
-    Compared are ids, the texts of tokens, the labels' log-probabilities with those of its base (of an adapter) and with those that are
-    kept, and the length of the longest text with the server's limit.
+    These are compared: token ids, the texts of tokens, the labels' log-probabilities with those of the adapter's base and with the stored
+    ones, and the length of the longest example with the server's limit.
     """
     parts = [part for part in (train, validation) if part is not None]
     whole = concat(parts, [0] * len(parts), {})
@@ -85,7 +85,7 @@ def _texts(examples: Examples, chosen: list[int]) -> list[tuple[list[int], list[
 
 
 def _refuse_long(teacher: ServedTeacher, model: ServedModel, read: Examples) -> None:
-    """UserError where a text up to its last target, and one token more that vLLM insists on writing, exceed the model's positions."""
+    """UserError if an example up to its last target, plus the one token that vLLM always generates, exceeds the model's positions."""
     if not model.positions:
         return
     last = np.flatnonzero(read.loss_mask)
@@ -98,7 +98,7 @@ def _refuse_long(teacher: ServedTeacher, model: ServedModel, read: Examples) -> 
 
 
 def _refuse_other_tokens(teacher: ServedTeacher, told: list[Listed], tokenizer) -> None:
-    """UserError where the server's texts of tokens are not the student's. Only letters and digits of ASCII are compared."""
+    """UserError if the server's tokens have other texts than the student's. Only ASCII letters and digits are compared."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^0-9A-Za-z]", "", text)

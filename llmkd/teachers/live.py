@@ -8,10 +8,10 @@ from ..signals import NO_TAPS, TEACHER_METRICS, Dense, Taps
 
 
 class LiveTeacher:
-    """Signals are on the batch's device, whatever device the model is on.
+    """A model as a teacher. Its signals are on the batch's device, whatever device the model is on.
 
-    taps      what they hold from inside the model
-    setting   the name of its settings: teacher, or teacher.0, ...
+    taps      the values inside the model that its signals hold
+    setting   teacher, or teacher.0, ... in a list
     """
 
     metrics = TEACHER_METRICS

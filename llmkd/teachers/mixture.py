@@ -1,4 +1,4 @@
-"""Teachers made of teachers: an ensemble for every example, or one teacher for each data source."""
+"""Teachers that combine teachers: an ensemble for every example, or a teacher for each data source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from ..signals import TEACHER_METRICS, Divergence, Signal, Teacher
 
 
 def combine_teachers(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
-    """One teacher from several by their settings: an ensemble, and routing by data source where a teacher has a name."""
+    """One teacher from several: an ensemble, with routing by data source if a teacher has a name."""
     if len(teachers) == 1:
         return teachers[0]
     ensemble = Mixture(teachers, [one.weight for one in settings], mixture.combine, mixture.weights == "confidence")
@@ -59,11 +59,11 @@ class Mixed:
 
     @property
     def layers(self) -> dict[int, Tensor]:
-        """The hidden states inside the one teacher that was asked for them."""
+        """The hidden states [N, H] inside the one teacher that taps them, by layer."""
         return next((part.layers for part in self.parts if getattr(part, "layers", None)), {})
 
     def at(self, rows: Rows) -> "Mixed":
-        """The same at some targets alone. Each teacher's head is asked for them here, and not again by whatever is asked of it."""
+        """The same signal at some targets only. Each part is restricted here once, so that its head is not computed again for every question."""
         return replace(self, parts=[_at(part, rows) for part in self.parts], labels_N=self.labels_N[rows])
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -116,7 +116,7 @@ def _exp(log: float | Tensor) -> float | Tensor:
 
 
 class Routed:
-    """Each example has the teacher that its data source names (`Example.teacher`), or else the ensemble of all."""
+    """A teacher that gives each example to the teacher that its data source names (`Example.teacher`), or else to the ensemble."""
 
     def __init__(self, ensemble: Teacher, teachers: Sequence[Teacher]):
         self.ensemble, self.teachers = ensemble, list(teachers)
@@ -149,7 +149,7 @@ class RoutedSignal:
 
     @property
     def layers(self) -> dict[int, Tensor]:
-        """The hidden states inside the teacher that was asked for them, where that one is asked at every target."""
+        """The hidden states inside the teacher that taps them, by layer; it must be in every part."""
 
         def of(number: int) -> Tensor:
             return self._each(slice(None), lambda part, places, mine: part.layers[number][places.to(part.layers[number].device)])
@@ -182,7 +182,7 @@ class RoutedSignal:
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
     def _each(self, rows: Rows, compute: Callable[[Signal, Tensor, Tensor], Tensor]) -> Tensor:
-        """`compute(part, targets of the part, their positions in rows)` for every part, put back in the order of `rows`."""
+        """`compute(part, the part's own target indices, their indices in `rows`)` for every part, joined in the order of `rows`."""
         rows = rows.cpu() if isinstance(rows, Tensor) else rows
         owner_n, place_n, found, order = self.owner_N[rows], self.place_N[rows], [], []
         for number, part in enumerate(self.parts):
@@ -196,7 +196,7 @@ class RoutedSignal:
 
 @dataclass(frozen=True)
 class Some:
-    """A signal at n of its targets alone: `rows` are their numbers there."""
+    """A signal restricted to some of its targets: `rows` are their indices in `whole`."""
 
     whole: Signal
     rows: Rows

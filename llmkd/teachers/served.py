@@ -1,8 +1,8 @@
-"""A teacher that a server has: it is asked for the log-probabilities of each example's own tokens, and its answers are kept.
+"""A teacher on a server, which is asked for the log-probabilities of each example's tokens.
 
-Examples are asked one by one, whatever the batch's layout, several at a time; those of the next step are asked while this one trains
-(`ServedTeacher.expect`). Answers are kept (`Answers`), and signals are made of the kept ones: so a run is the same whether its
-answers are new or old.
+Each example is one request, whatever the batch's layout, and several requests run at a time; those of the next step run during the current
+one (`ServedTeacher.expect`). All answers are stored (`Answers`), and signals are made from the stored ones, so that a run does not depend on
+whether its answers are new.
 """
 
 import threading
@@ -22,17 +22,17 @@ from ..signals import Signal
 from . import listed
 from .answers import Answers
 
-_PATIENT_AFTER_A_SIGNAL = 2.0  # seconds that a step waits for the server's answer after the run was asked to stop
+_PATIENT_AFTER_A_SIGNAL = 2.0  # seconds between two looks at whether the run was asked to stop, while it waits for an answer
 
 
 class ServedTeacher:
-    """A teacher on a server; its signals are those of a cache of kind topk, on `device`.
+    """A teacher on a server; its signals are like those of a cache of kind topk, on `device`.
 
-    interface    how the server is asked
+    interface    the server's interface
     number       of this teacher among several, see `Example.teacher`
-    connect      chooses the model that is asked
-    requests     most at one time
-    stop_asked   whether the run was asked to stop: then nobody waits for the server
+    connect      returns the model to ask, given the patience in seconds
+    requests     most requests at a time
+    stop_asked   whether the run was asked to stop; then nothing waits for the server any more
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class ServedTeacher:
             return self.format.signal(torch.from_numpy(self.kept(batch)), self.device)
 
     def kept(self, batch: Batch) -> np.ndarray:
-        """The records of a batch's targets, uint8 [N, bytes], asked for where they are lacking."""
+        """The records of a batch's targets, uint8 [N, bytes]. Missing ones are asked for."""
         self.expect(batch)
         for example in batch.examples:
             self._wait_for(example.content_hash)
         return self.answers.read([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples])
 
     def expect(self, batch: Batch) -> None:
-        """Ask for what a batch needs of this teacher and is neither kept nor asked for yet; this does not wait for the answers."""
+        """Send requests for the examples of a batch that need this teacher and are neither stored nor asked for yet. Does not wait for answers."""
         mine = [i for i, one in enumerate(batch.examples) if one.teacher in (ALL_TEACHERS, self.number)]
         wanted = {batch.examples[i].content_hash: i for i in mine}
         if not (lacking := self._lacking(list(wanted))):
@@ -81,7 +81,7 @@ class ServedTeacher:
                     self._pending[content_hash] = self._workers.submit(lambda text=text, known=content_hash: self._fetch(known, *text))
 
     def ask(self, ids: Sequence[int], places: Sequence[int], strings: bool = False, model: ServedModel | None = None) -> Listed:
-        """What the server says now of the tokens ids[places]. UserError, with the setting, for anything but a right answer."""
+        """The server's log-probabilities at the tokens ids[places], asked for now. UserError for a refusal or a wrong answer."""
         k = self.format.k
         try:
             return self.interface.ask(model or self.model, ids, places, k, strings)
@@ -95,7 +95,7 @@ class ServedTeacher:
         return self.connect()
 
     def connect(self, patience: float | None = None) -> ServedModel:
-        """The model that is asked, which is chosen at the first call. `patience` as in `servers.client.Server`."""
+        """The model to ask, which the first call chooses. `patience` as in `servers.client.Server`."""
         with self._connecting:
             if self._model is None:
                 self._model = self._connect(patience)
@@ -107,7 +107,7 @@ class ServedTeacher:
         return [self._result(one) for one in started]
 
     def close(self) -> None:
-        """Let nothing wait for the server any more."""
+        """Stop waiting for the server."""
         self.interface.server.end()
 
     def records(self, told: Listed) -> np.ndarray:
@@ -142,7 +142,7 @@ class ServedTeacher:
 
 
 def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """The texts of a batch's examples as the teacher reads them: of each its ids up to its last target, and the places of its targets."""
+    """For each example of a batch, the token ids that the teacher reads, up to the last target, and the indices of the targets in them."""
     view, counts = batch.teacher, [example.num_targets for example in batch.examples]
     flat, found = view.inputs["input_ids"].flatten().cpu(), []
     for span, rows_n, labels_n in zip(view.spans, view.rows_N.split(counts), batch.labels_N.split(counts), strict=True):
@@ -153,7 +153,7 @@ def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 
 def expect_of(teachers: Sequence[ServedTeacher], batches: Sequence[Batch]) -> None:
-    """Ask the servers for what some batches need of them."""
+    """Call `expect` of every teacher for every batch."""
     for batch in batches:
         for teacher in teachers:
             teacher.expect(batch)

@@ -1,4 +1,4 @@
-"""Which model a server has, and whether it is there at all: asked before data are read. No torch."""
+"""Checks, before data is read, that a server can be reached and serves the teacher's model. No torch."""
 
 import contextlib
 import difflib
@@ -22,7 +22,7 @@ def server_of(settings: Teacher, setting: str) -> Server:
 
 
 def chosen_model(interface: LogProbs, setting: str, wanted: str | None, patience: float | None) -> ServedModel:
-    """The model of that name, or the only one that is no adapter. UserError with the names that there are."""
+    """The model with the name `wanted`, or for None the only one that is no adapter. UserError, with the names that the server has, if there is none."""
     server = interface.server
     try:
         models = interface.models(patience)
@@ -46,12 +46,12 @@ def chosen_model(interface: LogProbs, setting: str, wanted: str | None, patience
 
 
 def served_model(setting: str, one: Teacher) -> ServedModel:
-    """A teacher's model as its server lists it now. ServerFailed where there is no server, UserError as of `chosen_model`."""
+    """A teacher's model, from its server's list. ServerFailed if the server cannot be reached, UserError as `chosen_model`."""
     return chosen_model(INTERFACES[one.of_server("api")](server_of(one, setting), 0), setting, one.model, 0)
 
 
 def refuse_absent(teachers: Iterable[tuple[str, Teacher]], data: Data) -> None:
-    """Ask each server once for its models, where its answers are wanted and none are kept. Raises as `served_model`."""
+    """Ask each server for its models, unless answers of it are stored. Raises the same errors as `served_model`."""
     asked = set()
     for setting, one in teachers:
         if one.server and (one.server, one.model) not in asked and not has_answers(one, data):
@@ -60,7 +60,7 @@ def refuse_absent(teachers: Iterable[tuple[str, Teacher]], data: Data) -> None:
 
 
 def has_answers(one: Teacher, data: Data) -> bool:
-    """Whether a cache or answers of a model of that name are kept, so that its server may not be needed."""
+    """Whether there is a cache, or stored answers of a model with that name, so that the server may not be needed."""
     if one.cache and one.cache.is_written:
         return True
     folders = [Path(one.cache.path).expanduser()] if one.cache else token_cache.answers_root(data).glob("*")

@@ -1,4 +1,4 @@
-"""A teacher whose share of a step's time is known."""
+"""A wrapper that measures a teacher's share of a step's time."""
 
 import time
 
@@ -9,9 +9,9 @@ from ..signals import Signal, Teacher
 
 
 class TimedTeacher:
-    """The same signals. `seconds`: what they took; of a model that is its body, since the product with its head is a part of the loss.
+    """A teacher with the same signals that measures the time of its calls: of a model its body only, since the head is computed with the loss.
 
-    On a GPU a call returns before the work is done: events in the queue are read instead of a clock, and nothing waits for them before `seconds`.
+    On a GPU, where a call returns before its work is done, CUDA events measure the time, and only `seconds` waits for them.
     """
 
     def __init__(self, teacher: Teacher, device: torch.device):
@@ -26,7 +26,7 @@ class TimedTeacher:
         return signal
 
     def seconds(self) -> float:
-        """Of the calls since the last time."""
+        """The time of all calls since `seconds` was last called."""
         calls, self.calls = self.calls, []
         return sum(_between(begun, ended) for begun, ended in calls)
 

@@ -14,18 +14,18 @@ def confusion(labels: np.ndarray, answers: np.ndarray, classes: int, weights: np
 
 
 def accuracy(matrix: np.ndarray) -> float:
-    """The share of right answers, of a confusion matrix; NaN of no examples."""
+    """The share of right answers in a confusion matrix; NaN without examples."""
     total = matrix.sum()
     return float(np.trace(matrix) / total) if total else float("nan")
 
 
 def class_f1(matrix: np.ndarray) -> np.ndarray:
-    """F1 of each class [classes], 2 TP / (2 TP + FP + FN); 0 for a class that no example has and no answer names (zero_division 0)."""
+    """F1 of each class [classes], 2 TP / (2 TP + FP + FN); 0 for a class without examples and answers."""
     right, both = np.diag(matrix), matrix.sum(0) + matrix.sum(1)
     return np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0)
 
 
 def macro_f1(matrix: np.ndarray) -> float:
-    """The mean of `class_f1` over all classes, those without examples included, as scikit-learn's f1_score with all labels, average macro and
-    zero_division 0; NaN of no examples."""
+    """The mean of `class_f1` over all classes, also those without examples: scikit-learn's f1_score with all labels, average="macro" and
+    zero_division=0. NaN without examples."""
     return float(class_f1(matrix).mean()) if matrix.sum() else float("nan")

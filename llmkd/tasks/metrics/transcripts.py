@@ -1,4 +1,4 @@
-"""Word and character error rates of transcripts, by jiwer, after a normaliser that has a name: rates of two normalisers do not compare."""
+"""Word and character error rates of transcripts, by jiwer, after a named normaliser. Rates with different normalisers are not comparable."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 
-#: What is done to a reference and to a transcript before they are compared.
+#: How references and transcripts are normalised before they are compared.
 NORMALISERS = {
     "none": "texts as they are",
-    "basic": "small letters, without what is in brackets and without punctuation (Whisper's basic normaliser)",
+    "basic": "lower case, without text in brackets and without punctuation (Whisper's basic normaliser)",
     "english": "basic, contractions and numbers written out (Whisper's English normaliser, without its list of British spellings)",
 }
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Edits that turn the references into the transcripts, in words or characters. Counts of several sets add up, rates do not."""
+    """The edits that turn references into transcripts, in words or characters. Counts of several sets can be added, rates cannot."""
 
     substitutions: int
     deletions: int
@@ -25,7 +25,7 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Edits over the references' length; NaN of references without a word."""
+        """Edits divided by the references' length; NaN if that is 0."""
         return (self.substitutions + self.deletions + self.insertions) / self.length if self.length else float("nan")
 
     def __add__(self, other: "Errors") -> "Errors":
@@ -50,7 +50,7 @@ def _errors(process: str, references: Sequence[str], transcripts: Sequence[str],
         raise UserError('the word error rate needs jiwer; install it: pip install "llmkd[audio]"') from None
     normalise = normaliser_of(normaliser)
     pairs = [(" ".join(normalise(a).split()), " ".join(normalise(b).split())) for a, b in zip(references, transcripts, strict=True)]
-    # A reference that is empty after normalising is jiwer's ValueError in some versions: its transcript is insertions.
+    # Some versions of jiwer raise ValueError for a reference that is empty after normalising: all of its transcript counts as insertions.
     size = str.split if process == "process_words" else list
     inserted = sum(len(size(b)) for a, b in pairs if not a)
     pairs = [(a, b) for a, b in pairs if a]

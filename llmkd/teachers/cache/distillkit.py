@@ -23,7 +23,7 @@ _FORMS = (("token_ids", "top_values"), ("packed_indices", "exact_values", "coeff
 
 @dataclass(frozen=True)
 class Bin:
-    """A stretch of quantised residuals."""
+    """Consecutive residuals that are quantised with one scale."""
 
     scale_dtype: str
     element_bits: int
@@ -32,7 +32,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Packed:
-    """How log-probabilities are quantised: the first ones as they are, the others as a function of their place and residuals."""
+    """How log-probabilities are packed: the first ones exactly, the others as a function of their rank plus quantised residuals."""
 
     d: int
     k: int
@@ -48,7 +48,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Polynomials:
-    """The older form: the first ones as they are, the others as a polynomial of their place, from 1, or of its inverse."""
+    """The older form: the first log-probabilities exactly, the others as a polynomial of their rank (from 1), or of its inverse."""
 
     vocab_size: int
     k: int
@@ -87,7 +87,7 @@ class ParquetSet:
                 yield f"{file}:{n + 1}", (file, n), row
 
     def at(self, position: tuple[Path, int]) -> dict[str, Any]:
-        """The row at a position. Those that are asked for in order are read once."""
+        """The row at a position. Rows that are asked for in order are read only once."""
         file, n = position
         if self._at is None or self._at[0] != file or self._at[1] > n:
             self._at = file, 0, self._of(file)
@@ -99,7 +99,7 @@ class ParquetSet:
         return self.parsed(row)
 
     def refuse_unreadable(self) -> None:
-        """UserError for a file without the columns of a known form, and where the settings by which a form is packed lack."""
+        """UserError for a file without the columns of a known form, and for a packed form without its settings."""
         import pyarrow.parquet
 
         for file in self.files:
@@ -126,7 +126,7 @@ class ParquetSet:
             raise _damaged(file, error) from error
 
     def parsed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with its ids and, in one of DistillKit's forms, `listed`; another row as it is. ValueError where it cannot be read."""
+        """A row as plain Python values; in one of DistillKit's forms its token ids and `listed` tokens. ValueError if it cannot be decoded."""
         names = next((names for names in _FORMS if row.keys() >= {*names, "input_ids"}), None)
         if names is None:
             return {name: value.as_py() for name, value in row.items()}
@@ -157,7 +157,7 @@ def _matrix(lists: Any, name: str) -> np.ndarray:
 
 
 def read_config(path: Path) -> Packed | Polynomials:
-    """The settings by which a set is packed. UserError where they are none."""
+    """The settings by which a set is packed. UserError if the file does not hold such settings."""
     import yaml
 
     try:

@@ -15,7 +15,7 @@ Listed = tuple[np.ndarray, np.ndarray]
 
 
 def decoded(form: Packed | Polynomials, row: Mapping[str, np.ndarray]) -> Listed:
-    """The numbers of one row's columns, each a matrix with a row for each place. ValueError where they are not packed so."""
+    """Decode one row's columns, each a matrix with a row for each place. ValueError if they are not packed in this way."""
     return _of_bits(form, row) if isinstance(form, Packed) else _of_polynomials(form, row)
 
 

@@ -1,4 +1,4 @@
-"""The lines of a file of log-probabilities from elsewhere, as far as they can be read without the examples that they are about. No torch."""
+"""Reads the lines of a file of log-probabilities from elsewhere, and checks what can be checked without the examples. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def rows_in(path: Path) -> JsonLines | ParquetSet:
 
 
 def parsed(content: bytes) -> dict:
-    """One line's object, the first of its choices taken out. ValueError for anything else."""
+    """The object on a line, merged with the first of its `choices` if it has these. ValueError if it is no object."""
     try:
         line = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def parsed(content: bytes) -> dict:
 
 
 def entries_of(line: dict) -> list[dict] | None:
-    """The id and log-probability of each listed token, target by target, of a line with `top`; None for another form. ValueError for no known one."""
+    """The listed tokens of each target, {id: log-probability}, of a line with `top`; None for another form. ValueError if no form is recognised."""
     if "top" not in line:
         if "prompt_logprobs" not in line and "listed" not in line and not isinstance(line.get("logprobs"), dict | list):
             raise ValueError("found neither top, prompt_logprobs nor logprobs.content")
@@ -80,7 +80,7 @@ def entries_of(line: dict) -> list[dict] | None:
 
 
 def refuse_unreadable(path: Path) -> None:
-    """UserError for lines that no example can belong to, all at once: no JSON, no known form, or what is no log-probability."""
+    """UserError with all lines that cannot be used whatever the examples: no JSON, no known form, or values that are no log-probabilities."""
     problems, empty, found = ErrorCollector(), True, rows_in(path)
     if isinstance(found, ParquetSet):
         return found.refuse_unreadable()

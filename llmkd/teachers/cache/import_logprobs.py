@@ -46,15 +46,17 @@ class Line:
 
 
 def make_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
-    """The format of such a cache. Where the file lists more than `k` tokens for a target, the others join the tail."""
+    """The record format of an imported cache. If the file lists more than `k` tokens for a target, the others become part of the tail."""
     return TopKFormat(vocab, min(k, vocab), value_bits, LISTED_EXPONENTS)
 
 
 def write(path: str | Path, encoded: TokenExamples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
-    """Check the whole file, then write the cache. Returns counts: `unknown_tokens`, strings that match no single token and joined the
-    tail; `unknown_targets`, last targets without an entry; `unused`, lines about rows that have no example.
+    """Check the whole file, then write the cache. UserError names file and line.
 
-    `writer` has a format from `make_format` and is begun here. UserErrors name file and line.
+    Returns counts: `unknown_tokens`, strings that match no single token and became part of the tail; `unknown_targets`, last targets without
+    an entry; `unused`, lines about rows without an example; `rounded`, targets whose probabilities were scaled to 1.
+
+    writer   with a format from `make_format`; this calls its `begin`
     """
     reader = AnswersReader(Path(path), encoded, tokenizer, writer.format)
     lines = reader.lines(progress)
@@ -74,12 +76,12 @@ class AnswersReader:
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0, rounded=0)
         self.file = rows_in(path) if path else None
         self.by_ids: dict[bytes, list[int]] = {}  # examples by their token ids, for lines that have these
-        self.targets = self.own = 0  # of lists without ids: all targets, and those that are in their own lists
+        self.targets = self.own = 0  # in axolotl's forms: all targets, and those whose own token is in their list
         self._texts: list[str] | None = None
         self.ids_of_strings: dict[str, int] = {}
 
     def lines(self, progress) -> dict[int, Line]:
-        """The line of each example, after reading and checking all lines."""
+        """Read and check all lines; returns the line of each example, by its index."""
         problems, found = ErrorCollector(), {}
         for before, (place, position, content) in enumerate(progress(self.file.rows())):
             try:
@@ -112,7 +114,7 @@ class AnswersReader:
         return self.format.encode(self._known(*self._targets(self.file.at(line.position), line.example, Counter()))).numpy()
 
     def _example(self, line: dict, before: int) -> int | None:
-        """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
+        """The index of a line's example, by its row or else by the number of lines before it. None for a row without an example."""
         row = line.get("row")
         if row is None and "listed" in line:
             return self._of_ids(line["input_ids"])
@@ -126,7 +128,7 @@ class AnswersReader:
         return int(of_row[0]) if len(of_row) else None
 
     def _of_ids(self, ids: list[int]) -> int | None:
-        """The index of the example with these token ids, or with the first of them where it was cut; of several the first that is left."""
+        """The index of the example with these token ids, or of a truncated one with the first of them; of several equal ones the next."""
         if not self.by_ids:
             for i in reversed(range(len(self.encoded))):
                 self.by_ids.setdefault(self.encoded.example(i)[0].tobytes(), []).append(i)
@@ -137,7 +139,7 @@ class AnswersReader:
         return None
 
     def _targets(self, line: dict, i: int, counts: Counter) -> tuple[Told, np.ndarray]:
-        """What is told of each target, and its label. ValueError where the line is not about this example."""
+        """The listed tokens of each target, and its label. ValueError if the line is not about this example."""
         ids, marks = self.encoded.example(i)
         labels = ids[marks].tolist()
         entries = entries_of(line)
@@ -164,7 +166,7 @@ class AnswersReader:
         return told, ids[marks]
 
     def _one_each(self, entries: list[Entry], labels: list[int]) -> list[Entry]:
-        """The entries of all targets, of which the last one may lack."""
+        """One entry for each target; the last one may be missing, and is then empty."""
         if len(entries) == len(labels) - 1:
             entries.append({})
         if len(entries) != len(labels):
@@ -285,7 +287,8 @@ class AnswersReader:
 
 
 def _of_columns(tokens: list, values: list, places: np.ndarray) -> Told | None:
-    """Two columns of lists at some places, if they are lists of numbers of one length; None for others. Of a token that is told twice the later one counts."""
+    """The lists of two columns at some places, if they are lists of numbers with one length; else None. Of a token that is listed twice, the later
+    one counts."""
     if not len(places) or places[0] < 0:
         return None
     rows = [[column[t] for t in places.tolist()] for column in (tokens, values)]

@@ -6,9 +6,9 @@
     shard-00000.json        its checksum and the header's, written after it
     head.safetensors        for hidden states
 
-The header, a plain dict, holds all that the shards depend on: kind and its options, vocabulary, bytes per target, `provenance`
-(fingerprints), and a hash of the plan. It alone decides which examples are in which shard, so that any number of processes and any
-later attempt write the same files. No torch here.
+The header, a plain dict, holds everything that the shards depend on: kind and its options, vocabulary, bytes per target, `provenance`
+(fingerprints), and a hash of the plan. The plan alone decides which examples are in which shard, so the files do not depend on the number of
+processes, nor on interruptions. No torch.
 """
 
 import concurrent.futures
@@ -37,11 +37,11 @@ _EARLIER = re.compile(r"provenance\.teacher\.(base|adapter): (?!sha256:|nothing)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The distinct examples of a teacher cache, and which shard each is in."""
+    """The distinct examples of a teacher cache, and the shard of each."""
 
     hash_E: np.ndarray  # uint64
     targets_E: np.ndarray  # int64
-    first_E: np.ndarray  # its index in the list of examples that was given
+    first_E: np.ndarray  # the index of each in the list of examples that the plan was made from
     shards: list[slice]
 
     @staticmethod
@@ -61,7 +61,7 @@ class ShardPlan:
 
 
 class Writer:
-    """Writes a teacher cache, or what is missing of one. Rank 0 calls `begin` and `finish`; between them every rank writes its shards."""
+    """Writes a teacher cache, or completes one. Rank 0 calls `begin` and `finish`; between them every rank writes its shards."""
 
     def __init__(self, folder: str | Path, record_format, provenance: dict, plan: ShardPlan, setting: str = SETTING):
         """`record_format` is a `records.RecordFormat`."""
@@ -70,7 +70,7 @@ class Writer:
         self.header = json.loads(json.dumps({"version": VERSION, **options, "provenance": provenance, "plan": plan.header()}))
 
     def begin(self) -> bool:
-        """Prepare the folder; returns whether the cache is complete already. UserError, with nothing changed, if the folder holds another cache."""
+        """Prepare the folder; returns whether the cache is already complete. UserError, and no change, if the folder holds another cache."""
         _refuse_version_1(self.folder, self.setting)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
@@ -125,7 +125,7 @@ class Writer:
 
 @dataclass
 class Shard:
-    """A shard that is being written. The records of its examples may be put in any order."""
+    """A shard to be written. The records of its examples may come in any order."""
 
     writer: Writer
     number: int
@@ -160,10 +160,10 @@ class Shard:
 
 
 class TeacherCache:
-    """A complete teacher cache, read by memory map. Open one with `TeacherCache.open(path)`; `CachedTeacher` makes signals of its records."""
+    """A complete teacher cache, memory-mapped. Open one with `TeacherCache.open(path)`; `CachedTeacher` makes signals of its records."""
 
     def __init__(self, folder: Path, header: dict, setting: str, written: list[tuple[int, int, int]]):
-        """`written`: what `_written` gave of each shard when it was checked."""
+        """`written`: `_written` of each shard at the time when it was checked."""
         self.folder, self.header, self.setting, self._shards_then = folder, header, setting, written
         hashes, targets = zip(*(self._index(file["file"]) for file in header["files"]), strict=True)
         order = np.argsort(np.concatenate(hashes))
@@ -175,10 +175,7 @@ class TeacherCache:
 
     @staticmethod
     def open(path: str | Path, setting: str = SETTING) -> "TeacherCache":
-        """Check a cache and open it. UserError names a missing or damaged file.
-
-        Of several processes on a machine each checks its share of the shards.
-        """
+        """Check a cache and open it. UserError names a missing or damaged file. Several processes on a machine share the work of checking."""
         folder = Path(path).expanduser()
         header = read_header(folder, setting)
         head = header["kind"].get("head")
@@ -212,7 +209,11 @@ class TeacherCache:
         return np.flatnonzero(~self._found(wanted)[1]).tolist()
 
     def read(self, hashes: list[str], targets: list[int]) -> np.ndarray:
-        """The records of those examples, one after another: uint8 [sum of targets, bytes]. UserError for an example that is not in the cache."""
+        """The records of some examples, one after another: uint8 [sum of targets, bytes]. UserError for an example that is not in the cache.
+
+        hashes    content hash of each example
+        targets   number of targets of each
+        """
         wanted = np.array([int(x, 16) for x in hashes], np.uint64)
         places, here = self._found(wanted)
         if not here.all():
@@ -292,7 +293,7 @@ def _name(n: int) -> str:
 
 
 def _written(path: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of the last writing of a file: the same for one that is as it was. None if it is gone."""
+    """Inode, size and modification time of a file, which stay the same as long as it is not written to. None if it is gone."""
     with contextlib.suppress(OSError):
         about = os.stat(path)
         return about.st_ino, about.st_size, about.st_mtime_ns

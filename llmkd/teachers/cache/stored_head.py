@@ -31,7 +31,7 @@ class StoredHead:
 
     @staticmethod
     def read(folder: Path, options: dict) -> "StoredHead":
-        # copies: the file's own pages would follow whatever is written to it
+        # copies, since the file is memory-mapped: a later change of it would change the weights
         weights = {name: value.clone() for name, value in load_file(Path(folder) / options["file"]).items()}
         return StoredHead(weights, options["scale"], options["softcap"])
 
@@ -62,14 +62,14 @@ class StoredHead:
 
 @torch.no_grad()
 def effective(head: Head, block: int = 256) -> dict[str, Tensor]:
-    """The weight [V, H] and, if it is not 0, bias [V] that a head applies, on the CPU.
+    """The weight [V, H] and, if it is not 0, the bias [V] that a head applies, on the CPU.
 
-    A plain Linear's own, in its type. For a head with an adapter or quantised weights they are its outputs for the unit vectors, in
-    at least float32: exact, where the live model's product is rounded to its type.
+    For a plain Linear its own, in its dtype. For a head with an adapter or quantised weights, its outputs for the unit vectors, in at
+    least float32: these are exact, while the live model rounds its product to its dtype.
     """
     project = head.project
     if isinstance(project, Passed):
-        return {"weight": torch.eye(head.vocab)}  # a product with it changes no bit
+        return {"weight": torch.eye(head.vocab)}  # the product with it is exact
     if isinstance(project, nn.Identity):
         raise UserError(
             "teacher.cache.kind: found hidden, and this teacher's head is not a matrix that could be stored; use topk or sampled"
