@@ -23,7 +23,7 @@ class SourceLoss:
     ce: Weight = fixed(
         1.0, description="Weight of the cross-entropy at every target of this source; 0: its answers are not trusted as labels."
     )
-    kd: Weight = fixed(1.0, description="Weight of the distillation term at every target of this source; 0: the teacher has no say in it.")
+    kd: Weight = fixed(1.0, description="Weight of the distillation term at every target of this source; 0: the teacher is not used there.")
     features: Weight = fixed(
         1.0, description="Weight of loss.features at every target of this source; 0: hidden states are not compared there."
     )
@@ -41,17 +41,21 @@ class Source:
     format: Literal[tuple(FORMATS)] = fixed(
         "alpaca",
         shapes=("tokens",),
-        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "
-        "input_ids of the student's tokenizer, and loss_mask or labels; of task: classification labelled: text, label, and for pairs text_pair; audio: audio (the path of a sound file, or its bytes) and label, or a folder of sound files; image: the same of image files; speech (task: speech_recognition): audio, and its transcript text.",
+        description="Columns of a row. alpaca: instruction, input, output; chat: messages with role and content; prompt_completion: prompt, completion; "
+        "text: text; tokens: input_ids of the student's tokenizer, and loss_mask or labels. With task: classification, labelled: text, label, and "
+        "text_pair for pairs; audio: audio (the path of a sound file, or its bytes) and label, or a folder of sound files; image: the same for images. "
+        "With task: speech_recognition, speech: audio, and its transcript text.",
     )
     pattern: str | None = fixed(
         None,
-        description="Of a folder of sounds or images: a regular expression that the whole name of each matches, or with a slash in it the whole path in the folder; its named "
-        "groups are columns: (?P<label>\\d)_(?P<speaker>[a-z]+)\\.wav. null: the folder that a file is in is its label.",
+        description="For a folder of sounds or images: a regular expression for the whole name of each file, or for its whole path in the folder "
+        "if the expression contains a slash. Its named groups are columns: (?P<label>\\d)_(?P<speaker>[a-z]+)\\.wav. null: the folder "
+        "of a file is its label.",
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
-        description="The file's own names for the format's columns: {messages: conversations, role: from, content: value}; of what is inside an object its path, translation.de.",
+        description="The file's own names for the format's columns: {messages: conversations, role: from, content: value}. For a value inside an "
+        "object give its path, translation.de.",
     )
     roles: dict[str, str] = fixed(
         default_factory=dict,
@@ -59,7 +63,7 @@ class Source:
     )
     ignore: tuple[str, ...] = fixed(
         (),
-        description="Columns of the file, and keys of its messages, that are left out on purpose; else those that change the meaning are refused.",
+        description="Columns of the file, and keys of its messages, to leave out on purpose. Unlisted ones that change the meaning are refused.",
     )
     chat_template: bool = fixed(
         False,
@@ -69,32 +73,34 @@ class Source:
     answers: Literal["all", "last"] = fixed(
         "all",
         shapes=("tokens",),
-        description="Which of the assistant's turns in a row of messages are supervised: all, or the last one alone. A row is then one example, "
-        "also where the chat template would make one of each turn.",
+        description="Which assistant turns of a conversation are supervised: all, or only the last. With last, a row is one example even if the "
+        "chat template would make one of each turn.",
     )
     call_values: Literal["refuse", "template", "json"] = fixed(
         "refuse",
         shapes=("tokens",),
-        description="What is right for true, false, null, lists and objects among the arguments of a tool call where the chat template writes them as Python does "
-        "(True, None, ['a']), such as Qwen3-Coder's: refuse the row, train on it as the template writes it, or give such values to the template as JSON text.",
+        description="For chat templates that write true, false, null, lists and objects in a tool call's arguments as Python does (True, None, "
+        "['a']), such as Qwen3-Coder's. refuse: refuse the row; template: train on the template's text; json: give such values to the"
+        " template as JSON text.",
     )
     name: str | None = fixed(
         None,
-        description="Configuration of a hub data set; for builtin:skills, questions (conversations), prose (plain text) or kinds (sentences with the kind of "
-        "the thing in them as label).",
+        description="Configuration of a hub data set. For builtin:skills: questions (conversations), prose (plain text) or kinds (sentences, "
+        "labelled with the kind of thing they name).",
     )
     split: str = fixed("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
     revision: str | None = fixed(None, description="Revision of a hub data set.")
     where: dict[str, Any] = fixed(
         default_factory=dict,
-        description="Rows to use, chosen by the file's columns (inside an object: meta.score) before any limit: a value, a list of values, or above, at_least, below, at_most "
-        "and not; several conditions are joined by and: {clean: true, lang: [en, de], score: {above: 0.5}}.",
+        description="Rows to use, selected by the file's columns (inside an object: meta.score) before any limit. A condition is a value, a list "
+        "of values, or above, at_least, below, at_most and not; all must hold: {clean: true, lang: [en, de], score: {above: 0.5}}.",
     )
     noise: float = fixed(
         0.0,
         ge=0,
         le=1,
-        description="Of builtin:skills: share of the answers that are replaced by wrong ones of the same kind; the column clean says which are not.",
+        description="For builtin:skills: share of the answers that are replaced by wrong ones of the same kind. The column clean is true for the "
+        "others.",
     )
     limit: Count | None = fixed(None, description="Number of rows to use: the first ones, or with seed a random sample.")
     seed: Seed | None = fixed(None, description="Seed of the random sample of limit rows; null: the first rows.")
@@ -102,14 +108,14 @@ class Source:
         1.0,
         gt=0,
         le=1000,
-        description="Passes over this source per epoch: with 2 every row is used twice, with 0.5 a half of them, drawn anew each epoch.",
+        description="Passes over this source per epoch. 2: every row is used twice; 0.5: half of the rows, drawn anew each epoch.",
     )
     teacher: str | None = fixed(
         None, description="Name of the teacher that is used for these rows; null: all teachers, combined by mixture."
     )
     loss: SourceLoss = Field(default_factory=SourceLoss)
     divergence: Literal[tuple(DIVERGENCES)] | None = fixed(
-        None, description="Of a training source: the divergence at its targets, in place of loss.divergence; null: that one."
+        None, description="For a training source: the divergence at its targets, instead of loss.divergence; null: loss.divergence."
     )
     divergence_options: dict[str, float] = fixed(
         default_factory=dict, description="Options of this divergence, as of loss.divergence_options."
@@ -135,8 +141,8 @@ class Data:
     )
     target_prefix: str | None = fixed(
         None,
-        description="With task: text_to_text or speech_recognition: control tokens that every target begins with, which are given and not trained on, such as "
-        "<|en|><|transcribe|><|notimestamps|>; null: those of the tokenizer.",
+        description="With task: text_to_text or speech_recognition: control tokens at the beginning of every target, which are given to the model"
+        " and not trained on, such as <|en|><|transcribe|><|notimestamps|>; null: those of the tokenizer.",
     )
     train_on_input: bool = fixed(
         False, shapes=("tokens", "teacher"), description="Train on the prompt's tokens too, not only on the answer's."
@@ -161,14 +167,15 @@ class Data:
     shuffle_buffer: Count = fixed(10_000, description="With streaming: number of rows that are shuffled together.")
     features: InputFeatures | None = fixed(
         None,
-        description="For a student of new weights whose model has no way of its own to read files (builtin_cnn): what it reads of a clip or an image.",
+        description="For a new student without a feature extractor or image processor (builtin_cnn): the features of a clip or an image that it "
+        "reads.",
     )
     augment: Augment | None = fixed(
-        None, description="Other versions of the training examples in every epoch, drawn by seed; null: as they are."
+        None, description="Augmentation: other versions of the training examples in every epoch, drawn by seed; null: none."
     )
     workers: Annotated[int, Field(ge=1, le=256)] = changeable(
         1,
-        description="Of sounds and images: processes that decode and augment ahead of training. Their number does not change a clip or an image.",
+        description="For sounds and images: processes that decode and augment ahead of training. Their number does not change the result.",
     )
     cache_dir: str | None = changeable(
         None, path="output", description="Folder of the token cache; null: LLMKD_CACHE, or else ~/.cache/llmkd."

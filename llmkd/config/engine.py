@@ -21,36 +21,36 @@ class Engine:
     )
     api: Literal["vllm"] = changeable("vllm", description="Its interface. SGLang loads adapters in another way, and is not supported.")
     model: str | None = changeable(
-        None, description="The name under which the server serves the student's base; null: the only model there that is no adapter."
+        None, description="Name under which the server serves the student's base; null: its only model that is not an adapter."
     )
     push_every: Count = fixed(
         1,
-        description="Optimizer steps after which the adapter is pushed again. With more than 1 the text is that of an older student, by up to one step less.",
+        description="Optimizer steps between pushes of the adapter. With n above 1 the text is that of a student up to n - 1 steps older.",
     )
     importance: float | None = fixed(
         None,
         ge=1,
         le=1e6,
-        description="Weigh each target of a written answer by the probability that the student now gives to the answer's tokens before it, over that "
-        "which the server gave to them, and by this number at most. null: no correction.",
+        description="Weigh each target of a written answer by the probability that the student now gives to the answer's earlier tokens, divided "
+        "by the probability that the server gave to them, capped at this number. null: no correction.",
     )
     tolerance: float = changeable(
         0.1,
         ge=1e-6,
         le=1000,
-        description="Largest mean difference, in nats, of the server's log-probabilities of what it has just written and the student's own, with the same "
-        "adapter; above it the run is refused, or stopped.",
+        description="Largest mean difference, in nats, between the server's log-probabilities of its new text and the student's own, with the "
+        "same adapter. Above it the run is refused or stopped.",
     )
     adapters: str | None = changeable(
         None,
         path="output",
-        description="Folder for the adapters that are pushed, which the server must see under the same path; null: engine in output_dir.",
+        description="Folder for pushed adapters, which the server must see under the same path; null: engine in output_dir.",
     )
-    requests: Count = changeable(32, description="Most requests at one time, from each process.")
+    requests: Count = changeable(32, description="Maximum number of concurrent requests of each process.")
     timeout: Seconds = changeable(300.0, description="Seconds that one request may take.")
     patience: Patience = changeable(
         600.0,
-        description="Seconds for which a request is repeated while the server is gone or busy, so that it may be started anew meanwhile.",
+        description="Seconds for which a request is retried while the server is gone or busy, so that it can be restarted meanwhile.",
     )
     api_key_env: str | None = changeable(
         None, description="The environment variable that holds the server's key, which is written nowhere; null: no key is sent."

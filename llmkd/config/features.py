@@ -24,7 +24,7 @@ class Features:
     )
     layers: Layers = fixed(
         "middle",
-        description=f"Pairs of layers that are compared; the term is their mean. {LAYERS} 0 are the embeddings; the last layer's states are those "
+        description=f"Pairs of layers that are compared; the term is their mean. {LAYERS} 0 is the embeddings; the last layer's states are those "
         "before the final norm.",
     )
     distance: Literal["mse", "normalized_mse", "cosine"] = fixed(
@@ -33,12 +33,12 @@ class Features:
     )
     projection: Literal["linear", "none"] = fixed(
         "linear",
-        description="linear: a map from the student's width to the teacher's, with a bias, for each pair; none: equal widths, no map.",
+        description="linear: for each pair a map with a bias from the student's width to the teacher's; none: no map, for equal widths.",
     )
     init: Literal["least_squares", "xavier", "identity"] = fixed(
         "least_squares",
-        description="Where the map starts. least_squares: the best linear map of the untouched student's states, computed on training examples; "
-        "xavier: random; identity: for equal widths.",
+        description="Initial value of the map. least_squares: the best linear map from the untrained student's states, computed on training "
+        "examples; xavier: random; identity: for equal widths.",
     )
     scale: Literal["teacher_variance", "none"] = fixed(
         "teacher_variance",
@@ -51,7 +51,7 @@ class Features:
         le=1000,
         description="Peak learning rate of the maps, on the schedule of optim; null: optim.lr. They have no weight decay.",
     )
-    teacher: str | None = fixed(None, description="With several teachers: the name of the one whose hidden states these are.")
+    teacher: str | None = fixed(None, description="With several teachers: the name of the one whose hidden states are used.")
 
 
 def feature_problems(

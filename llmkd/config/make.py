@@ -59,29 +59,27 @@ class Writer:
         None, min_length=1, description="A program and its arguments: it reads asks and writes answers as JSON lines."
     )
     recorded: str | None = path_to("file", None, description="A file of recorded answers, such as the answers.jsonl of an earlier run.")
-    license: str | None = Field(
-        None, min_length=1, description="What its terms say of text that it writes, for the data card: written there as it is given."
-    )
+    license: str | None = Field(None, min_length=1, description="The writer's terms for text that it writes; copied into the data card.")
     revision: str | None = Field(None, description="model: revision of a hub model or adapter.")
-    base: str | None = path_to("model", None, description="model: of an adapter, the base, if it is not where adapter_config.json says.")
+    base: str | None = path_to("model", None, description="model: for an adapter, the base, if it is not where adapter_config.json says.")
     quantization: Quantization | None = Field(None, description="model: load it in 4 or 8 bits; null: not quantised.")
     dtype: Dtype = Field("auto", description="model: dtype of the weights; auto: the dtype they were saved in.")
     attention: Attention = Field("auto", description="model: attention implementation; auto: the default of transformers.")
     batch_size: Count | None = Field(None, description="model: answers at a time (32; transcripts 8).")
     target_prefix: str | None = Field(
         None,
-        description="model: of speech recognition, control tokens that every transcript begins with, such as <|de|><|transcribe|><|notimestamps|>; null: those of "
-        "the tokenizer.",
+        description="model: for speech recognition, control tokens at the beginning of every transcript, such as "
+        "<|de|><|transcribe|><|notimestamps|>; null: those of the tokenizer.",
     )
     api_key_env: str | None = Field(
         None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
-    requests: Count | None = Field(None, description="server, command: most asks at one time (8).")
+    requests: Count | None = Field(None, description="server, command: maximum number of concurrent asks (8).")
     timeout: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="server, command: seconds that one answer may take (300)."
     )
     patience: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
-        None, description="server: seconds for which a request is repeated while the server is gone or busy (600)."
+        None, description="server: seconds for which a request is retried while the server is gone or busy (600)."
     )
     body: dict[str, Any] = Field(
         default_factory=dict,
@@ -115,17 +113,18 @@ class Make:
     """Data that a model writes: stages over rows, one after another. What remains is train.jsonl, of format chat, or of format speech where seeds are."""
 
     output_dir: str = path_to("output", min_length=1, description="Folder of train.jsonl, rejected.jsonl, answers.jsonl and the data card.")
-    writer: Writer | None = Field(None, description="Who writes; null: nobody, and no stage asks for text.")
-    seed: Seed = Field(0, description="Seed of all that is drawn.")
+    writer: Writer | None = Field(None, description="The writer; null: none, and no stage may ask for text.")
+    seed: Seed = Field(0, description="Seed of all random draws.")
     seeds: OneOrMany[Source] = Field(
-        None, description="Rows to begin with, as of data.train: one source, or a list of sources. Their answers may be missing."
+        None, description="Rows to begin with: one source, or a list of sources, as in data.train. Their answers may be missing."
     )
-    stages: tuple[dict[str, Any], ...] = Field(min_length=1, description="The stages, in order, each with its name: {do: answer}.")
+    stages: tuple[dict[str, Any], ...] = Field(min_length=1, description="Stages in order, each with its name: {do: answer}.")
     limit_tokens: Count | None = Field(
-        None, description="Most tokens of all asks and answers together, as the writer counts them; make stops before it would exceed it."
+        None,
+        description="Maximum number of tokens of all asks and answers together, as the writer counts them; make stops before it exceeds this.",
     )
     max_rejected: float = Field(
-        0.95, gt=0, le=1, description="Most that a stage may reject of its candidates: above it make stops, and prints the reasons."
+        0.95, gt=0, le=1, description="Largest share of its candidates that a stage may reject. Above it make stops and prints the reasons."
     )
 
 

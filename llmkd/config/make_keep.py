@@ -22,7 +22,7 @@ Script = Literal[
 class Balance:
     """Kinds of rows, and the most that each may be of those that stay."""
 
-    max_share: float = Field(gt=0, le=1, description="No kind has more than this share of the rows that stay; as many as can be stay.")
+    max_share: float = Field(gt=0, le=1, description="Largest share of a kind in the rows that stay; as many rows stay as possible.")
     column: str | None = Field(
         None, min_length=1, description="The column that names a row's kind; null: kinds are clusters of instructions."
     )
@@ -32,7 +32,7 @@ class Balance:
         description="Without a column: words (the default), TF-IDF of words and pairs of them; hidden, the model's mean last hidden states.",
     )
     model: ScoringModel | None = Field(None, description="With on: hidden, the model.")
-    batch_size: Count | None = Field(None, description="With on: hidden, instructions at a time (16).")
+    batch_size: Count | None = Field(None, description="With on: hidden, number of instructions at a time (16).")
 
 
 @config_dataclass
@@ -45,13 +45,13 @@ class HeldOutRows:
     name: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set, or of a folder whose files are named by split.")
     revision: str | None = Field(None, description="Revision of a hub data set.")
-    where: dict[str, Any] = Field(default_factory=dict, description="Rows that count, chosen by their columns, as of data.train.")
+    where: dict[str, Any] = Field(default_factory=dict, description="Rows that count, selected by their columns, as in data.train.")
     tasks: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Instead of a path: tasks of tasks_dir. The data of their test and validation splits count, questions and choices alike.",
+        description="Instead of a path: tasks in tasks_dir. The data of their test and validation splits count, questions and choices alike.",
     )
-    tasks_dir: str | None = path_to("folder", None, description="With tasks: the folder of their task files, as of llmkd eval.")
+    tasks_dir: str | None = path_to("folder", None, description="With tasks: the folder of their task files, as for llmkd eval.")
 
     @property
     def source(self) -> Source:
@@ -60,7 +60,7 @@ class HeldOutRows:
 
 @config_dataclass
 class Keep:
-    """Leaves out rows with bad, repeated, leaked or contradictory answers, each with its reason; empty answers always. The filters run in this order."""
+    """Leaves out rows with bad, repeated, leaked or contradictory answers, each with its reason. Empty answers are always left out. The filters run in this order."""
 
     finish: Literal["stop", "any"] = Field(
         "any", description="stop: leave out answers that were cut off, did not end by themselves, or end in a colon."
@@ -71,33 +71,40 @@ class Keep:
     max_words: Count | None = Field(None, description="Leave out answers of more words.")
     refusals: bool = Field(False, description="true: leave out answers that begin as a refusal does.")
     refusal_phrases: tuple[str, ...] | None = Field(
-        None, min_length=1, description="With refusals: phrases by which they are known, in the place of llmkd's own, which are English."
+        None, min_length=1, description="With refusals: phrases that identify a refusal, instead of llmkd's own, which are English."
     )
     echo: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Leave out answers that are their question, or begin with it: least Jaccard index, such as 0.9 (at 0.8 answers that take up the question's words are lost).",
+        description="Leave out answers that equal their question or begin with it: minimum Jaccard index, such as 0.9 (at 0.8 answers that reuse "
+        "the question's words are lost).",
     )
     repetition: float | None = Field(
         None,
         gt=1,
-        description="Leave out answers with nine equal digits in a row, or of which 1,000 characters compress by more than this factor, such as Whisper's 2.4.",
+        description="Leave out answers with nine equal digits in a row, or with 1,000 characters that compress by more than this factor, such as "
+        "Whisper's 2.4.",
     )
     repeated_words: float | None = Field(
-        None, gt=0, le=1, description="Leave out answers of which more than this share is in sequences of ten words that they have twice."
+        None,
+        gt=0,
+        le=1,
+        description="Leave out answers with more than this share of their words in sequences of ten words that occur twice.",
     )
-    scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
-    script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
+    scripts: tuple[Script, ...] | None = Field(
+        None, min_length=1, description="Leave out questions and answers that are not in these scripts."
+    )
+    script_share: float | None = Field(None, gt=0, le=1, description="With scripts: minimum share of letters in these scripts (0.9).")
     languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] | None = Field(
         None,
         min_length=1,
-        description="Languages in which questions and answers are written, by their codes: en, de, zh. Needs py3langid (the extra make).",
+        description="Leave out questions and answers that are not in these languages, by code: en, de, zh. Needs py3langid (the extra make).",
     )
-    sums: bool = Field(False, description="true: leave out answers with a sum <<a=b>> that is wrong when computed again.")
+    sums: bool = Field(False, description="true: leave out answers with a sum <<a=b>> that is wrong when recomputed.")
     contamination: OneOrMany[HeldOutRows] = Field(
         None,
-        description="Held-out and evaluation rows, of which every text counts, whatever its column: leave out rows with 13 words in a row in common with one.",
+        description="Held-out and evaluation rows: leave out rows with 13 words in a row in common with any of their texts, in whatever column.",
     )
     wer_below: float | None = Field(
         None,
@@ -106,26 +113,27 @@ class Keep:
         "Needs jiwer (the extra audio).",
     )
     wer_normaliser: Literal["none", "basic", "english"] | None = Field(
-        None, description="With wer_below: what is done to both texts before, as of validation.error_rates (basic)."
+        None, description="With wer_below: normalisation of both texts, as in validation.error_rates (basic)."
     )
     agreement: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Of several answers to one question, keep those with the final answer of most, if it is this share of them or more.",
+        description="Of several answers to one question, keep those with the most frequent final answer, if this share or more of them have it.",
     )
     agreement_by: Literal["final", "words"] | None = Field(
         None,
-        description="With agreement: final (the default), the last number or line; words, an answer's mean token F1 with the others is this or more.",
+        description="With agreement: what is compared. final (the default): the last number or line; words: keep an answer if its mean token F1 "
+        "with the others is at least agreement.",
     )
     near_duplicate: float | None = Field(
         None,
         ge=0.1,
         le=1,
-        description="Of rows with a Jaccard index of this or more, in strings of 5 characters, keep the first; such as 0.7.",
+        description="Of rows with a Jaccard index of this or more, over strings of 5 characters, keep the first; such as 0.7.",
     )
     near_duplicate_of: Literal["question", "answer", "both"] | None = Field(
-        None, description="With near_duplicate: the text that is compared (question)."
+        None, description="With near_duplicate: the text to compare (question)."
     )
     teacher_ce: float | None = Field(
         None,
@@ -133,7 +141,7 @@ class Keep:
         lt=1,
         description="Leave out rows whose column teacher_ce (of an earlier stage score) is above this quantile, such as 0.95.",
     )
-    balance: Balance | None = Field(None, description="Leave out rows of kinds that there are too many of.")
+    balance: Balance | None = Field(None, description="Leave out rows of kinds that are too frequent.")
 
 
 #: Settings that belong to another one.

@@ -21,7 +21,7 @@ class ScoringModel:
 
     model: str = path_to("model", description="Folder or hub id of a model, or of a LoRA adapter.")
     revision: str | None = Field(None, description="Revision of a hub model or adapter.")
-    base: str | None = path_to("model", None, description="Of an adapter, the base, if it is not where adapter_config.json says.")
+    base: str | None = path_to("model", None, description="For an adapter, the base, if it is not where adapter_config.json says.")
     quantization: Quantization | None = Field(None, description="Load it in 4 or 8 bits; null: not quantised.")
     dtype: Dtype = Field("auto", description="dtype of the weights; auto: the dtype they were saved in.")
     attention: Attention = Field("auto", description="Attention implementation; auto: the default of transformers.")
@@ -34,52 +34,54 @@ class ScoringModel:
 
 @config_dataclass
 class Score:
-    """Reads each row with a model and gives it scores as columns: a cross-entropy, IFD, r-IFD, a teacher's cross-entropy, a divergence."""
+    """Scores each row with a model, as columns: cross-entropy, IFD, r-IFD, a teacher's cross-entropy, a divergence."""
 
-    student: ScoringModel = Field(description="The model that is to learn from the rows, before it has.")
+    student: ScoringModel = Field(description="The model that will learn from the rows, before training.")
     teacher: ScoringModel | None = Field(None, description="For teacher_ce and kl: a model with the student's tokens.")
     scores: tuple[Literal[tuple(SCORES)], ...] = Field(
         ("ifd",),
         min_length=1,
-        description="ce: mean cross-entropy of the answer's tokens in their context; ifd: exp of ce less that of the same tokens alone; rifd: the same of the "
-        "instruction, after a prompt that shows the answer and asks for it; teacher_ce: the teacher's ce; kl: KL(teacher || student).",
+        description="ce: mean cross-entropy of the answer's tokens in their context; ifd: exp(ce - cross-entropy of the same tokens alone); rifd:"
+        " the same for the instruction, after a prompt that shows the answer and asks for its instruction; teacher_ce: the teacher's "
+        "ce; kl: KL(teacher || student).",
     )
     format: Literal["chat", "alpaca"] = Field(
         "chat",
         description="How the models read a row: chat, by the tokenizer's chat template; alpaca, as the prompt of Stanford Alpaca, for models without one.",
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest row in tokens; a longer one has no score.")
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest row in tokens; a longer one gets no score.")
     too_long: Literal["reject", "refuse"] = Field(
-        "reject", description="Rows that cannot be scored, such as too long ones: reject them, or stop."
+        "reject", description="What to do with rows that cannot be scored, such as too long ones. reject: reject them; refuse: stop."
     )
     batch_size: Count = Field(16, description="Rows at a time.")
     prompt: str | None = path_to(
-        "file", None, description="rifd: a text file of prompts in the place of llmkd's own, with the same sections and places."
+        "file", None, description="rifd: a text file of prompts that replaces llmkd's own, with the same sections and places."
     )
 
 
 @config_dataclass
 class Select:
-    """Keeps rows by their scores, or of the versions of a row the one that Selective Reflection-Tuning's rule chooses."""
+    """Keeps rows by their scores, or the version of each row that Selective Reflection-Tuning's rule chooses."""
 
     rule: Literal["score", "reflection"] = Field(
-        "score", description="score: limits of one column; reflection: of the versions of a row, by ifd and rifd."
+        "score", description="score: select rows by one column; reflection: select one version of each row, by ifd and rifd."
     )
-    by: str | None = Field(None, min_length=1, description="score: the column, such as ifd; a number in every row.")
+    by: str | None = Field(None, min_length=1, description="score: the column, such as ifd. It must hold a number in every row.")
     above: float | None = Field(None, description="score: keep rows above it.")
     below: float | None = Field(None, description="score: keep rows below it.")
-    top: float | None = Field(None, gt=0, le=1, description="score: then keep so large a share of rows, those with the highest scores.")
+    top: float | None = Field(None, gt=0, le=1, description="score: then keep this share of rows, those with the highest scores.")
     middle: Annotated[tuple[Share, Share], Field()] | None = Field(
-        None, description="score: then keep the rows between these two shares in the order of the score: [0.25, 0.75] is the middle half."
+        None, description="score: then keep the rows between these two shares, ordered by score: [0.25, 0.75] is the middle half."
     )
-    per_cluster: Count | None = Field(None, description="score: then keep so many rows, spread evenly over the order of the score.")
+    per_cluster: Count | None = Field(None, description="score: then keep this many rows, spread evenly over the order of the score.")
     clusters: Count | None = Field(
         None,
-        description="score: top, middle and per_cluster hold in each of so many clusters of instructions (k-means on TF-IDF), not of all rows.",
+        description="score: apply top, middle and per_cluster within each of this many clusters of instructions (k-means on TF-IDF), not to all "
+        "rows.",
     )
     originals: Literal["keep", "drop"] = Field(
         "keep",
-        description="reflection: drop leaves out all rows whose response is not a reflected one, as the authors' program does.",
+        description="reflection: drop leaves out all rows without a reflected response, as the authors' program does.",
     )
 
 

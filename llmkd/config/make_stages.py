@@ -13,7 +13,7 @@ OPERATIONS = ("add_constraint", "deepen", "concretise", "reasoning", "broaden")
 
 
 def prompt_file() -> Any:
-    return path_to("file", None, description="A text file of prompts in the place of llmkd's own, with the same sections and places.")
+    return path_to("file", None, description="A text file of prompts that replaces llmkd's own, with the same sections and places.")
 
 
 def least_words() -> Any:
@@ -26,13 +26,13 @@ def most_words() -> Any:
 
 @config_dataclass
 class Answer:
-    """The writer answers each row: sequence-level distillation, and labels for rows without answers."""
+    """The writer answers each row: sequence-level distillation, or labels for rows without answers."""
 
     samples: Count = Field(1, description="Answers to each row.")
     system: str | None = Field(
         None,
         min_length=1,
-        description="A system message that the writer reads, before one that the row has, and that stays out of the row.",
+        description="A system message for the writer, placed before the row's own. It is not added to the row.",
     )
 
 
@@ -40,7 +40,7 @@ class Answer:
 class Explain:
     """The writer answers each row under a system message that asks for explanations, which stays in the row (Orca)."""
 
-    samples: Count = Field(1, description="Answers to each row, each under another system message as far as there are some.")
+    samples: Count = Field(1, description="Answers to each row, each under a different system message while there are enough.")
     system: tuple[str, ...] = Field(
         (), description="Sections of the prompt file from which the system messages are drawn; an empty list: all of them."
     )
@@ -49,12 +49,12 @@ class Explain:
 
 @config_dataclass
 class Expand:
-    """New questions from those that are there, some of which the writer reads in each ask (Self-Instruct)."""
+    """New questions, from examples among the existing ones that the writer reads in each ask (Self-Instruct)."""
 
-    count: Count = Field(description="New questions that are wanted.")
+    count: Count = Field(description="Number of new questions.")
     in_context: Count = Field(8, description="Questions that are shown in each ask.")
-    made_in_context: Annotated[int, Field(ge=0)] = Field(2, description="Of these, how many are new ones, once there are so many.")
-    per_ask: Count = Field(8, description="New questions that each ask wants.")
+    made_in_context: Annotated[int, Field(ge=0)] = Field(2, description="Number of these that are new questions, once there are that many.")
+    per_ask: Count = Field(8, description="Number of new questions to request in each ask.")
     min_words: Count = least_words()
     max_words: Count = most_words()
     prompt: str | None = prompt_file()
@@ -62,14 +62,14 @@ class Expand:
 
 @config_dataclass
 class Topics:
-    """New questions from a tree of topics, and from personas that ask them."""
+    """New questions from a tree of topics, asked by personas."""
 
     topics: dict[str, Any] | tuple[str, ...] = Field(
         description="Topics: a list, or a tree of mappings and lists, whose leaves are asked about: {science: [physics, biology]}."
     )
-    personas: tuple[str, ...] = Field((), description="Who asks; every leaf is asked about by each of them. An empty list: anybody.")
+    personas: tuple[str, ...] = Field((), description="Personas who ask; each asks about every leaf. An empty list: no persona.")
     subtopics: Annotated[int, Field(ge=0)] = Field(
-        0, description="Narrower topics that the writer first names for each leaf, which then are the leaves."
+        0, description="Number of narrower topics that the writer first names for each leaf; they become the leaves."
     )
     per_topic: Count = Field(4, description="Questions on each leaf by each persona.")
     min_words: Count = least_words()
@@ -79,22 +79,22 @@ class Topics:
 
 @config_dataclass
 class Evolve:
-    """Harder and rarer questions from those that are there, with their answers; what gains nothing is eliminated (Evol-Instruct)."""
+    """Harder and rarer versions of the existing questions, with answers; changes that gain nothing are rejected (Evol-Instruct)."""
 
-    rounds: Count = Field(1, description="Rounds: each changes what came out of the one before.")
+    rounds: Count = Field(1, description="Number of rounds; each changes the questions of the one before.")
     operations: tuple[Literal[OPERATIONS], ...] = Field(
         OPERATIONS,
         min_length=1,
         description="Ways to change a question, of which one is drawn for each: four make it deeper, broaden replaces it.",
     )
-    judge: bool = Field(True, description="Ask the writer whether a change has added anything, and eliminate it where it has not.")
-    answers: bool = Field(True, description="Ask for the answers, and eliminate questions whose answer is a refusal or says nothing.")
+    judge: bool = Field(True, description="Ask the writer whether a change has added anything, and reject it if not.")
+    answers: bool = Field(True, description="Ask for the answers, and reject questions whose answer is a refusal or says nothing.")
     prompt: str | None = prompt_file()
 
 
 @config_dataclass
 class Paraphrase:
-    """Each question in other words, with the answer that it has."""
+    """Each question in other words, with its answer unchanged."""
 
     samples: Count = Field(1, description="Paraphrases of each question.")
     prompt: str | None = prompt_file()
@@ -102,7 +102,7 @@ class Paraphrase:
 
 @config_dataclass
 class BackTranslate:
-    """Each question translated into another language and back, with the answer that it has."""
+    """Each question translated into another language and back, with its answer unchanged."""
 
     language: str = Field("German", min_length=1, description="The language between.")
     own_language: str = Field("English", min_length=1, description="The language of the rows.")
@@ -111,21 +111,21 @@ class BackTranslate:
 
 @config_dataclass
 class ReflectInstruction:
-    """A better question, and its answer, from each answered row: the version `instruction` of it (Selective Reflection-Tuning)."""
+    """A better question with an answer, from each answered row: its version `instruction` (Selective Reflection-Tuning)."""
 
     prompt: str | None = prompt_file()
 
 
 @config_dataclass
 class ReflectResponse:
-    """A better answer to each answered row: the version `response` of an original, and `both` of a reflected question."""
+    """A better answer for each answered row: the version `response` of an original, or `both` of a reflected question."""
 
     prompt: str | None = prompt_file()
 
 
 @config_dataclass
 class Transcribe:
-    """The writer, a model of speech recognition, writes a transcript of each sound (seeds of format speech)."""
+    """The writer, a speech recognition model, transcribes each sound (seeds of format speech)."""
 
 
 STAGES: dict[str, type] = {

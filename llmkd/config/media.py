@@ -15,39 +15,41 @@ Transforms = tuple[dict[str, Any], ...]
 @config_dataclass
 class InputFeatures:
     kind: Literal["log_mel", "pixels"] = fixed(
-        description="log_mel: of sounds, logarithms of the power in bands of Slaney's mel scale, every 10 ms, as Whisper's; pixels: of images, colours from -1 to 1.",
+        description="log_mel (sounds): logarithm of the power in bands of Slaney's mel scale, every 10 ms, as Whisper's; pixels (images): colours"
+        " from -1 to 1.",
     )
     rate: Annotated[int, Field(ge=1000, le=192_000)] = fixed(
-        16_000, description="Of log_mel: samples a second, a multiple of 200; clips of another rate are resampled."
+        16_000, description="log_mel: samples per second, a multiple of 200. Clips of another rate are resampled."
     )
-    mels: Annotated[int, Field(ge=1, le=1000)] = fixed(80, description="Of log_mel: bands.")
+    mels: Annotated[int, Field(ge=1, le=1000)] = fixed(80, description="log_mel: number of bands.")
     seconds: Annotated[float, Field(ge=0.05, le=3600)] | None = fixed(
-        None, description="Of log_mel: length of every clip's features. Shorter clips end in silence; see data.too_long for longer ones."
+        None,
+        description="log_mel: length of every clip's features. Shorter clips are filled with silence; for longer ones see data.too_long.",
     )
-    size: Annotated[int, Field(ge=4, le=4096)] | None = fixed(
-        None, description="Of pixels: height and width to which every image is resized."
-    )
+    size: Annotated[int, Field(ge=4, le=4096)] | None = fixed(None, description="pixels: height and width to which every image is resized.")
 
 
 @config_dataclass
 class Augment:
     audio: Transforms = fixed(
         (),
-        description="Of formats audio and speech: transforms of audiomentations, one after another, each by its own name and arguments: [{TimeStretch: {p: 0.5, min_rate: 0.9}}]. "
-        "They are drawn anew for every clip in every epoch.",
+        description="For formats audio and speech: transforms of audiomentations, applied in order, each with its name and arguments: "
+        "[{TimeStretch: {p: 0.5, min_rate: 0.9}}]. They are drawn anew for every clip in every epoch.",
     )
     image: Transforms = fixed(
         (),
-        description="Of format image: transforms of albumentations likewise: [{HorizontalFlip: {p: 0.5}}].",
+        description="For format image: transforms of albumentations, in the same form: [{HorizontalFlip: {p: 0.5}}].",
     )
     prompt: Transforms = fixed(
         (),
-        description="Edits, each with the share of words that it changes: [{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. They are made in the users' texts for language models, "
-        "in the prompts for task text_to_text, in the texts for classifiers. Targets stay as they are.",
+        description="Edits of the prompt, each with the share of words that it changes: [{swap: 0.1}, {delete: 0.1}, {typo: 0.05}]. They edit the"
+        " users' texts for language models, the prompts with task: text_to_text, and the texts for classifiers. Targets are "
+        "unchanged.",
     )
     teacher_sees: Literal["same", "clean"] = fixed(
         "same",
-        description="What the teacher reads of an example that was augmented for the student: the same, or the clean one, which a teacher's cache needs.",
+        description="Version of an augmented example that the teacher reads. same: the student's; clean: the original, which a teacher cache "
+        "needs.",
     )
 
 

@@ -32,7 +32,8 @@ class Lora:
         0.0,
         ge=0,
         lt=1,
-        description="Dropout on the adapter's input while training. Its masks follow the example: how a step is cut does not change them.",
+        description="Dropout on the adapter's input while training. Its masks depend on the example, not on how a step is split into "
+        "micro-batches.",
     )
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = fixed(
         "all-linear",
@@ -50,8 +51,8 @@ class LayerChoice:
     count: Count = fixed(description="Number of layers that are kept.")
     by: Literal["block_influence", "even"] = fixed(
         "block_influence",
-        description="block_influence: those that change the hidden states most, measured on training rows before the first step (ShortGPT); even: evenly "
-        "spaced, the first and the last among them.",
+        description="block_influence: the layers that change the hidden states most, measured on training rows before the first step (ShortGPT); "
+        "even: evenly spaced, including the first and the last.",
     )
 
 
@@ -99,16 +100,17 @@ class Student:
     )
     layers: Layers = fixed(
         None,
-        description="Layers of the base that are kept, by number from 0; the others are left out before training, and the student is an ordinary smaller "
-        "model. A list such as [0, 2, 5], or how they are chosen; of an encoder-decoder model {encoder: all, decoder: [0, 3]}; null: all.",
+        description="Layers of the base to keep, counted from 0. The others are removed before training; the student is an ordinary smaller "
+        "model. A list such as [0, 2, 5], or settings that choose the layers; for an encoder-decoder model {encoder: all, decoder: "
+        "[0, 3]}; null: all layers.",
     )
     freeze: Literal["encoder"] | None = fixed(
-        None, description="Of an encoder-decoder model: encoder, which is not trained then, and gets no adapter; null: nothing is frozen."
+        None, description="For an encoder-decoder model: encoder freezes the encoder, which then gets no adapter; null: nothing is frozen."
     )
     keep_encoded: Count | None = changeable(
         None,
-        description="With freeze: encoder and task: speech_recognition: number of clips whose encoder states are kept in the host's memory, so that the "
-        "encoder computes them once for all epochs, and for a teacher with the same encoder too; null: none.",
+        description="With freeze: encoder and task: speech_recognition: number of clips whose encoder states are kept in the host's memory. The "
+        "encoder then computes them once for all epochs, and for a teacher with the same encoder too. null: none.",
     )
     tokenizer: str | None = fixed(
         None, path="model", description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own."
@@ -129,8 +131,8 @@ class Student:
     )
     gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Literal["offload"] = changeable(
         False,
-        description="Recompute activations in the backward pass to save memory. true: in every layer but the last; a fraction: in that fraction of the "
-        "layers, counted from the first; offload: as true, and each layer's input waits in the host's memory.",
+        description="Recompute activations in the backward pass to save memory. true: in every layer but the last; a fraction: in that fraction "
+        "of the layers, counted from the first; offload: as true, with each layer's input kept in the host's memory.",
     )
 
     @property
@@ -143,9 +145,10 @@ class Student:
 class Loss:
     kd_ratio: Scheduled[Share | None] = fixed(
         None,
-        description="Weight of the distillation term: the loss is (1 - kd_ratio) CE + kd_ratio T^2 D. Default 0.5 with a teacher, 0 without; with 0 no "
-        "teacher is loaded, unless features need it. Or a schedule over the optimizer steps, {from: 1.0, to: 0.3, shape: cosine}: shape is linear (the default), cosine, or constant "
-        "(from, and then to); to is reached in the last step, or after steps, or after a ratio of all steps.",
+        description="Weight of the distillation term: the loss is (1 - kd_ratio) CE + kd_ratio T^2 D. Default 0.5 with a teacher, 0 without. With"
+        " 0 no teacher is loaded, unless features need it. Or a schedule over the optimizer steps, {from: 1.0, to: 0.3, shape: "
+        "cosine}. shape: linear (the default), cosine, or constant (from, and then to). to is reached in the last step, or after "
+        "steps, or after a ratio of all steps.",
     )
     divergence: Literal[tuple(DIVERGENCES)] = fixed(
         "forward_kl", description="D: the divergence between the teacher's and the student's distributions."
@@ -165,22 +168,22 @@ class Loss:
     )
     normalize: Literal["targets", "weights"] = fixed(
         "targets",
-        description="What the loss is divided by where sources or rules give other weights than 1. targets: the number of targets of the optimizer step, or "
-        "of those that are kept. weights: each term by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps "
-        "its share of the loss; with target_weights or keep each step then takes a forward pass more.",
+        description="Divisor of the loss, if sources or rules give weights other than 1. targets: the number of targets of the optimizer step "
+        "(with keep, of kept targets). weights: for each term the sum of the absolute values of its weights, so that a term with few "
+        "targets keeps its share of the loss; with target_weights or keep, each step then needs one more forward pass.",
     )
     target_weights: TargetWeights | None = fixed(
         None,
-        description="Weigh each target by a rule, in addition to the weights of its source: a number from 0 to 1 that the models' distributions, or the "
-        "target's position, give. null: all alike.",
+        description="Weigh each target by a rule, in addition to the weights of its source. The rule gives a score from 0 to 1, from the models' "
+        "distributions or the target's position. null: equal weights.",
     )
     keep: KeepOrShare = fixed(
         1.0,
-        description="Share of the targets that count, above 0 and up to 1: of each example those that a rule puts first. The others are in no term, and the loss "
-        "is divided by the number of those that count. Or settings, {share: 0.5, by: position}.",
+        description="Share of each example's targets that count, above 0 and up to 1: those with the highest scores. The others are in no term, "
+        "and the loss is divided by the number of those that count. Or settings, {share: 0.5, by: position}.",
     )
     features: Features | None = fixed(
-        None, description="Hidden states inside the student are to be the teacher's too, as a further term; null: none."
+        None, description="Feature distillation, a further term: the student's hidden states are trained towards the teacher's; null: none."
     )
     chunk_size: Count | None = changeable(
         None,
@@ -220,18 +223,20 @@ class Train:
     )
     micro_batch_size: Count | None = changeable(
         None,
-        description="Most examples in one forward pass of one process (4 unless micro_batch_tokens is set). More is faster and takes more memory.",
+        description="Maximum number of examples in one forward pass of one process (4 unless micro_batch_tokens is set). More is faster and takes"
+        " more memory.",
     )
     micro_batch_tokens: Count | Literal["auto"] | None = changeable(
         None,
-        description="Instead of micro_batch_size: most tokens in one forward pass of one process, padding included; a longer example is a micro-batch "
-        "of its own. auto: as many as fit into memory, measured before the first step; on one process, running out of memory while training "
-        "halves it. It changes the result only through a model's own dropout (not LoRA's), whose masks are drawn for each micro-batch.",
+        description="Instead of micro_batch_size: maximum number of tokens in one forward pass of one process, padding included. A longer example"
+        " is a micro-batch of its own. auto: as many as fit into memory, measured before the first step; on one process, running out "
+        "of memory while training halves it. It changes the result only through a model's own dropout (not LoRA's), whose masks are "
+        "drawn for each micro-batch.",
     )
     epochs: Count | None = fixed(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = fixed(None, description="Instead of epochs: number of optimizer steps.")
     group_by_length: Count = fixed(
-        1, description="Sort the examples of this many optimizer steps together by length, for less padding. 1: batches stay as drawn."
+        1, description="Sort the examples of this many optimizer steps together by length, for less padding. 1: no sorting."
     )
     log_every: Count = changeable(1, description="Optimizer steps between records in metrics.jsonl.")
     shard: Shard = changeable(
@@ -243,8 +248,9 @@ class Train:
         600.0,
         ge=10,  # beats come every second, and a late one is none that is missing
         le=7200,  # what is waited for elsewhere (`heartbeat.PATIENT`)
-        description="Seconds for which one of several processes may stand still before the run ends with a line that names it. Longer than a micro-batch "
-        "takes at its longest, with what train.compile does in the first. What one process does for the others, such as loading and checkpoints, may take two hours.",
+        description="Seconds for which one of several processes may hang before the run ends with a line that names it. It must exceed the "
+        "longest micro-batch, including compilation in the first with train.compile. Work that one process does for the others, such "
+        "as loading and checkpoints, may take two hours.",
     )
     compile: bool = changeable(
         False,
@@ -259,10 +265,10 @@ class ErrorRates:
 
     normaliser: Literal["none", "basic", "english"] = fixed(
         "basic",
-        description="What is done to both texts before they are compared. none: nothing; basic: small letters, no punctuation; english: also contractions "
-        "and numbers written out. basic and english are Whisper's. Rates of two normalisers do not compare.",
+        description="Normalisation of both texts before they are compared. none: nothing; basic: lower case, no punctuation; english: also "
+        "contractions and spelled-out numbers. basic and english are Whisper's. Rates of different normalisers are not comparable.",
     )
-    limit: Count | None = fixed(None, description="Held-out examples that are written, the first ones; null: all.")
+    limit: Count | None = fixed(None, description="Number of held-out examples, the first ones; null: all.")
     max_tokens: Count = fixed(64, description="Longest of these texts, in tokens.")
 
 
@@ -272,17 +278,19 @@ class Validation:
     micro_batch_size: Count = changeable(8, description="Examples per forward pass.")
     compare_to_teacher: bool = fixed(
         False,
-        description="Measure KL to the recipe's teacher and agreement with it also where loss.kd_ratio is 0: the teacher is then loaded for "
-        "validation alone. A sweep sets it.",
+        description="Measure KL to the recipe's teacher and agreement with it even if loss.kd_ratio is 0; the teacher is then loaded for "
+        "validation alone. A sweep sets this.",
     )
     samples: Annotated[int, Field(ge=0)] = changeable(
         0,
-        description="Held-out prompts that the student answers at every validation, always by the most likely token, into samples.jsonl of the run's "
-        "folder; 0: none. The training is the same with and without.",
+        description="Number of held-out prompts that the student answers at every validation, with the most likely tokens, into samples.jsonl of "
+        "the run's folder; 0: none. It does not change the training.",
     )
     sample_tokens: Count = changeable(64, description="Longest of these answers, in tokens.")
     error_rates: ErrorRates | None = fixed(
-        None, description="With task: text_to_text or speech_recognition: measure wer and cer of what the student writes; null: not."
+        None,
+        description="With task: text_to_text or speech_recognition: let the student write the held-out texts, and measure wer and cer; null: do "
+        "not.",
     )
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64,
@@ -296,8 +304,8 @@ class Checkpoint:
     keep: Count = changeable(2, description="Number of checkpoints kept, the newest ones.")
     best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "f1", "wer", "cer"] | None = changeable(
         None,
-        description="Also keep the best checkpoint by this validation metric; a checkpoint is then written at every validation. Of equal ones the earlier "
-        "is kept. accuracy and f1 (macro F1) are of task: classification; wer and cer need validation.error_rates.",
+        description="Also keep the best checkpoint by this validation metric, the earlier of equal ones; a checkpoint is then written at every "
+        "validation. accuracy and f1 (macro F1) are for task: classification; wer and cer need validation.error_rates.",
     )
 
 

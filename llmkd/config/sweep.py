@@ -25,7 +25,7 @@ class Stage:
     cache: str | None = path_to(
         "file",
         None,
-        description="Instead of a recipe that is trained: one whose teacher caches are written, which later stages and runs read.",
+        description="Instead of a recipe to train: a recipe whose teacher caches are written, for later stages and runs.",
     )
     set: dict[str, Any] = Field(default_factory=dict, description="Changes to the settings of the recipe, or of make, by dotted path.")
 
@@ -47,9 +47,9 @@ class Evaluation:
     tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is evaluated; none by default.")
     tasks_dir: str | None = path_to("folder", None, description="Folder of task files for local data (llmkd tasks writes one).")
     fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of few-shot examples; null: the task's own number.")
-    limit: Count | None = Field(None, description="Most questions of each task; null: all.")
+    limit: Count | None = Field(None, description="Maximum number of questions of each task; null: all.")
     batch_size: Count | None = Field(None, description="Sequences per forward pass; null: the harness's own choice.")
-    chat_template: bool = Field(False, description="Render the prompts in the student's chat template, few-shot examples as its turns.")
+    chat_template: bool = Field(False, description="Render the prompts in the student's chat template, with few-shot examples as turns.")
     allow_task_code: bool = Field(False, description="Run the Python that task files in tasks_dir name (!function and its like).")
 
 
@@ -70,7 +70,7 @@ class Sweep:
     seeds: tuple[Seed, ...] = Field((), description="Every arm is trained once with each of these seeds. An empty list: the recipe's seed.")
     baseline: str | None = Field(None, description="Arm that the others are compared with; null: the first.")
     students_per_teacher: Count | None = Field(
-        None, description="Most students that train side by side with one teacher; null: as many as can, 1: one after another."
+        None, description="Maximum number of students that train side by side with one teacher. null: no maximum; 1: one after another."
     )
     eval: Evaluation = Field(default_factory=Evaluation)
 

@@ -24,16 +24,14 @@ class TargetWeights:
     by: str = fixed(
         description="The score of a target, 0 to 1, always at temperature 1. teacher_entropy, student_entropy: the entropy of that model's "
         "distribution, divided by the logarithm of the vocabulary's size; divergence: the Hellinger distance of the two distributions; confidence: 1 "
-        "minus the student's probability of the target; position: 1 at the first target of an example, half of it every half_life targets. Or a rule "
-        "that was registered from Python."
+        "minus the student's probability of the target; position: 1 at the first target of an example, halved every half_life targets. Or a rule "
+        "registered from Python."
     )
     power: float = fixed(1.0, ge=0.01, le=100, description="The weight is the score to this power.")
-    invert: bool = fixed(False, description="1 - score in place of the score: those targets count most whose score is low.")
-    half_life: float | None = fixed(
-        None, ge=0.01, le=1e6, description="position: after how many targets of an example the score is half (64)."
-    )
+    invert: bool = fixed(False, description="Use 1 - score, so that targets with low scores count most.")
+    half_life: float | None = fixed(None, ge=0.01, le=1e6, description="position: number of targets after which the score is halved (64).")
     terms: Annotated[tuple[Literal["ce", "kd"], ...], Field(min_length=1)] = fixed(
-        ("kd",), description="The terms whose targets are weighed: kd, ce, or both."
+        ("kd",), description="Terms to which the weights apply: kd, ce, or both."
     )
 
 
@@ -43,10 +41,10 @@ class Keep:
 
     share: float = fixed(gt=0, le=1, description="Share of an example's targets that are kept, rounded up.")
     by: str | None = fixed(
-        None, description="The score, as for target_weights. null: that of target_weights, or without one student_entropy."
+        None, description="The score, as for target_weights. null: that of target_weights, or student_entropy without one."
     )
     invert: bool | None = fixed(
-        None, description="Keep the targets with the lowest scores. null: as target_weights has it where its score is used, else false."
+        None, description="Keep the targets with the lowest scores. null: the value in target_weights if its score is used, else false."
     )
 
 

@@ -51,8 +51,9 @@ class Cache:
     path: str = fixed(min_length=1, path="output", description="Folder of the cache.")
     kind: Literal[tuple(CACHE_KINDS)] | None = fixed(
         None,
-        description="What is stored for each target. hidden: the teacher's last hidden state, of a classifier its logits (exact; the default of classifiers). topk (default of language models): the teacher's most likely "
-        "tokens and the tail mass. sampled: tokens sampled from the teacher (unbiased, for forward_kl only).",
+        description="What is stored for each target. topk (default for language models): the teacher's most likely tokens and the tail mass. "
+        "hidden (default for classifiers): the teacher's last hidden state, or a classifier's logits; exact. sampled: tokens sampled "
+        "from the teacher; unbiased, for forward_kl only.",
     )
     k: Count | None = fixed(None, description="topk: number of most likely tokens (64).")
     value_bits: Annotated[int, Field(ge=4, le=16)] | None = fixed(None, description="topk: bits per log-probability (8).")
@@ -86,32 +87,35 @@ class Teacher:
     )
     ema: Annotated[float, Field(ge=0, lt=1)] | None = fixed(
         None,
-        description="Instead of model: the teacher is the exponential moving average of the student's own trainable weights, updated after each step: of this much "
-        "of itself and the rest of the student (0.999). Frozen weights are in memory once; it is kept in checkpoints.",
+        description="Instead of model: the teacher is the exponential moving average of the student's own trainable weights. After each step it "
+        "is this fraction of itself (such as 0.999) and the rest of the student. Frozen weights are in memory once; the average is in"
+        " the checkpoints.",
     )
     server: str | None = changeable(
         None,
-        description="Address of a server that is asked for the teacher's log-probabilities, http://host:port: no teacher is loaded, and its answers are kept "
-        "(in cache.path, or else in a folder of data.cache_dir), so that nothing is asked twice.",
+        description="Address of a server that gives the teacher's log-probabilities, http://host:port. No teacher is loaded. Answers are kept in "
+        "cache.path, or else in a folder of data.cache_dir, so that nothing is asked twice.",
     )
     api: Literal["vllm", "sglang"] | None = fixed(None, description="server: its interface (vllm).")
     top_k: Count | None = fixed(
         None,
-        description="server: number of most likely tokens that it is asked for (64). vLLM gives at most its --max-logprobs, 20 by default.",
+        description="server: number of most likely tokens to ask for (64). vLLM returns at most its --max-logprobs, 20 by default.",
     )
-    requests: Count | None = changeable(None, description="server: most requests at one time, from each process (8).")
+    requests: Count | None = changeable(None, description="server: maximum number of concurrent requests of each process (8).")
     timeout: Seconds | None = changeable(None, description="server: seconds that one request may take (300).")
     patience: Patience | None = changeable(
         None,
-        description="server: seconds for which a request is repeated while the server is gone or busy (600), so that it may be started anew meanwhile.",
+        description="server: seconds for which a request is retried while the server is gone or busy (600), so that it can be restarted "
+        "meanwhile.",
     )
     api_key_env: str | None = changeable(
         None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
     reads: str | None = fixed(
         None,
-        description="The column of the rows that the teacher reads in place of the student's, to predict the same targets: text, audio or image of "
-        "task: classification, prompt (a text) of speech_recognition and next to another text of format labelled; null: what the student reads.",
+        description="Column that the teacher reads instead of the student's, to predict the same targets. With task: classification text, audio, "
+        "image, or prompt (another text, with format labelled); with task: speech_recognition prompt (a text); null: the student's "
+        "column.",
     )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
     base: str | None = fixed(
@@ -121,7 +125,7 @@ class Teacher:
     merge_adapter: bool = fixed(
         False,
         description="Merge the adapter into its base, for half as many kernels per layer. The merge is computed in float32 and rounded to the "
-        "teacher's dtype. Merged weights are not shared with the student, whatever share_base says.",
+        "teacher's dtype. Merged weights are never shared with the student.",
     )
     dtype: Dtype = fixed("auto", description="Dtype of the teacher's weights; auto: the dtype they were saved in.")
     attention: Attention = fixed("auto", description="Attention implementation; auto: the default of transformers.")
@@ -131,13 +135,13 @@ class Teacher:
     )
     device: str | None = changeable(
         None,
-        description="Device of the teacher's weights. null: the student's; cpu, cuda:1, ...: that one; offload: CPU memory, from where each layer is "
+        description="Device of the teacher's weights. null: the student's; cpu, cuda:1, ...: that device; offload: CPU memory, with each layer "
         "copied to the student's device while it computes.",
     )
     shard: Shard | None = changeable(
         None,
-        description="How several processes hold the teacher. none: each holds all of it; full: each holds a part of every weight; null: as train.shard "
-        "says.",
+        description="How several processes hold the teacher. none: each holds all of it; full: each holds a part of every weight; null: as in "
+        "train.shard.",
     )
     cache: Cache | None = fixed(None, description="Teacher cache: llmkd cache writes it; a run then reads it and loads no teacher.")
     weight: float = fixed(1.0, ge=1e-6, le=1e6, description="With several teachers: relative weight of this one in the mixture.")

@@ -15,7 +15,7 @@ Layers = Literal["middle", "uniform", "last"] | Annotated[tuple[tuple[Layer, Lay
 #: What `layers` means, for descriptions.
 LAYERS = (
     "middle: half of each model's layers, rounded up; last: the last of both; uniform: each of the student's but the last with the teacher's at the "
-    "same share of its depth; or a list of pairs [student's, teacher's], counted from 1."
+    "same relative depth; or a list of pairs [student's, teacher's], counted from 1."
 )
 
 
@@ -30,12 +30,12 @@ class AttentionLoss:
     layers: Layers = fixed("last", description=f"Pairs of layers that are compared; A is their mean. {LAYERS}")
     what: Literal["maps", "relations"] = fixed(
         "maps",
-        description="maps: KL between the two models' attention over the positions that both see, the mean over heads. relations: of queries, keys "
-        "and values with one another, cut into relation_heads parts (MiniLMv2): for models of any heads and widths.",
+        description="maps: KL between the two models' attention maps, over the positions that both see, mean over heads. relations: KL between "
+        "relations of queries, keys and values, each split into relation_heads parts (MiniLMv2), for models of any heads and widths.",
     )
     heads: Literal["each", "mean"] | None = fixed(
         None,
-        description="maps: each (default): head by head, for models with equally many; mean: the heads' mean maps, for any number.",
+        description="maps: each (default): head by head, for models with equally many heads; mean: the mean map of all heads, for any number.",
     )
     relation_heads: Count | None = fixed(
         None, description="relations: number of parts (32); it must divide the widths of queries, keys and values of both models."
