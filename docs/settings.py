@@ -11,11 +11,14 @@ from llmkd.config.sweep import Sweep
 HEAD = """\
 # Settings
 
-Every setting of a recipe, of a sweep and of a file of `llmkd make`, as `llmkd train --help all` and `llmkd sweep --help all` list them (`llmkd train --help loss` has one section). Each can be given in the YAML file, and on the command line
-by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
+All settings of a recipe, of a sweep and of a file of `llmkd make`. `llmkd train --help all`, `llmkd sweep --help all` and `llmkd make --help all` print the same lists, and `llmkd train --help loss` prints one section.
 
-What a path is relative to: [Paths](operations.md#paths). `null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
-`student` have the same settings under `quantization`. Models of the stages *keep* and *score* of `llmkd make` have the same settings as `student` of *score*.
+- A setting is given in the YAML file, or on the command line by its dotted path (`--optim.lr 1e-4`).
+- `null` means not given. [Paths](operations.md#paths) says what a path is relative to.
+- `data.validation` and `data.choices` are sources, with the settings of `data.train`. `student.quantization` and `teacher.quantization` have the same settings.
+- In a file of `llmkd make`, the models of the stages *keep* and *score* have the settings of `student` in *score*.
+
+This page is written by `python docs/settings.py`.
 """
 #: Sections whose settings are listed once, under another name.
 SAME = {"data.validation.": "data.train.", "data.choices.": "data.train.", "seeds.": "data.train."}

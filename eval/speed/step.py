@@ -176,11 +176,11 @@ def _version(name: str) -> str | None:
 def footing(setup: Setup) -> list[str]:
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[setup.dtype]
     return [
-        "Medians over all steps but each round's first. Peak: beside the weights, of the last round. The last column but one: how far the means of "
-        f"the first step's CE and KL are from those of plain transformers' whole logits, relative to them; {TOLERANCE[setup.dtype]:.0e} is let "
-        f"pass in {name}. The products alone are those of the linear layers of both bodies (frozen weights have no gradient) and of the heads at "
-        "the targets, without attention's own. Of llmkd's rows the norm of the first step's gradient is compared too, of peers' it is not. Peers take "
-        "examples as they come; llmkd sorts those of a step by length, so that it pads less."
+        "Medians over all steps but each round's first. Peak: beside the weights, of the last round. The last column but one: the relative "
+        "difference of the first step's mean CE and KL from those of plain transformers' whole logits; "
+        f"{TOLERANCE[setup.dtype]:.0e} is accepted in {name}. The products alone are those of the linear layers of both bodies (frozen weights "
+        "have no gradient) and of the heads at the targets, without those of attention. For llmkd's rows the norm of the first step's gradient is "
+        "compared too, for peers' it is not. Peers take examples as they come; llmkd sorts those of a step by length, so it pads less."
         + ("" if setup.dtype == torch.float32 else " Small shapes of the same family in float32, on a CPU, hold peers' weights to 1e-05."),
     ]
 
