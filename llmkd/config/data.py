@@ -36,7 +36,8 @@ class SourceLoss:
 class Source:
     path: str = fixed(
         path="data",
-        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
+        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them or of sound or image files, a hub data set, builtin:skills "
+        "(a generated corpus) or builtin:sounds (generated clips).",
     )
     format: Literal[tuple(FORMATS)] = fixed(
         "alpaca",
@@ -110,15 +111,13 @@ class Source:
         le=1000,
         description="Passes over this source per epoch. 2: every row is used twice; 0.5: half of the rows, drawn anew each epoch.",
     )
-    teacher: str | None = fixed(
-        None, description="Name of the teacher that is used for these rows; null: all teachers, combined by mixture."
-    )
+    teacher: str | None = fixed(None, description="Name of the teacher of these rows; null: all teachers, combined by mixture.")
     loss: SourceLoss = Field(default_factory=SourceLoss)
     divergence: Literal[tuple(DIVERGENCES)] | None = fixed(
         None, description="For a training source: the divergence at its targets, instead of loss.divergence; null: loss.divergence."
     )
     divergence_options: dict[str, float] = fixed(
-        default_factory=dict, description="Options of this divergence, as of loss.divergence_options."
+        default_factory=dict, description="Options of this divergence, as in loss.divergence_options."
     )
 
 
@@ -131,7 +130,8 @@ class Data:
     )
     choices: Source | None = changeable(
         None,
-        description="Multiple-choice questions, scored at the end of the run. Rows have the format's columns without the answer's, and choices (texts) and answer (an index).",
+        description="Multiple-choice questions, scored at the end of the run. Rows have the format's columns except the answer's, and also "
+        "choices (a list of texts) and answer (an index).",
     )
     max_length: Annotated[int, Field(ge=2)] = fixed(512, shapes=("tokens", "teacher"), description="Longest example in tokens.")
     too_long: Literal["drop", "truncate", "split", "refuse"] = fixed(
@@ -158,8 +158,8 @@ class Data:
     )
     share_prefixes: bool = changeable(
         False,
-        description="With packing: compute a prefix that several examples of a micro-batch share, such as the start of a template, only once. The "
-        "result is the same up to rounding; dropout in the prefix is that of one of them.",
+        description="With packing: compute a prefix that several examples of a micro-batch share, such as the start of a template, only once. The"
+        " result is the same up to rounding; dropout in the prefix is that of one of the examples.",
     )
     streaming: bool = fixed(
         False, description="Read and tokenise training rows during training instead of before it; needs train.max_steps."

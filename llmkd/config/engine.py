@@ -19,7 +19,7 @@ class Engine:
         description="Address of a vLLM server that serves the student's base with --enable-lora, and is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: "
         "http://host:port.",
     )
-    api: Literal["vllm"] = changeable("vllm", description="Its interface. SGLang loads adapters in another way, and is not supported.")
+    api: Literal["vllm"] = changeable("vllm", description="The server's API. SGLang loads adapters differently and is not supported.")
     model: str | None = changeable(
         None, description="Name under which the server serves the student's base; null: its only model that is not an adapter."
     )

@@ -20,7 +20,9 @@ class Features:
     """
 
     weight: Scheduled[Annotated[float, Field(ge=0, le=1e6)]] = fixed(
-        1.0, description="Weight of this term in the loss; 1 - kd_ratio and kd_ratio stay as they are. Or a schedule, as for kd_ratio."
+        1.0,
+        description="Weight of this term, which is added to the loss; the weights of the other terms are unchanged. Or a schedule, as for "
+        "kd_ratio.",
     )
     layers: Layers = fixed(
         "middle",
@@ -42,8 +44,9 @@ class Features:
     )
     scale: Literal["teacher_variance", "none"] = fixed(
         "teacher_variance",
-        description="teacher_variance: the distance is divided by that of the teacher's mean state from its states (with mse its variance), measured "
-        "once before the first step: the term is then the share that is left unexplained, and 1 is no better than the mean. none: as it is.",
+        description="teacher_variance: divide the distance by the distance of the teacher's states from their mean (with mse their variance), "
+        "measured once before the first step. The term is then the unexplained share; 1 is no better than the mean. none: no "
+        "division.",
     )
     lr: float | None = fixed(
         None,

@@ -50,7 +50,7 @@ class Writer:
     model: str | None = path_to(
         "model",
         None,
-        description="Folder or hub id of a model, or of a LoRA adapter; with server or command: the name under which it is known there.",
+        description="Folder or hub id of a model, or of a LoRA adapter; with server or command: its name there.",
     )
     server: str | None = Field(
         None, description="Address of a server with OpenAI's chat completions (vLLM, llama.cpp, Ollama, vendors): http://host:port."
@@ -84,7 +84,7 @@ class Writer:
     body: dict[str, Any] = Field(
         default_factory=dict,
         description="server: further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}, or {max_tokens: null, "
-        "max_completion_tokens: 512} where a server wants another name; null leaves a field out.",
+        "max_completion_tokens: 512} for a server that uses another name; null leaves a field out.",
     )
     temperature: float = Field(0.0, ge=0, description="Temperature of sampling; 0: always the most likely token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens that have this share of the probability.")

@@ -23,15 +23,14 @@ class Balance:
     """Kinds of rows, and the most that each may be of those that stay."""
 
     max_share: float = Field(gt=0, le=1, description="Largest share of a kind in the rows that stay; as many rows stay as possible.")
-    column: str | None = Field(
-        None, min_length=1, description="The column that names a row's kind; null: kinds are clusters of instructions."
-    )
+    column: str | None = Field(None, min_length=1, description="Column that names a row's kind; null: kinds are clusters of instructions.")
     clusters: Count | None = Field(None, description="Without a column: the number of clusters (100), by k-means.")
     on: Literal["words", "hidden"] | None = Field(
         None,
-        description="Without a column: words (the default), TF-IDF of words and pairs of them; hidden, the model's mean last hidden states.",
+        description="Without a column: what is clustered. words (the default): TF-IDF of words and word pairs; hidden: the model's mean last "
+        "hidden states.",
     )
-    model: ScoringModel | None = Field(None, description="With on: hidden, the model.")
+    model: ScoringModel | None = Field(None, description="With on: hidden: the model.")
     batch_size: Count | None = Field(None, description="With on: hidden, number of instructions at a time (16).")
 
 
@@ -69,7 +68,7 @@ class Keep:
         None, description="Leave out answers of fewer words. In scripts without spaces each character is a word."
     )
     max_words: Count | None = Field(None, description="Leave out answers of more words.")
-    refusals: bool = Field(False, description="true: leave out answers that begin as a refusal does.")
+    refusals: bool = Field(False, description="true: leave out answers that begin like a refusal.")
     refusal_phrases: tuple[str, ...] | None = Field(
         None, min_length=1, description="With refusals: phrases that identify a refusal, instead of llmkd's own, which are English."
     )

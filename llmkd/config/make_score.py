@@ -47,7 +47,8 @@ class Score:
     )
     format: Literal["chat", "alpaca"] = Field(
         "chat",
-        description="How the models read a row: chat, by the tokenizer's chat template; alpaca, as the prompt of Stanford Alpaca, for models without one.",
+        description="How the models read a row. chat: in the tokenizer's chat template; alpaca: in the prompt of Stanford Alpaca, for models "
+        "without a chat template.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest row in tokens; a longer one gets no score.")
     too_long: Literal["reject", "refuse"] = Field(

@@ -52,7 +52,7 @@ class Expand:
     """New questions, from examples among the existing ones that the writer reads in each ask (Self-Instruct)."""
 
     count: Count = Field(description="Number of new questions.")
-    in_context: Count = Field(8, description="Questions that are shown in each ask.")
+    in_context: Count = Field(8, description="Number of questions shown in each ask.")
     made_in_context: Annotated[int, Field(ge=0)] = Field(2, description="Number of these that are new questions, once there are that many.")
     per_ask: Count = Field(8, description="Number of new questions to request in each ask.")
     min_words: Count = least_words()
@@ -65,13 +65,13 @@ class Topics:
     """New questions from a tree of topics, asked by personas."""
 
     topics: dict[str, Any] | tuple[str, ...] = Field(
-        description="Topics: a list, or a tree of mappings and lists, whose leaves are asked about: {science: [physics, biology]}."
+        description="A list of topics, or a tree of mappings and lists whose leaves are asked about: {science: [physics, biology]}."
     )
     personas: tuple[str, ...] = Field((), description="Personas who ask; each asks about every leaf. An empty list: no persona.")
     subtopics: Annotated[int, Field(ge=0)] = Field(
         0, description="Number of narrower topics that the writer first names for each leaf; they become the leaves."
     )
-    per_topic: Count = Field(4, description="Questions on each leaf by each persona.")
+    per_topic: Count = Field(4, description="Number of questions on each leaf by each persona.")
     min_words: Count = least_words()
     max_words: Count = most_words()
     prompt: str | None = prompt_file()
@@ -85,7 +85,7 @@ class Evolve:
     operations: tuple[Literal[OPERATIONS], ...] = Field(
         OPERATIONS,
         min_length=1,
-        description="Ways to change a question, of which one is drawn for each: four make it deeper, broaden replaces it.",
+        description="Ways to change a question; one is drawn for each question. broaden replaces it, the others make it harder.",
     )
     judge: bool = Field(True, description="Ask the writer whether a change has added anything, and reject it if not.")
     answers: bool = Field(True, description="Ask for the answers, and reject questions whose answer is a refusal or says nothing.")
@@ -96,7 +96,7 @@ class Evolve:
 class Paraphrase:
     """Each question in other words, with its answer unchanged."""
 
-    samples: Count = Field(1, description="Paraphrases of each question.")
+    samples: Count = Field(1, description="Number of paraphrases of each question.")
     prompt: str | None = prompt_file()
 
 
@@ -104,8 +104,8 @@ class Paraphrase:
 class BackTranslate:
     """Each question translated into another language and back, with its answer unchanged."""
 
-    language: str = Field("German", min_length=1, description="The language between.")
-    own_language: str = Field("English", min_length=1, description="The language of the rows.")
+    language: str = Field("German", min_length=1, description="Intermediate language.")
+    own_language: str = Field("English", min_length=1, description="Language of the rows.")
     prompt: str | None = prompt_file()
 
 

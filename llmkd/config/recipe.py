@@ -127,7 +127,7 @@ class Student:
     attention: Attention = fixed("auto", description="Attention implementation; auto: the default of transformers.")
     mixed_precision: Literal["no", "bf16"] = fixed(
         "no",
-        description="bf16: compute the matrix products of float32 weights in bfloat16 (autocast); the head and the loss stay as they are.",
+        description="bf16: compute the matrix products of float32 weights in bfloat16 (autocast), except those of the head and the loss.",
     )
     gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Literal["offload"] = changeable(
         False,
@@ -187,9 +187,10 @@ class Loss:
     )
     chunk_size: Count | None = changeable(
         None,
-        description="Targets whose logits are computed at a time. It changes memory and speed, not the result. Default on a GPU: 2048, or down to "
-        "1024 if two tiles of logits would take more than an eighth of the memory that the models leave free. Default on a CPU: the rows of a "
-        "float32 tile of 32 MiB, 128 to 4096. With train.micro_batch_tokens: auto, running out of memory halves it, down to 128.",
+        description="Number of targets whose logits are computed at a time. It changes memory and speed, not the result. Default on a GPU: 2048, "
+        "or down to 1024 if two tiles of logits would take more than an eighth of the memory that the models leave free. Default on a"
+        " CPU: the rows of a float32 tile of 32 MiB, 128 to 4096. With train.micro_batch_tokens: auto, running out of memory halves "
+        "it, down to 128.",
     )
     attention: AttentionLoss | None = fixed(None, description="Attention distillation, as a further term; null: none.")
 
@@ -198,7 +199,7 @@ class Loss:
 class Optim:
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = fixed(
         "adamw",
-        description="adamw: torch's AdamW. The others are AdamW of bitsandbytes: with 8-bit state, with state paged to CPU memory, or with both.",
+        description="adamw: torch's AdamW. The others are bitsandbytes' AdamW, with 8-bit state, with state paged to CPU memory, or with both.",
     )
     lr: float = fixed(2e-4, gt=0, le=1000, description="Peak learning rate.")
     weight_decay: float = fixed(0.0, ge=0, le=1000, description="AdamW's decoupled weight decay, on matrices only.")
@@ -326,8 +327,8 @@ class Recipe:
     output_dir: str = changeable("", path="output", description="Folder for everything the run writes.")
     task: Literal["causal_lm", "classification", "text_to_text", "speech_recognition"] = fixed(
         "causal_lm",
-        description="What the models do. causal_lm: they predict the next token of a text; classification: the class of a text; text_to_text: the tokens "
-        "of an answer to a text that an encoder reads (T5, BART); speech_recognition: the transcript of a sound (Whisper).",
+        description="What the models predict. causal_lm: the next token of a text; classification: the class of a text, sound or image; "
+        "text_to_text: an answer to a text that an encoder reads (T5, BART); speech_recognition: the transcript of a sound (Whisper).",
     )
     seed: Seed = fixed(0, description="Seed of the data's order, of new weights and of dropout.")
     student: Student = Field(default_factory=Student)
@@ -339,7 +340,8 @@ class Recipe:
     loss: Loss = Field(default_factory=Loss)
     on_policy: OnPolicy | None = fixed(
         None,
-        description="On-policy distillation: the student writes answers itself, and learns from the teacher there; null: from the data alone.",
+        description="On-policy distillation: the student writes answers itself and learns from the teacher's distribution on them; null: it "
+        "learns from the data alone.",
     )
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)

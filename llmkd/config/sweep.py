@@ -50,7 +50,7 @@ class Evaluation:
     limit: Count | None = Field(None, description="Maximum number of questions of each task; null: all.")
     batch_size: Count | None = Field(None, description="Sequences per forward pass; null: the harness's own choice.")
     chat_template: bool = Field(False, description="Render the prompts in the student's chat template, with few-shot examples as turns.")
-    allow_task_code: bool = Field(False, description="Run the Python that task files in tasks_dir name (!function and its like).")
+    allow_task_code: bool = Field(False, description="Run the Python that task files in tasks_dir name (!function and the like).")
 
 
 @config_dataclass

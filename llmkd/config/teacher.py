@@ -76,14 +76,12 @@ class Cache:
 
 @config_dataclass
 class Teacher:
-    name: str | None = fixed(
-        None, description="With several teachers: the name by which a data source's setting teacher refers to this one."
-    )
+    name: str | None = fixed(None, description="With several teachers: the name of this one, for the setting teacher of data sources.")
     model: str | None = fixed(
         None,
         path="model",
-        description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base). With server: the name under which the "
-        "server serves it; null where it serves one model only.",
+        description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base). With server: the name under "
+        "which the server serves it; null: its only model.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] | None = fixed(
         None,
@@ -96,7 +94,7 @@ class Teacher:
         description="Address of a server that gives the teacher's log-probabilities, http://host:port. No teacher is loaded. Answers are kept in "
         "cache.path, or else in a folder of data.cache_dir, so that nothing is asked twice.",
     )
-    api: Literal["vllm", "sglang"] | None = fixed(None, description="server: its interface (vllm).")
+    api: Literal["vllm", "sglang"] | None = fixed(None, description="server: its API (vllm).")
     top_k: Count | None = fixed(
         None,
         description="server: number of most likely tokens to ask for (64). vLLM returns at most its --max-logprobs, 20 by default.",

@@ -25,7 +25,8 @@ class AttentionLoss:
 
     weight: Scheduled[Annotated[float, Field(gt=0, le=1e6)]] = fixed(
         1.0,
-        description="Factor of the term, which is added to the loss: (1 - kd_ratio) CE + kd_ratio T^2 D + weight A. Or a schedule, as for kd_ratio.",
+        description="Weight of this term, which is added to the loss: (1 - kd_ratio) CE + kd_ratio T^2 D + weight A. Or a schedule, as for "
+        "kd_ratio.",
     )
     layers: Layers = fixed("last", description=f"Pairs of layers that are compared; A is their mean. {LAYERS}")
     what: Literal["maps", "relations"] = fixed(
