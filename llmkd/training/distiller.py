@@ -13,14 +13,14 @@ from ..signals import Signal, Taps, Teacher
 
 
 class Distiller(nn.Module):
-    """A student and the terms that it minimises."""
+    """A student and the terms of its loss."""
 
     def __init__(self, student: Model, terms: Iterable[Term]):
         super().__init__()
         self.student, self.terms = student, by_name(terms)
 
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
-        """All terms at the batch's targets, or at those that count: their weighted sum, and each one's rows."""
+        """All terms at the batch's targets that count: their weighted sum, and each term row by row."""
         outputs = self.student.outputs(batch.student, self.student_taps)
         student = StudentOutputs(outputs.hidden_NH, self.student.head, outputs.layers, outputs.attention)
         for term in self.terms.values():
@@ -32,12 +32,17 @@ class Distiller(nn.Module):
         return Loss(functools.reduce(operator.add, (part.total for part in parts)), rows, weights)
 
     @property
+    def names(self) -> set[str]:
+        """The names of all parts of the loss."""
+        return {name for term in self.terms.values() for name in term.names}
+
+    @property
     def needs_teacher(self) -> bool:
         return any(term.needs_teacher for term in self.terms.values())
 
     @property
     def measures_weights(self) -> bool:
-        """Whether terms are divided by sums of weights that only the models' outputs tell."""
+        """Whether terms are divided by sums of weights that depend on the models' outputs."""
         return any(term.measures_weights for term in self.terms.values())
 
     @property
@@ -60,35 +65,35 @@ class Distiller(nn.Module):
         return self.student.trainable() | {f"terms.{name}": p for name, p in self.terms.named_parameters() if p.requires_grad}
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: everything that trains, and what the terms have measured before the first step."""
+        """The tensors of a checkpoint: everything that trains, and the buffers that terms measured before the first step."""
         return self.trainable() | {f"terms.{name}": measured for name, measured in self.terms.named_buffers()}
 
     def own_rates(self) -> dict[str, float | None]:
-        """The terms' parameters, by the names of `trainable`, each with its own peak learning rate or None."""
+        """The own peak learning rate of each of the terms' parameters, by its name in `trainable`; None for the student's rate."""
         return {
             f"terms.{name}.{own}": term.lr for name, term in self.terms.items() for own, p in term.named_parameters() if p.requires_grad
         }
 
     def combine(self, values: dict[str, float]) -> float:
-        """The loss from the terms' values by name: means over targets, say."""
+        """The loss from the values of its parts by name, such as their means over targets."""
         return _total([term.combine for term in self.terms.values()], values)
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
-        """Before each optimizer step, see `Term.start_step`."""
+        """Called before each optimizer step; see `Term.start_step`."""
         for term in self.terms.values():
             term.start_step(step, scale)
 
     def combiner(self) -> Callable[[dict[str, float]], float]:
-        """`combine` as it is in this step, for its metrics, which are read when the next step has begun."""
+        """`combine` with the weights of this step, for its metrics: they are read after the next step has begun."""
         return functools.partial(_total, [term.combiner() for term in self.terms.values()])
 
     def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
-        """Why the term `name` may not be finite at those targets of a batch; "" where nothing is known."""
+        """Why the term `name` may not be finite at those targets of a batch; "" if the cause is unknown."""
         found = (term.explain_nonfinite(name, batch, rows, teacher) for term in self.terms.values() if name in term.names)
         return next(found, "")
 
     def halve_chunks(self, device: str, least: int) -> list[str]:
-        """To save memory, let terms that work in chunks take half as large ones. What they are now, of those that did."""
+        """To save memory, halve the chunks of the terms that work in chunks. Returns a phrase for each that did, such as "chunks of 512 rows"."""
         return [said for term in self.terms.values() if (said := term.halve_chunks(self.student.head.vocab, device, least))]
 
 

@@ -1,8 +1,8 @@
 """The training loop, and nothing else.
 
 For every step: take the micro-batches of one optimizer step, compute the teacher's signal at each target and the student's
-outputs, compare the two at just those targets, and update the student. The loop yields after every step; the caller does
-what is due then (logging, validation, saving, stopping).
+outputs, compare the two at just those targets, and update the student. The loop yields after every step, so that the caller can
+log, validate, save or stop.
 
 To avoid a synchronisation with the device, the host reads whether step N was finite while step N + 1 runs. The optimizer checks
 the same flag on the device, so a step that is not finite never changes the weights.
@@ -35,8 +35,8 @@ from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfini
 class StudentState:
     """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step.
 
-    more      what else its checkpoints hold
-    strategy  how the processes hold it
+    more      further tensors for its checkpoints
+    strategy  how it is spread over the processes
     """
 
     distiller: nn.Module
@@ -49,18 +49,19 @@ class StudentState:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, apart from the optimizer's state."""
+        """The tensors of its checkpoints, apart from the optimizer's state."""
         return unwrap(self).kept() | self.more
 
 
 @dataclass
 class Progress:
-    """The result of a step, by the students' numbers; those that failed earlier are no longer in it.
+    """The result of one step. Dictionaries are keyed by the student's index, and leave out students that failed in earlier steps.
 
-    `terms` are means over the step's targets, {"ce": ..., "kd": ..., ..., "loss": ...}; empty for a step whose metrics were not wanted.
-    Where targets are weighted see `StepResult.read`.
-    A student in `failures` met a value that is not finite, in this step or the one before: its weights are as they were before
-    that, and it takes no further steps.
+    terms       means over the step's targets, {"ce": ..., "kd": ..., ..., "loss": ...}; empty for a step whose metrics were not wanted.
+                For weighted targets see `StepResult.read`
+    grad_norms  before clipping
+    failures    students that met a value that is not finite, in this step or the one before: that step left their weights as they
+                were, and they take no further steps
     """
 
     step: int
@@ -81,8 +82,8 @@ class StepHooks:
     """Callbacks of the loop.
 
     stop_asked      whether this process was asked to stop
-    retry_on_oom    called like `no_retry`; may repeat the attempt with other micro-batches when memory runs out
-    wants_metrics   the steps whose metrics the caller reads: the host waits for those alone, and for the last
+    retry_on_oom    called like `no_retry`; may repeat the attempt with smaller micro-batches when memory runs out
+    wants_metrics   whether the caller reads the metrics of a step; the host waits for the device only at those steps and the last
     """
 
     stop_asked: Callable[[], bool] = lambda: False
@@ -100,12 +101,12 @@ def train(
 ) -> Iterator[Progress]:
     """Train from step `done` + 1 to the source's last, or until every student has failed.
 
-    Several students see the same batches and the same teacher signal, which is computed once; each ends as it would alone.
+    Several students see the same batches and the same teacher signal, which is computed once; each trains exactly as it would alone.
     """
     active, pending, nonfinite = dict(enumerate(students)), None, {}
     with contextlib.closing(source.steps(done)) as steps:
         for step, micro_batches in steps:
-            names = {name for student in active.values() for term in unwrap(student).terms.values() for name in term.names}
+            names = {name for student in active.values() for name in unwrap(student).names}
             shares = {unwrap(student).share for student in active.values()} - {1.0}
             counts = count_targets(step, micro_batches, accelerator, sorted(names), sorted(shares))
             for student in active.values():
@@ -119,7 +120,7 @@ def train(
             for k, student in active.items():
                 optimizer_step(student, step.number, norms[k], nonfinite[k])
             progress = Progress(step.number, step.epoch, counts.targets, stop and accelerator.num_processes == 1)
-            if pending:
+            if pending:  # the step before: whether it was finite is read now, its metrics are not wanted
                 read_step_metrics(pending, progress, active, teacher, accelerator)
             if progress.stop or hooks.wants_metrics(step.number) or step.number == source.total_steps:
                 progress.terms, progress.grad_norms = read_step_metrics(result, progress, active, teacher, accelerator)
@@ -133,7 +134,7 @@ def train(
 def read_step_metrics(
     result: StepResult, progress: Progress, active: dict[int, StudentState], teacher: Teacher | None, accelerator
 ) -> tuple[dict[int, dict[str, float]], dict[int, float]]:
-    """Wait for a step's terms and gradient norms. A student with one that is not finite fails: it leaves `active`."""
+    """Wait for a step's terms and gradient norms. A student whose value is not finite goes into `progress.failures` and leaves `active`."""
     terms, norms, stop = result.read(active)
     progress.stop = progress.stop or stop
     for k in terms:
@@ -146,12 +147,12 @@ def read_step_metrics(
 def count_targets(
     step: Step, micro_batches: list[Batch], accelerator, names: Sequence[str] = ("ce", "kd"), shares: Sequence[float] = ()
 ) -> TargetCounts:
-    """The targets of a step over all micro-batches and ranks.
+    """The number of targets of a step, over all micro-batches and ranks.
 
-    Where the source knows the numbers beforehand nothing is counted, and no rank waits for another.
+    A source that knows the numbers beforehand states them; then nothing is counted, and no rank waits for another.
 
     names    the parts of the loss that may be weighted
-    shares   those of each example's targets that some students keep
+    shares   the shares of each example's targets that students keep (`loss.keep`), without 1
     """
     if step.num_targets is not None:
         return TargetCounts(max(1, step.num_targets), step.weighted, {share: step.kept(share) for share in shares})
@@ -187,20 +188,20 @@ def accumulate_gradients(
         unwrap(active[k]).start_step(step.number, of_terms)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     num_targets = counts.targets
-    scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
+    scale = 2.0 ** round(math.log2(num_targets))  # keeps small float16 gradients in range; divided out later, exactly, as a power of two
     terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     weights: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
         heartbeat.at(f"step {step.number}, micro-batch {i + 1} of {len(micro_batches)}")
-        last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
+        last = i == len(micro_batches) - 1
         micro_seed = derived_seed(seed, step.number, rank, i)
-        found = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)
+        factor = scale * ranks / num_targets  # ranks average their gradients, so `ranks` makes the average a sum again
+        found = forward_backward(micro, active, teacher, micro_seed, factor, accelerator, last)
         for k, (rows, by_rule) in found.items():
             terms[k].append(rows)
             weights[k].append(by_rule)
-    combine, shares = (
-        {k: value(unwrap(student)) for k, student in active.items()} for value in (Distiller.combiner, lambda one: one.share)
-    )
+    combine = {k: unwrap(student).combiner() for k, student in active.items()}
+    shares = {k: unwrap(student).share for k, student in active.items()}
     return Accumulated(micro_batches, counts, scale, terms, combine, weights, shares)
 
 
@@ -214,8 +215,11 @@ def measured_scales(
     accelerator,
     micro_batches: list[Batch],
 ) -> dict[int, dict[str, float]]:
-    """By student and term the targets that count over the sum of their absolute weights, in the whole step: of students for which only the
-    models' outputs say what these are. It takes a forward pass more of the teacher and of them, with the randomness of the one that follows."""
+    """By student and term: the number of targets that count, over the sum of their absolute weights, in the whole step.
+
+    Only of students whose weights depend on the models' outputs (`Distiller.measures_weights`). It costs one more forward pass of the
+    teacher and of these students, with the seeds of the pass that follows.
+    """
     measured = {k: unwrap(student) for k, student in active.items() if unwrap(student).measures_weights}
     masses: dict[tuple[int, str], Tensor] = {}
     for i, micro in enumerate(micro_batches if measured else ()):
@@ -232,7 +236,7 @@ def measured_scales(
 
 
 def read_masses(masses: dict[tuple[int, str], Tensor], accelerator) -> dict[tuple[int, str], float]:
-    """The sums over all ranks; waits for the device."""
+    """The sums over all ranks. Waits for the device."""
     if not masses:
         return {}
     sums = torch.stack(list(masses.values()))
@@ -241,7 +245,7 @@ def read_masses(masses: dict[tuple[int, str], Tensor], accelerator) -> dict[tupl
 
 
 def reseed(seed: int) -> None:
-    """Let what a forward pass draws follow from `seed`: of torch's generator, and of numpy's, from which speech models draw SpecAugment's masks."""
+    """Seed torch, and numpy, from which speech models draw SpecAugment's masks."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -249,10 +253,13 @@ def reseed(seed: int) -> None:
 def forward_backward(
     micro: Batch, active: dict[int, StudentState], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
 ) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Add the gradients of one micro-batch, `factor` times. Returns each student's terms row by row, and the weights that a rule gave them.
-    `sync`: ranks then exchange them."""
+    """Add the gradients of one micro-batch, times `factor`. Returns each student's terms and the weights that a rule gave them, both [N] by name.
+
+    sync   ranks exchange their gradients in this pass
+    """
     micro = micro.to(accelerator.device)
-    signal, found = for_students(teacher(micro), len(active)) if teacher else None, {}
+    signal = for_students(teacher(micro), len(active)) if teacher else None
+    found = {}
     for k, student in active.items():
         reseed(seed)
         with student.strategy.exchanging(student.distiller, accelerator, now=sync):
@@ -270,12 +277,12 @@ def unscale_and_norm_(student: StudentState, factor: float) -> Tensor:
 
 
 def optimizer_step(student: StudentState, step: int, norm: Tensor, nonfinite: Tensor) -> None:
-    """One step of the optimizer along the clipped gradient; none if `nonfinite` is NaN."""
+    """Clip the gradients and take an optimizer step; skip the step if `nonfinite` is NaN."""
     if student.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(student.parameters.values(), student.max_grad_norm, norm)
     for group in student.optimizer.param_groups:
         group["lr"] = student.learning_rate(step) * group.get("lr_ratio", 1.0)
-    # Oddity: private attributes of torch, made for its GradScaler. Its fused optimizers read `found_inf` on the device and then do nothing.
+    # Oddity: private attributes of torch, made for its GradScaler. Its fused optimizers read `found_inf` on the device and skip the step.
     if getattr(student.optimizer, "_step_supports_amp_scaling", False):
         student.optimizer.found_inf = nonfinite.isnan().float()
         student.optimizer.step()
@@ -289,5 +296,5 @@ def unwrap(student: StudentState) -> Distiller:
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed for what is drawn in one micro-batch, such as a model's own dropout, from (seed, step, rank, micro-batch)."""
+    """A seed from (seed, step, rank, micro-batch), for the random numbers of one micro-batch, such as a model's own dropout."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,12 +1,12 @@
-"""The trainer: trains one student, or several side by side before one teacher, and does what falls due between steps.
+"""The trainer: runs the training loop for one student, or for several that share a teacher, and validates, saves and stops between steps.
 
-The parts are built in build.py, in the order that is stated there. A `StudentRun` is one student with its own recipe and folder.
+build.py builds the parts, in the order that it states. A `StudentRun` is one student with its own recipe and folder.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..teachers.fidelity import sample_examples
 from ..teachers.timed import TimedTeacher
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
-from .loop import StepHooks, StudentState, no_retry, train, unwrap
+from .loop import Progress, StepHooks, StudentState, no_retry, train, unwrap
 from .own_text import own_metrics
 from .shutdown import ShutdownRequest
 from .student_run import StudentRun
@@ -33,7 +33,7 @@ from .validate import Evaluator, HeldOut
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The sections of a recipe that all students of a trainer have in common."""
+    """The sections of the recipe that all students share."""
 
     train: Train
     validation: Validation
@@ -41,7 +41,7 @@ class TrainerSettings:
 
 
 class Trainer:
-    """Drives a setup of finished parts: training steps, and the validation, checkpoints and stops that fall due between them."""
+    """Runs a finished setup: the training steps, and the validation, checkpoints and stops between them."""
 
     def __init__(self, setup: TrainingSetup, settings: TrainerSettings, accelerator, stop: ShutdownRequest):
         self.settings, self.accelerator, self.stop, self.main = settings, accelerator, stop, accelerator.is_main_process
@@ -51,99 +51,109 @@ class Trainer:
         measures = self.prepared.task.measures(self.prepared.processor, settings.validation)
         self.evaluator = Evaluator(accelerator, settings.validation.micro_batch_size, stop, measures)
         self.timed: TimedTeacher | None = None
+        self.step = setup.done  # the last step that was taken
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
-        first = self.students[0]
-        every, trained, both = (
-            sum(p.numel() for p in ps)
-            for ps in (first.model.parameters(), first.model.trainable().values(), first.state.parameters.values())
-        )
-        maps = f", and {both - trained:,} of maps that are no part of it" if both > trained else ""
-        more = len(self.students) - 1
-        others = f", and {more} more student{'s' * (more > 1)}" if more else ""
-        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{maps}{others}; {self.source.total_steps} steps")
+        self.display.info(f"{parameter_counts(self.students)}; {self.source.total_steps} steps")
 
     @property
     def active(self) -> list[StudentRun]:
         return [student for student in self.students if not student.failure]
 
     def train(self) -> None:
-        """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
-        settings, total, step = self.settings, self.source.total_steps, self.done
+        """Train to the last step, with validation, checkpoints and stops when they are due. Raises Stopped, UserError or OSError."""
         try:
-            if self.done == 0:
-                for student in self.students if self.main else ():
-                    for name, found in {"fidelity": self.fidelity, "unexplained": student.unexplained}.items():
-                        if found:
-                            student.record.write({"step": 0, name: found})
-                self.check_teacher()
-            if self.done in (0, total) or due(settings.validation.every, self.done):
-                self.validate(self.done)
-            if self.stop.any_rank(self.accelerator):
-                raise self.stopped(self.done)
-            states = [student.state for student in self.students]
-            teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
-            retry = self.auto_batch(states, teacher) if settings.train.micro_batch_tokens == "auto" and self.done < total else no_retry
-            self.timed = TimedTeacher(teacher, self.accelerator.device) if teacher else None
-            hooks = StepHooks(lambda: self.stop() or self.watch.changed() is not None, retry, self.is_read)
-            with contextlib.closing(train(self.source, states, self.timed, self.accelerator, self.done, hooks)) as steps:
+            self.begin()
+            with contextlib.closing(self.steps()) as steps:
                 for progress in steps:
-                    step, last = progress.step, progress.step == total
-                    for k, error in progress.failures.items():
-                        self.fail(self.students[k], error)
-                        if len(self.students) > 1:
-                            self.display.info(f"{self.students[k].folder.path.name} stops here: {self.students[k].failure}")
-                    self.show(progress, last)
-                    if self.main and (texts := self.source.texts(step)):
-                        self.students[0].record_texts(step, texts)
-                    if not self.active:
-                        return
-                    if last or due(settings.validation.every, step):
-                        self.validate(step)
-                    if due(settings.checkpoint.every, step) or (last and settings.checkpoint.every):
-                        self.save(step)
-                    if progress.stop and not last:
-                        raise self.stopped(step)
+                    self.step = progress.step
+                    self.after_step(progress)
         except (UserError, OSError, Stopped):
-            # A bad row of a stream, a file or a server that is gone: the steps so far are saved, if the last one is known to be finite.
-            if self.is_read(step) and all(student.state.strategy.alone for student in self.students):
-                with contextlib.suppress(OSError):  # what failed may fail again
-                    self.write_checkpoint(step)  # no waiting: the others may not have met it
+            self.save_after_error()
             raise
         finally:
             self.display.close()
             for student in self.students if self.main else ():
                 student.record.close()
 
+    def begin(self) -> None:
+        """Before the first step: the records of step 0, the teacher check and the first validation, unless a resumed run has them already."""
+        if self.done == 0:
+            for student in self.students if self.main else ():
+                for name, found in {"fidelity": self.fidelity, "unexplained": student.unexplained}.items():
+                    if found:
+                        student.record.write({"step": 0, name: found})
+            self.check_teacher()
+        if self.done in (0, self.source.total_steps) or due(self.settings.validation.every, self.done):
+            self.validate(self.done)
+        if self.stop.any_rank(self.accelerator):
+            raise self.stopped(self.done)
+
+    def steps(self) -> Iterator[Progress]:
+        """The training loop over the remaining steps."""
+        states = [student.state for student in self.students]
+        teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
+        measured = self.settings.train.micro_batch_tokens == "auto" and self.done < self.source.total_steps
+        retry = self.auto_batch(states, teacher) if measured else no_retry
+        self.timed = TimedTeacher(teacher, self.accelerator.device) if teacher else None
+        hooks = StepHooks(lambda: self.stop() or self.watch.changed() is not None, retry, self.is_read)
+        return train(self.source, states, self.timed, self.accelerator, self.done, hooks)
+
+    def after_step(self, progress: Progress) -> None:
+        """Record a step, then validate, save or stop where that is due. Nothing is due after every student has failed."""
+        step, last = progress.step, progress.step == self.source.total_steps
+        for k, error in progress.failures.items():
+            self.fail(self.students[k], error)
+            if len(self.students) > 1:
+                self.display.info(f"{self.students[k].folder.path.name} stops here: {self.students[k].failure}")
+        self.show(progress, last)
+        if self.main and (texts := self.source.texts(step)):
+            self.students[0].record_texts(step, texts)
+        if not self.active:
+            return
+        if last or due(self.settings.validation.every, step):
+            self.validate(step)
+        if due(self.settings.checkpoint.every, step) or (last and self.settings.checkpoint.every):
+            self.save(step)
+        if progress.stop and not last:
+            raise self.stopped(step)
+
+    def save_after_error(self) -> None:
+        """Save the steps so far after a bad row of a stream, or when a file or a server is gone, if the last step is known to be finite."""
+        if self.is_read(self.step) and all(student.state.strategy.alone for student in self.students):
+            with contextlib.suppress(OSError):  # writing may fail for the same reason
+                self.write_checkpoint(self.step)  # without waiting for the other processes, which may not have met the error
+
     def fail(self, student: StudentRun, error: NonFinite) -> None:
-        """A student ends before the step in `error`. What it had learnt until then, which is what its weights still are, is saved."""
+        """End a student at the step in `error`. That step left its weights as they were, so they are saved as of the step before."""
         good = error.step - 1
         if good > self.written:
             heartbeat.at(f"the checkpoint of step {good}", patient=True)
             student.save(good, self.source.state(good))
             student.prune()
-        saved = f", and {path} holds them" if (path := student.folder.checkpoints / f"step-{good}").is_dir() else ""
+        path = student.folder.checkpoints / f"step-{good}"
+        saved = f", and {path} holds them" if path.is_dir() else ""
         student.fail(error, f"the weights are as they were before it{saved}")
-        self.accelerator.wait_for_everyone()  # the launcher ends the first process when another one has ended
+        self.accelerator.wait_for_everyone()  # else the launcher would end the first process when another one exits
 
     def is_read(self, step: int) -> bool:
-        """Whether the metrics of that step are read, so that it is known to be finite: something falls due after it, or the next may fail."""
+        """Whether the metrics of that step are read, and so show whether it is finite: something is due after it, or the next may fail."""
         settings = self.settings
         every = (settings.train.log_every, settings.validation.every, settings.checkpoint.every)
         return self.source.reads_while_training or any(due(one, step) for one in every)
 
     def auto_batch(self, states: list[StudentState], teacher: Teacher | None) -> Callable:
-        """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`, which works with one process."""
+        """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`; several processes do not retry."""
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
         auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked, self.together)
         heartbeat.at("the measuring of micro-batches", patient=True)
         auto.measure(self.settings.train.batch_size)
-        self.display.speed()  # what was spent here is not training's
+        self.display.speed()  # leave this time out of training's
         return auto if self.accelerator.num_processes == 1 else no_retry
 
-    def show(self, progress, last: bool) -> None:
-        """Count the step; record and show it where that is due."""
+    def show(self, progress: Progress, last: bool) -> None:
+        """Count the step's targets; record and show its metrics every `log_every` steps and after the last."""
         self.display.count(progress.num_targets)
         if not (last or due(self.settings.train.log_every, progress.step)):
             return
@@ -175,14 +185,14 @@ class Trainer:
 
     def check_teacher(self) -> None:
         """Before the first step: compare the cross-entropy of teacher and student on training examples."""
-        learning = any(unwrap(student.state).needs_teacher for student in self.students)
-        if not learning or not self.settings.validation.teacher_check:
+        distils = any(unwrap(student.state).needs_teacher for student in self.students)
+        if not distils or not self.settings.validation.teacher_check:
             return
         train = self.prepared.train
         labelled = train.subset(train.weight("ce") > 0) if "ce" in train.weights else train
         if not len(labelled):
             self.display.info(
-                "teacher check: left out, since no training rows have labels that count (loss.ce of their source is not above 0)"
+                "teacher check: skipped, since no training row has labels with a positive weight (loss.ce of its source is not above 0)"
             )
             return
         sample = sample_examples(labelled, self.settings.validation.teacher_check)
@@ -195,7 +205,7 @@ class Trainer:
         self.display.info(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measure(self, students: list[Model], data: Examples, name: str, step: int) -> list[HeldOut]:
-        """Every student on all of the data, those side by side that are still their base once; a signal that arrives meanwhile stops the run."""
+        """Evaluate every student on all of `data`. Students that are still their common base are evaluated once. A stop signal raises Stopped."""
         alike = [student for student in students if student.is_untouched()] if len(students) > 1 else []
         asked = [student for student in students if student not in alike[1:]]
         try:
@@ -205,10 +215,10 @@ class Trainer:
         except Stopped:
             raise self.stopped(step) from None
         finally:
-            self.display.speed()  # what was spent here is not training's
+            self.display.speed()  # leave this time out of training's
 
     def validate(self, step: int) -> None:
-        """Measure on the held-out rows, once a step, and keep the best."""
+        """Measure the students on the held-out rows, unless this step did, and save a checkpoint where `best_by` needs one."""
         waiting = [student for student in self.active if student.validated != step]
         if self.prepared.validation is None or not waiting:
             return
@@ -222,18 +232,18 @@ class Trainer:
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not metrics.is_count(k))
             self.display.info(f"validation{name} at step {step}: {shown}")
-        self.display.speed()  # neither is what samples took
+        self.display.speed()  # leave the time of samples out, too
         if self.settings.checkpoint.best_by and step:
             self.save(step)
 
     def measure_own_text(self, student: StudentRun, step: int) -> dict[str, float]:
-        """What an on-policy student writes to held-out prompts: its divergence from the teacher there, its length and how much of it is finished."""
+        """Metrics of an on-policy student's answers to held-out prompts: divergence from the teacher, mean length, share that is finished."""
         data, found = self.own_text.write(self.accelerator.process_index, self.accelerator.num_processes)
         (measured,) = self.measure([student.model], data, "own text", step) if len(data) else ({},)
         return found | (own_metrics(measured.metrics()) if measured else {})
 
     def save(self, step: int) -> None:
-        """A checkpoint of every student, unless this step has one; older ones are removed when all are written."""
+        """Write a checkpoint of every student, unless this step has one; older ones are removed when all are written."""
         if step > self.written:
             heartbeat.at(f"the checkpoint of step {step}", patient=True)
             self.write_checkpoint(step)
@@ -249,14 +259,14 @@ class Trainer:
         self.written = step
 
     def stopped(self, step: int) -> Stopped | ChangedFiles:
-        """The exception for a run that was asked to stop, or whose models' files have changed. What it has learnt is saved."""
+        """Save, and return the exception for a run that was asked to stop or whose model files have changed."""
         self.save(step)
         if change := self.watch.changed(every=0):
-            return ChangedFiles(f"{change}; it is saved after step {step}: put the file back as it was, then --resume")
+            return ChangedFiles(f"{change}; the run is saved after step {step}: restore the file, then --resume")
         return Stopped(f"stopped by a signal after step {step} of {self.source.total_steps}; continue with --resume")
 
     def finish(self) -> None:
-        """Write every student; of a single one also print a short table. ChangedFiles if it would be named after other weights."""
+        """Write every student; for a single one also print a short table. ChangedFiles if its card would name other weights than it was made of."""
         if self.watch.changed(every=0):
             raise self.stopped(self.source.total_steps)
         for student in self.active:
@@ -281,6 +291,19 @@ class Trainer:
         if after:
             print(table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()]))
         print(f"{output}  {folder / 'loss.png'}  {folder / 'metrics.jsonl'}")
+
+
+def parameter_counts(students: Sequence[StudentRun]) -> str:
+    """A line with the parameters of the first student: all, those that train, and those of loss terms; and the number of further students."""
+    first = students[0]
+    every, trained, with_terms = (
+        sum(p.numel() for p in parameters)
+        for parameters in (first.model.parameters(), first.model.trainable().values(), first.state.parameters.values())
+    )
+    maps = f", and {with_terms - trained:,} of maps that are no part of it" if with_terms > trained else ""
+    more = len(students) - 1
+    others = f", and {more} more student{'s' * (more > 1)}" if more else ""
+    return f"student: {every:,} parameters, {trained:,} of them train{maps}{others}"
 
 
 def due(every: int | None, step: int) -> bool:

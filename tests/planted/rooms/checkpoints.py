@@ -49,8 +49,8 @@ FAULTS = [
         (
             "teacher-check-again",
             "a resumed run checks its teacher again",
-            "            if self.done == 0:\n                for student",
-            "            if True:\n                for student",
+            "        if self.done == 0:\n            for student",
+            "        if True:\n            for student",
             "training/test_teacher_check.py::test_a_resumed_run_does_not_pass_it_again",
         ),
         (
