@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from ..config.features import feature_teacher
 from ..config.recipe import Recipe, distils, divergences_of
 from ..losses.terms import Term
 from ..models.encoder_states import keep_states
@@ -13,10 +12,9 @@ from ..signals import NO_TAPS
 from ..teachers.cache.records import HiddenFormat
 from ..teachers.live import LiveTeacher
 from ..teachers.mixture import combine_teachers
-from ..training.attention import attention_terms, enable_attention
+from ..training.attention import enable_attention
 from ..training.auto_batch import chunk_rows
-from ..training.build import build_student, longest_row, teacher_taps
-from ..training.features import feature_terms
+from ..training.build import build_student, layer_terms, longest_row, teacher_taps
 from .cache_records import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .find import Found
@@ -86,13 +84,11 @@ def build(
 
 
 def _terms(recipe: Recipe, student: Model, live: dict[str, Model]) -> list[Term]:
-    """The terms that need the models; as a run looks for what it reads inside them."""
-    features, attention = recipe.loss.features, recipe.loss.attention
-    if attention:
-        ((setting, teacher),) = live.items()  # there is one only
-        enable_attention(attention, student, teacher, setting, recipe.data.packing)
-    terms = feature_terms(features, feature_teacher(features, recipe.teacher), student, live, recipe.seed)
-    return [*terms, *attention_terms(attention, student, list(live.values()))]
+    """The terms that compare layers of the models, whose attention is made readable as in a run."""
+    if recipe.loss.attention:
+        ((setting, teacher),) = live.items()  # loss.attention allows one teacher only
+        enable_attention(recipe.loss.attention, student, teacher, setting, recipe.data.packing)
+    return layer_terms(recipe, student, live)
 
 
 def work_steps(recipe: Recipe) -> int:

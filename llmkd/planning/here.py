@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from ..batch import Batch
-from ..config.features import feature_teacher
 from ..config.recipe import Recipe, distils, divergences_of, used_teachers
 from ..data.batch_source import Step
 from ..errors import UserError
 from ..models.load import LoadContext
-from ..training.attention import attention_terms
 from ..training.auto_batch import head_chunk_size
-from ..training.build import build_student, load, longest_row, open_teacher, teacher_taps
-from ..training.features import feature_terms
+from ..training.build import build_student, layer_terms, load, longest_row, open_teacher, teacher_taps
 from ..training.loop import StepHooks, train
 from ..training.prepare import Prepared, prepare
 from .step import OneProcess, OneStep, Ready, watched_step
@@ -48,9 +45,7 @@ def ready_here(recipes: Sequence[Recipe], prepared: Prepared, device: torch.devi
     by_setting, states = {setting: model for (setting, _), model in zip(live, models, strict=True)}, []
     chunk = head_chunk_size(prepared.vocab, device, lambda said: None)
     for one, student in zip(recipes, students, strict=True):
-        terms = feature_terms(one.loss.features, feature_teacher(one.loss.features, one.teacher), student, by_setting, one.seed)
-        terms += attention_terms(one.loss.attention, student, models)
-        divergences = divergences_of(one.loss, one.data)
+        terms, divergences = layer_terms(one, student, by_setting), divergences_of(one.loss, one.data)
         states.append(build_student(one.loss, one.optim, student, prepared.source.total_steps, accelerator, chunk, terms, divergences))
     teacher = open_teacher(prepared.teachers, recipe.mixture, models, teacher_taps(recipes, states), device, {})
     elsewhere = frozenset(id(model) for (_, one), model in zip(live, models, strict=True) if one.device)

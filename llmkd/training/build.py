@@ -1,4 +1,4 @@
-"""Builds the finished parts of a training run, which the trainer then drives: models, teacher, batch source, students."""
+"""Builds the parts of a training run for the trainer: models, teacher, batch source, students."""
 
 import dataclasses
 import functools
@@ -61,14 +61,14 @@ class TrainingSetup:
     """The finished parts of a training run.
 
     prepared   data, tokenizer and the models' files
-    source     where the micro-batches of this process come from
-    teacher    None without one; where no student learns from it, it serves validation alone
-    students   one, or several side by side before one teacher; restored, their folders locked
-    fidelity   how far merged or quantised teachers are from themselves, by setting
-    done       steps done before, by the checkpoint that is resumed from
-    watch      notices that the models' files are changed
-    own_text   what an on-policy run measures of its student's own text
-    together   whether the processes compute every pass together, since a model is sharded
+    source     the micro-batches of this process
+    teacher    None without one; if no student distils, it serves validation only
+    students   one, or several that share the teacher; restored from their checkpoints, their folders locked
+    fidelity   how far merged or quantised teachers are from the originals, by setting and metric
+    done       the steps of the checkpoint that the run resumes from, or 0
+    watch      notices changes of the models' files
+    own_text   measures an on-policy student's answers to held-out prompts; None where it does not
+    together   whether the processes compute every pass together, because a model is sharded
     """
 
     prepared: Prepared
@@ -85,15 +85,15 @@ class TrainingSetup:
 def build_setup(
     recipes: list[Recipe], prepared: Prepared, folders: list[RunFolder], accelerator, stop_asked: Callable[[], bool]
 ) -> TrainingSetup:
-    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
+    """Load the models and build everything that the trainer needs. It takes whole recipes, and gives each part its sections.
 
-    Whole recipes are taken here, and each part gets the sections that it needs.
-
-    prepared   made of the first recipe, whose data and teacher are all students', with the others
+    recipes    one for each student. They may differ only in student.lora, loss and optim, and in the adapter that student.model names on one base
+    prepared   made from the first recipe, whose data and teacher all students share, and the others
+    folders    one for each recipe
 
     The order of construction: servers are asked for some examples; models, all at once, since they may share weights; this process's batch
-    source; each student's terms, optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it;
-    only then are the folders locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
+    source; each student's terms, optimizer and schedule, which need the number of steps; the teacher, with the layers that the terms read;
+    the locks on the folders, when nothing is left that could be refused; last, the newest checkpoint is loaded.
     """
     heartbeat.at("the loading of its models", patient=True)
     recipes = [dataclasses.replace(one, student=prepared.resolved(one.student)) for one in recipes]
@@ -105,7 +105,8 @@ def build_setup(
     strategy = strategy_of(recipe.train.shard, accelerator)
     models, teacher_models, sharded, watch = _load_all(recipes, prepared, live, strategy, accelerator, stop_asked)
     strategy.hold(models)
-    fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
+    teachers = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
+    fidelity = {f"{setting}.{name}": value for setting, model in teachers.items() for name, value in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     own_text = None
     if prepared.prompts:
@@ -113,21 +114,9 @@ def build_setup(
     engine = base and let_it_write(source, base, models[0], folders[0].path, prepared.vocab, accelerator, stop_asked)
     if served:
         source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
-    teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
-    students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
-    for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
-        with attribute_to_student(k):
-            divergences = divergences_of(own.loss, own.data)
-            terms = [
-                *feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed),
-                *attention_terms(own.loss.attention, model, teacher_models),
-                *long_horizon_terms(own.on_policy, own.loss, chunk_size, source.total_steps, divergences),
-            ]
-            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences, strategy)
-            own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
-            students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
-    average_students(students, teachers_by_setting, with_setting_names(recipe.teacher, "teacher"))
-    taps = teacher_taps(recipes, [s.state for s in students])
+    students = _build_students(recipes, prepared, folders, models, teachers, source.total_steps, strategy, accelerator)
+    average_students(students, teachers, with_setting_names(recipe.teacher, "teacher"))
+    taps = teacher_taps(recipes, [student.state for student in students])
     teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
     lock_folders(students, accelerator)
     done = checkpoint.agreed(restore(students, source, accelerator.is_main_process), accelerator) if folders[0].resume else 0
@@ -147,25 +136,24 @@ def _load_all(
     accelerator,
     stop_asked: Callable[[], bool],
 ) -> tuple[list[Model], list[Model], dict, ModelWatch]:
-    """Students, the teachers of `live`, those of them that are sharded by their settings, and what notices that their files change."""
+    """The students; the teachers of `live`; the meshes of sharded models, by setting; and the watch on the models' files."""
     device, recipe = accelerator.device, recipes[0]
     data, train = recipe.data, recipe.train
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
-    packing = data.packing * longest_row(train, data)
     sharded = sharded_models(strategy, {name: sharded_teacher(train, own) for name, own in live}, accelerator)
     context = LoadContext(
-        prepared.vocab,
-        device,
-        recipe.seed,
-        packing,
-        functools.partial(measured_transform, probe),
-        sharded,
-        prepared.kind,
-        prepared.files_of,
+        vocab=prepared.vocab,
+        device=device,
+        seed=recipe.seed,
+        packing=data.packing * longest_row(train, data),
+        around_transform=functools.partial(measured_transform, probe),
+        sharded=sharded,
+        kind=prepared.kind,
+        find=prepared.files_of,
     )
+    student_settings, attention = [one.student for one in recipes], [one.loss.attention for one in recipes]
     try:
-        settings = [one.student for one in recipes], live, context, data.share_prefixes, train.compile
-        models, teacher_models = load(*settings, [one.loss.attention for one in recipes])
+        models, teacher_models = load(student_settings, live, context, data.share_prefixes, train.compile, attention)
         with report_from_any_rank():
             return models, teacher_models, sharded, ModelWatch(prepared)
     except UserError:
@@ -174,8 +162,42 @@ def _load_all(
         raise
 
 
+def _build_students(
+    recipes: list[Recipe],
+    prepared: Prepared,
+    folders: list[RunFolder],
+    models: list[Model],
+    teachers: dict[str, Model],
+    total_steps: int,
+    strategy: Replicated,
+    accelerator,
+) -> list[StudentRun]:
+    """Each student with its terms, optimizer and schedule. `teachers`: those in memory, by setting."""
+    students, chunk_size = [], head_chunk_size(prepared.vocab, accelerator.device, info)
+    for k, (recipe, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
+        with attribute_to_student(k):
+            divergences = divergences_of(recipe.loss, recipe.data)
+            terms = [
+                *layer_terms(recipe, model, teachers),
+                *long_horizon_terms(recipe.on_policy, recipe.loss, chunk_size, total_steps, divergences),
+            ]
+            state = build_student(recipe.loss, recipe.optim, model, total_steps, accelerator, chunk_size, terms, divergences, strategy)
+            own = prepared if k == 0 else prepared.for_student(recipe.student, uses_teacher(recipe))
+            students.append(StudentRun(recipe, own, folder, model, state, accelerator.is_main_process))
+    return students
+
+
+def layer_terms(recipe: Recipe, student: Model, teachers: dict[str, Model]) -> list[Term]:
+    """The terms that compare layers of the student and a teacher: `loss.features` and `loss.attention`. `teachers`: by setting."""
+    setting = feature_teacher(recipe.loss.features, recipe.teacher)
+    return [
+        *feature_terms(recipe.loss.features, setting, student, teachers, recipe.seed),
+        *attention_terms(recipe.loss.attention, student, list(teachers.values())),
+    ]
+
+
 def average_students(students: list[StudentRun], models: dict[str, Model], teachers: list[tuple[str, TeacherSettings]]) -> None:
-    """A teacher that is the average of its student's weights follows it from now on, and is in its checkpoints."""
+    """Let a teacher that is a moving average of its student's weights (`ema`) follow the student, and put it into the checkpoints."""
     for setting, one in teachers:
         if one.ema is not None and setting in models:
             average = Average(students[0].model, models[setting], one.ema)
@@ -184,13 +206,13 @@ def average_students(students: list[StudentRun], models: dict[str, Model], teach
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:
-    """Some of the batches that the teacher of that setting will see."""
+    """Some of the batches that the teacher of `setting` will see."""
     number = [source.setting for source in prepared.teachers].index(setting)
     return sample_teacher_batches(prepared.train, number, micro_batch_size, device)
 
 
 def check_servers(served: Iterable[ServedTeacher], prepared: Prepared) -> None:
-    """Ask each server for some examples, before anything is loaded: UserError where it has not the teacher that it should have."""
+    """Ask each server about some examples, before anything is loaded. UserError for one that does not serve the expected teacher."""
     for teacher in served:
         check_served(teacher, prepared.train, prepared.validation, prepared.tokenizer)
 
@@ -203,11 +225,11 @@ def open_teacher(
     device,
     served: dict[str, ServedTeacher],
 ) -> Teacher | None:
-    """The teacher, or several as one, whose signals are on `device`.
+    """The teacher, or several combined into one, with signals on `device`; None without teachers.
 
-    models   of those that need one
-    taps     the layers that terms read inside them, by setting
-    served   those that servers have, by setting
+    models   the loaded models of the teachers that need one, in order
+    taps     the layers that terms read inside each teacher, by setting
+    served   the teachers that servers have, by setting
     """
     found = iter(models)
     opened = [served.get(one.setting) or one.open(device, found, taps.get(one.setting, NO_TAPS)) for one in sources]
@@ -215,30 +237,32 @@ def open_teacher(
 
 
 def teacher_taps(recipes: Iterable[Recipe], states: Iterable[StudentState]) -> dict[str, Taps]:
-    """What the students' terms read inside the teachers, by setting."""
+    """The layers that the students' terms read inside each teacher, by setting."""
     found: dict[str, Taps] = {}
     for recipe, state in zip(recipes, states, strict=True):
-        attended = with_setting_names(recipe.teacher, "teacher")[0][0] if recipe.loss.attention else ""  # there is one only
+        # loss.attention allows one teacher only
+        attended = with_setting_names(recipe.teacher, "teacher")[0][0] if recipe.loss.attention else ""
         if setting := feature_teacher(recipe.loss.features, recipe.teacher) or attended:
             found[setting] = found.get(setting, NO_TAPS) | unwrap(state).teacher_taps
     return found
 
 
 def start_terms(student: StudentRun, teacher: Teacher | None, micro_batch_size: int, device) -> None:
-    """Before the first step: what the terms of one student are to know of the untouched models."""
+    """Before the first step: set the maps and scales of `loss.features` from the untouched models."""
     features, prepared = student.recipe.loss.features, student.prepared
-    if features:
-        number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
-        term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number)
-        mine = mine[prepared.train.weight("features")[mine] != 0].tolist()
-        samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, device)
-        refuse_small_samples(features, term.width, samples)
-        student.unexplained = start_features(features, term, student.model, teacher, samples)
-        report_shares(features, student.unexplained, sum(batch.num_targets for batch in samples[1]))
+    if not features:
+        return
+    number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
+    term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number)
+    mine = mine[prepared.train.weight("features")[mine] != 0].tolist()
+    samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, device)
+    refuse_small_samples(features, term.width, samples)
+    student.unexplained = start_features(features, term, student.model, teacher, samples)
+    report_shares(features, student.unexplained, sum(batch.num_targets for batch in samples[1]))
 
 
 def lock_folders(students: list[StudentRun], accelerator) -> None:
-    """The first process locks the students' folders; if one cannot be locked, every process raises the error."""
+    """Let the first process lock the students' folders; if one cannot be locked, every process raises the error."""
 
     def take() -> list[dict[str, str]]:
         runs = []
@@ -247,7 +271,7 @@ def lock_folders(students: list[StudentRun], accelerator) -> None:
                 runs.append(student.folder.claim(student.prepared.identity))
         return runs
 
-    accelerator.wait_for_everyone()  # all have looked at the folders as they were
+    accelerator.wait_for_everyone()  # until every process has checked the folders, which locking changes
     for student, run in zip(students, on_main_process(accelerator, take), strict=True):
         student.folder.run = run
 
@@ -279,9 +303,10 @@ def load(
     compile: bool,
     attention: Sequence[AttentionLoss | None] = (),
 ) -> tuple[list[Model], list[Model]]:
-    """The students and the teachers, by their settings' names, checked for data.share_prefixes and compiled with train.compile.
+    """Load the students and the teachers, check them against `data.share_prefixes`, and compile them with `train.compile`.
 
-    attention   loss.attention of each student
+    teachers    (setting, settings) of each
+    attention   `loss.attention` of each student
     """
     if compile:
         configure_torch_compile(context.device)
@@ -290,26 +315,29 @@ def load(
         *(("student.model", one) for one in learning),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
     ]
-    if share_prefixes and (other := next(((setting, one) for setting, one in every if not one.capabilities.packed_attention), None)):
-        raise UserError(
-            f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) uses its own attention in packed rows, which cannot "
-            "share prefixes; set it to false"
-        )
+    for setting, model in every:
+        if share_prefixes and not model.capabilities.packed_attention:
+            raise UserError(
+                f"data.share_prefixes: {setting} ({model.base_model.config.model_type}) uses its own attention in packed rows, which cannot "
+                "share prefixes; set it to false"
+            )
     for k, (settings, student) in enumerate(zip(attention, learning, strict=False)):
         if settings:
             with attribute_to_student(k):
                 enable_attention(settings, student, found[0], teachers[0][0], context.packing > 0)
     if compile:
-        info("compiling the layers of student and teachers, which takes some minutes, or less where they were compiled before")
+        info("compiling the layers of student and teachers, which takes some minutes, or less if they were compiled before")
         for setting, model in every:
             compile_layers(model, setting, context.packing > 0)
     return learning, found
 
 
 def longest_row(train: Train, data: Data) -> int:
-    """The tokens that a packed row may hold."""
+    """The number of tokens that a packed row may hold."""
     size, most = micro_batch_size(train, data.packing), data.max_length
-    return max(most, min(size.tokens, train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
+    if isinstance(size, TokenBudget):
+        return max(most, min(size.tokens, train.batch_size * most))
+    return size * most
 
 
 def build_student(
@@ -328,7 +356,7 @@ def build_student(
     chunk_size   rows of the head at a time, if `loss` does not set it
     more         further terms of the loss
     divergences  see `build_terms`
-    strategy     how the processes hold it; it holds it already
+    strategy     how the processes hold the student; its `hold` was called already
     """
     more, settings = list(more), schedules(loss)
     for term in more:
@@ -352,7 +380,7 @@ def build_terms(
     """The terms of the loss that need no model, in a run of `total_steps`.
 
     chunk_size   rows of the head at a time, if `loss` does not set it
-    divergences  of the loss and of each training source (`recipe.divergences_of`); without them all have the loss's
+    divergences  that of the loss, then those of the training sources (`recipe.divergences_of`); empty: all sources have the loss's
     """
     for name, setting in schedules(loss).items():
         refuse_long_schedule(f"loss.{name}", setting, total_steps)
@@ -366,9 +394,10 @@ def build_terms(
 
 
 def keep_of(loss: Loss) -> Keep | None:
-    """What chooses the targets that count, where not all do."""
-    chosen, named = chosen_by(loss.keep, loss.target_weights), "loss.keep.by" if isinstance(loss.keep, KeepSettings) else "loss.keep"
-    return Keep.of(chosen, named) if chosen.share < 1 else None
+    """The choice of the targets that count, by `loss.keep`; None if all do."""
+    chosen = chosen_by(loss.keep, loss.target_weights)
+    setting = "loss.keep.by" if isinstance(loss.keep, KeepSettings) else "loss.keep"
+    return Keep.of(chosen, setting) if chosen.share < 1 else None
 
 
 def long_horizon_terms(
@@ -378,7 +407,7 @@ def long_horizon_terms(
     total_steps: int = 1,
     divergences: Sequence[tuple[str, dict[str, float]]] = (),
 ) -> list[Term]:
-    """MiniLLM's second part, where an on-policy run has it, with the weight of the divergence. The other arguments as of `build_terms`."""
+    """MiniLLM's long-horizon term of an on-policy run, with the divergence's weight; [] without it. The other arguments are those of `build_terms`."""
     if not writes(settings) or not settings.long_horizon:
         return []
     ahead = settings.long_horizon
