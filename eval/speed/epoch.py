@@ -16,7 +16,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
 
-from llmkd.commands import plan  # noqa: E402
+from llmkd.commands.cost import step_operations  # noqa: E402
 from llmkd.config import loader  # noqa: E402
 from llmkd.models.size import model_size  # noqa: E402
 from llmkd.output.run_folder import RunFolder  # noqa: E402
@@ -90,11 +90,13 @@ def trained(many: list) -> tuple[float, float, int]:
     from llmkd.training.build import build_setup
     from llmkd.training.launch import start
     from llmkd.training.prepare import prepare
-    from llmkd.training.trainer import Trainer
+    from llmkd.training.trainer import Trainer, TrainerSettings
 
     with ShutdownRequest() as stop:
         folders, accelerator = [RunFolder(recipe, False) for recipe in many], start()
-        trainer = Trainer(build_setup(many, many[0], prepare(many[0]), folders, accelerator, stop), many[0], accelerator, stop)
+        first = many[0]
+        setup = build_setup(many, prepare(first, others=many[1:]), folders, accelerator, stop)
+        trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
         trainer.teacher = asked = Timed(trainer.teacher) if trainer.teacher else None
         before = time.perf_counter()
         trainer.train()
@@ -113,7 +115,7 @@ def counted(options, teachers: dict, root: Path) -> dict:
     out = {}
     for who in teachers:
         for count in options.students:
-            out[who, count] = plan.step_operations(student, live if who == "live" else [], count, tokens, targets, False, False, tokens)
+            out[who, count] = step_operations(student, live if who == "live" else [], count, tokens, targets, False, False, tokens)
     return out
 
 
