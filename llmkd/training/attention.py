@@ -1,4 +1,4 @@
-"""Attention distillation between two loaded models: pairs of their layers, and heads or widths that can be compared."""
+"""Attention distillation between two loaded models: the pairs of layers, and the check that their attention can be compared."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from .layer_pairs import pairs_of, refuse_inputs
 
 
 def attention_terms(settings: AttentionLoss | None, student: LanguageModel, teachers: Sequence[LanguageModel]) -> list[AttentionTerm]:
-    """The term of `loss.attention` for loaded models, if there is one: the teacher is the only one."""
+    """The term of `loss.attention` for loaded models; [] without it. There is one teacher only."""
     if not settings:
         return []
     return [AttentionTerm(middle(settings.weight), _pairs(settings, student, teachers[0]), settings.heads == "mean", settings.parts)]
 
 
 def enable_attention(settings: AttentionLoss, student: LanguageModel, teacher: LanguageModel, setting: str, packing: bool) -> None:
-    """Let the two models' attention be read in the layers that the term compares. UserError where it cannot be read or compared.
+    """Make the two models' attention readable in the layers that the term compares. UserError where it cannot be read or compared.
 
     setting   the teacher's name in the recipe
     """

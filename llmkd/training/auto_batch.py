@@ -1,6 +1,6 @@
-"""Automatic micro-batch size: the largest that fits into memory, measured before the first step; likewise the chunks of the head and of attention.
+"""Automatic micro-batch size: the largest that fits into memory, measured before the first step, with smaller chunks of head and attention if needed.
 
-If memory runs out later, the optimizer step is repeated from its beginning with both halved; none of it had been applied yet.
+If memory runs out later, micro-batches and chunks are halved and the optimizer step is repeated from its beginning; nothing of it had been applied.
 """
 
 import dataclasses
@@ -26,13 +26,15 @@ from .loop import StudentState, forward_backward, unwrap
 from .memory import memory_gauge
 from .step_result import Accumulated
 
-_FEWEST_ROWS = 128  # chunks of the head are not halved below it
+_FEWEST_ROWS = 128  # chunks of the head are not halved below this
 _HEADS_SHARE = 1 / 8  # of the free memory, for the head's tiles
 
 
 def head_chunk_size(vocab: int, device: torch.device, info) -> int | None:
-    """Rows per chunk of the head on a GPU whose models are loaded: `MOST_ROWS`, or fewer, to `LEAST_ROWS`, where the float32 tiles of
-    student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
+    """Rows per chunk of the head on a GPU, after the models are loaded; None on a CPU, where the vocabulary alone decides.
+
+    `MOST_ROWS`, or fewer if the float32 tiles of student and teacher would take more than an eighth of the free memory, but at least `LEAST_ROWS`.
+    """
     if device.type != "cuda":
         return None
     room = memory_gauge(device).room
@@ -48,12 +50,12 @@ def chunk_rows(vocab: int, room: float) -> int:
 
 
 class AutoBatchSize:
-    """Owns the size of a source's micro-batches where the recipe leaves it to measurement: `source.micro_batch_size` is set here alone.
+    """Sets the size of a source's micro-batches (`source.micro_batch_size`) for `micro_batch_tokens: auto`.
 
-    `measure` finds it before the first step; called as the loop's `retry_on_oom`, this lowers it when memory runs out.
+    `measure` finds it before the first step; called as the loop's `retry_on_oom`, this object lowers it when memory runs out.
 
     chunked   distillers whose chunks may be made smaller too
-    together  the processes compute every pass together, since a model is sharded: memory must not run out on one of them
+    together  a model is sharded, so the processes compute every pass together, and memory must not run out on one of them alone
     """
 
     def __init__(
@@ -77,19 +79,19 @@ class AutoBatchSize:
         self.source.micro_batch_size = dataclasses.replace(self.budget, tokens=tokens)
 
     def measure(self, batch_size: int) -> None:
-        """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
+        """Double the token budget as long as its worst micro-batch, which has the longest examples, fits in a forward and backward pass.
 
         It has no side effects: gradients are dropped, random states restored, and the optimizer takes no step (room for its state is
-        reserved). All processes use the smallest budget found. UserError if not even the longest example fits.
+        reserved). All processes use the smallest budget that one of them found. UserError if not even the longest example fits.
 
-        Where they compute together, each size is tried by all of them, and the next, which takes twice as much at most, only where that
-        fits on every one.
+        With `together`, all processes try each size at the same time, and the next one, which needs at most twice the memory, only if
+        that much is free on every process.
         """
         ranks = self.accelerator.num_processes
         share = math.ceil(batch_size / ranks)  # no rank has more of a step in one piece
-        worst = self.source.longest(share).unweighted()  # rows without a weight would take less
+        worst = self.source.longest(share).unweighted()  # targets of weight 0 would take less memory
         if not len(worst):
-            raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
+            raise UserError("train.micro_batch_tokens: found auto, but the first step has no example to measure with; give a number")
         lengths = worst.max_lengths
         chunks: list[str] = []
         longest, bound = int(lengths[0]), min(self._most_tokens, self.budget.of(lengths))
@@ -123,7 +125,7 @@ class AutoBatchSize:
         )
 
     def _least(self, number: float) -> float:
-        """Of all processes where they compute together; of this one otherwise."""
+        """With `together` the least of all processes' numbers; else the number itself."""
         if not self.together:
             return number
         every = self.accelerator.gather(torch.tensor([number], dtype=torch.float64, device=self.accelerator.device))
@@ -131,15 +133,15 @@ class AutoBatchSize:
 
     @property
     def _most_tokens(self) -> int:
-        """The bound of what is tried. Only attention that does not know of examples computes all pairs of a packed row's positions."""
+        """The largest budget that is tried. It is lower if a model's attention ignores packing and computes all pairs of a packed row's positions."""
         models = [unwrap(one).student for one in self.students] + ([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])
         return MOST_TOKENS if not self.budget.packing or all(one.capabilities.packed_attention for one in models) else MOST_PACKED
 
     def _fits(self, worst: Examples, count: int) -> bool:
-        """Whether one micro-batch of the first `count` goes through."""
+        """Whether a micro-batch of the first `count` examples fits into memory, forward and backward."""
         try:
             batch = worst.batch(range(count), Draw(self.source.seed, 0, 0))
-            scale, sync = 1 / max(1, batch.num_targets), self.together  # sharded gradients that are not exchanged yet could not be dropped
+            scale, sync = 1 / max(1, batch.num_targets), self.together  # sharded gradients cannot be dropped before they are exchanged
             forward_backward(batch, dict(enumerate(self.students)), self.teacher, 0, scale, self.accelerator, sync)
             return True
         except Exception as error:
@@ -157,7 +159,7 @@ class AutoBatchSize:
             torch.cuda.empty_cache()
 
     def __call__(self, attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_batches: list[Batch]) -> Accumulated:
-        """Attempt the step with its micro-batches, and out of memory with smaller ones. One process alone: others would wait for it."""
+        """Attempt the step; when memory runs out, repeat it with smaller micro-batches. With one process only: others would wait for it."""
         lengths = self.source.max_lengths(step)
         while True:
             sizes = [self.budget.of(lengths[examples]) for examples in step.micro_batches if len(examples) > 1]
@@ -168,16 +170,18 @@ class AutoBatchSize:
             try:
                 return attempt(micro_batches)
             except Exception as error:
-                smaller = self._smaller_chunks() if is_out_of_memory(error) else []
-                if not (sizes or smaller) or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-            self._drop()  # here, where the exception no longer holds on to what it interrupted
+                smaller = self._smaller_chunks()
+                if not (sizes or smaller):
+                    raise
+            self._drop()  # after the `except` block: until then the exception keeps the interrupted pass's tensors alive
             if sizes:
                 self._set(max(sizes) // 2)
                 smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
             self.info(f"out of memory in step {step.number}; repeating it with {' and '.join(smaller)}")
 
     def _smaller_chunks(self) -> list[str]:
-        """Halve the chunks, the head's not below `_FEWEST_ROWS`; says what they are now, of those that were halved."""
+        """Halve the chunks, the head's not below `_FEWEST_ROWS` rows. Returns a phrase for each kind that was halved."""
         each = (one.halve_chunks(self.accelerator.device.type, _FEWEST_ROWS) for one in self.chunked)
-        return list(dict.fromkeys(said for one in each for said in one))
+        return list(dict.fromkeys(phrase for phrases in each for phrase in phrases))

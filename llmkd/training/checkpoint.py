@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, verified before they are used, bit for bit what was saved.
+"""Checkpoints: written whole or not at all, verified before use, and restored bit for bit.
 
-A checkpoint is `step-N/` with the trainable weights and the optimizer's state in safetensors, `state.json`, where the state has arrays
-`state.npz`, and `manifest.json`, written last: the step, the run that it is of, and the size and SHA-256 of each file. It is built under
-another name and renamed when all of it is on the disk; the previous one is deleted only after that. The frozen base is never in it. The order of the
-data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
+A checkpoint is a folder `step-N/`: the trainable weights and the optimizer's state in safetensors, `state.json`, `state.npz` if the state
+has arrays, and `manifest.json`, which is written last and names the step, the run, and the size and SHA-256 of each file. The folder is
+written under another name and renamed once all of it is on the disk; the previous one is deleted only after that. The frozen base is never
+in it. The order of the data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
 """
 
 import errno
@@ -38,7 +38,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run has learnt: the weights that train, and the optimizer's state as PARAMETER/KEY."""
+    """The weights that train, by name, and the optimizer's state, by PARAMETER/KEY."""
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -54,14 +54,14 @@ class Snapshot:
 
 
 def snapshot(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
-    """The tensors themselves, not copies. bitsandbytes counts its steps in an int, of which a tensor is made."""
+    """A snapshot that holds the tensors themselves, not copies; a number of the state, as bitsandbytes' count of steps, becomes a tensor."""
     state = ((f"{name}/{key}", value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items())
     moments = {name: torch.tensor(value) if isinstance(value, int) else value.detach() for name, value in state}
     return Snapshot({name: p.detach() for name, p in parameters.items()}, moments)
 
 
 class Unusable(Exception):
-    """What is wrong with a checkpoint, in a few words."""
+    """A checkpoint cannot be used; the message is the reason, as a phrase."""
 
 
 def save(
@@ -71,7 +71,11 @@ def save(
     state: dict,
     run: dict[str, str],
 ) -> Path:
-    """Write `folder/step-N`. `state`: JSON, and numpy arrays. `run`: see `RunFolder.run`. The folder around `folder` is not made: if it is gone, OSError."""
+    """Write `folder/step-N` and return its path. OSError if the run's folder, in which `folder` lies, is gone: it is not made again.
+
+    state   JSON values and numpy arrays
+    run     see `RunFolder.run`
+    """
     from safetensors.torch import save_file
 
     weights = {name: value.cpu().contiguous() for name, value in learnt.weights.items()}
@@ -101,11 +105,13 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def newest(folders: list[Path], runs: list[dict[str, str]], last: int, info: Callable[[str], None] = print) -> list[Saved]:
-    """The newest checkpoint that is whole, at a step up to `last` that all the folders have; those passed over are named. Empty if there is none.
+    """The newest checkpoint, at most at step `last`, that every folder has whole; one for each folder, or [] without checkpoints.
 
-    runs   of each folder the run that its checkpoints are to be of
+    runs   for each folder the run (`RunFolder.run`) that its checkpoints must come from
+    info   called with a line for each checkpoint that is passed over
 
-    UserError where there are some and none can be used; marked with a student (`attribute_to_student`) of whose own no step can be, while others have one.
+    UserError if there are checkpoints and none can be used. If one student alone has no usable checkpoint, the error is attributed to it
+    (`attribute_to_student`).
     """
     passed, common = [[] for _ in folders], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
     for step in sorted(common, reverse=True):
@@ -145,22 +151,22 @@ def drop_after(folder: Path, step: int) -> None:
 
 
 def verified(path: Path, run: dict[str, str]) -> Saved:
-    """A checkpoint whose every file is what was written, at the step that its folder's name says and by that run. Else Unusable."""
+    """The checkpoint at `path`. Unusable if a file is not what was written, or the step is not the folder's, or the run is another."""
     try:
         manifest = read_sealed(path / MANIFEST)
         step, of, files = manifest.get("step"), manifest.get("run"), manifest.get("files")
         if not isinstance(step, int) or not isinstance(of, dict) or not isinstance(files, dict):
-            raise Unusable(f"its {MANIFEST} names no step, run and files: it is of an earlier version, or damaged")
+            raise Unusable(f"its {MANIFEST} names no step, run and files: it was written by an earlier version, or is damaged")
         if path.name != f"step-{step}":
             raise Unusable(f"it was written as step-{step}")
         if differing := [what for what in run if of.get(what) != run[what]]:
-            raise Unusable(f"it is of another run, with other {' and '.join(differing)}")
+            raise Unusable(f"it belongs to another run, which differs in {' and '.join(differing)}")
         for name in dict.fromkeys((WEIGHTS, MOMENTS, STATE, *files)):
             _verify(path / name, files.get(name))
         state = read_object(path / STATE) | (_arrays(path / ARRAYS) if ARRAYS in files else {})
         best, validated = state["best"], state["validated"]
         if state["step"] != step or not isinstance(best, dict | None) or not isinstance(validated, int | None):
-            raise Unusable(f"its {STATE} is not one of that step")
+            raise Unusable(f"its {STATE} does not belong to that step")
         if best and not (isinstance(best["by"], str) and isinstance(best["step"], int) and isinstance(best["value"], int | float)):
             raise Unusable(f"its {STATE} names no best step")
     except OSError as error:
@@ -188,7 +194,7 @@ def _verify(path: Path, expected: dict) -> None:
 
 
 def agreed(done: int, accelerator) -> int:
-    """The step of the checkpoint that every process has found. UserError, on all of them, where some machine does not see the run's folder."""
+    """`done`, if every process found the checkpoint of the same step. Otherwise UserError on all of them: a machine does not see the run's folder."""
     if accelerator.num_processes == 1:
         return done
     from accelerate.utils import gather_object
@@ -197,7 +203,7 @@ def agreed(done: int, accelerator) -> int:
     if other := next((rank for rank, step in enumerate(found) if step != found[0]), None):
         steps = [f"the checkpoint of step {step}" if step else "no checkpoint" for step in (found[0], found[other])]
         error = UserError(
-            f"output_dir: process 0 finds {steps[0]} there, and process {other} {steps[1]}; give a folder that all machines have in common"
+            f"output_dir: process 0 finds {steps[0]} there, and process {other} {steps[1]}; give a folder that all machines share"
         )
         error.every_rank = True  # Oddity: an attribute on an exception, as in errors.py
         raise error
@@ -205,7 +211,7 @@ def agreed(done: int, accelerator) -> int:
 
 
 def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put weights, and the optimizer's state, back in place."""
+    """Copy a checkpoint's weights into `parameters`, and its optimizer state into `optimizer`. UserError if names, shapes or dtypes differ."""
     from safetensors.torch import load_file
 
     weights = load_file(saved.path / WEIGHTS)

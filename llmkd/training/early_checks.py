@@ -1,6 +1,6 @@
-"""What a run is refused for within a second: settings against this machine, and against configurations and weight headers of local models. No torch.
+"""Checks within a second: a recipe's settings against this machine, and against configurations and weight headers of local models. No torch.
 
-A model on the hub is checked when its files are there, and everything once more on what is loaded.
+A model on the hub is checked after its download. All checks are repeated on the loaded models.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ NARROW = ("float16", "bfloat16")
 
 
 def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teachers: Sequence[tuple[str, Teacher]]) -> None:
-    """UserError for what would be refused after models are loaded, as far as the machine and the files of local models tell it.
+    """UserError for what the loaded models would be refused for, as far as the machine and the files of local models show it.
 
     teacher   the recipe's setting
-    teachers  those that are used, with the names of their settings
+    teachers  (setting, settings) of the teachers that are used
     """
     for setting, one in teachers:
         refuse_missing_device(setting, one)
@@ -46,7 +46,7 @@ def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teac
     for setting, quantization in [("student", student.quantization), *((setting, one.quantization) for setting, one in teachers)]:
         if found := files.get(f"{setting}.model"):
             refuse_quantised(found.base, found.config, f"{setting}.model", quantization is not None)
-    if student.layers is None:  # else what is left is known once the base is cut
+    if student.layers is None:  # else the number of layers is known after the base is cut
         configs = {setting: found.config for setting, found in files.items() if found}
         configs |= {"student.model": student.architecture} if student.architecture else {}
         refuse_layers(loss, configs, feature_teacher(loss.features, teacher), teachers)
@@ -63,11 +63,11 @@ def refuse_missing_device(setting: str, teacher: Teacher) -> None:
     """UserError for a device that this machine does not have."""
     name = teacher.device
     if name not in (None, OFFLOAD) and (why := why_missing(name)):
-        raise UserError(f"{setting}.device: found {name}, which {why}; name one that is here, such as cpu, or leave it out")
+        raise UserError(f"{setting}.device: found {name}, which {why}; name a device of this machine, such as cpu, or leave it out")
 
 
 def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
-    """The files of a model that is on this machine; None for one that the hub may have. UserError where neither can be."""
+    """The files of a model on this machine; None for one that may be on the hub. UserError if it can be neither."""
     if not settings.model:
         return None
     folder = Path(settings.model).expanduser()
@@ -82,7 +82,10 @@ def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
 
 
 def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:
-    """UserError for weights that are to train in a type in which they cannot, or whose average could not move. `averages`: the teachers that are one."""
+    """UserError for weights that would train in a dtype too narrow for that, or for a moving average of them.
+
+    averages   the teachers that are a moving average of the student (`ema`)
+    """
     full, copies = student.method == "full", bool(student.lora and student.lora.modules_to_save)
     if not full and not copies or not (files or student.architecture):
         return
@@ -101,10 +104,10 @@ def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]
 
 
 def refuse_layers(loss: Loss, configs: dict[str, dict], of_features: str, teachers: Sequence[tuple[str, Teacher]]) -> None:
-    """UserError for layers and widths that terms compare and the models do not have.
+    """UserError for layers and widths that loss terms compare and the models do not have.
 
-    configs      those that are known, by setting (student.model, teacher.model, ...)
-    of_features  the name of the teacher whose hidden states are learned
+    configs      the models' configurations that are known, by setting (student.model, teacher.model, ...)
+    of_features  the setting of the teacher of `loss.features`
     """
     if loss.attention and (both := [configs[name] for name in ("student.model", f"{teachers[0][0]}.model") if name in configs])[1:]:
         refuse_attention(loss.attention, *both)

@@ -1,4 +1,4 @@
-"""Opens the server that writes in on-policy distillation: asked before anything is loaded whether it can, and watched from then on."""
+"""Opens the server that writes in on-policy distillation; before anything is loaded it is asked whether it can."""
 
 import functools
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from ..teachers.connect import chosen_model
 
 
 def engine_of(settings: OnPolicy | None) -> Engine | None:
-    """The settings of the server that writes; None where none does."""
+    """The settings of the server that writes; None without one."""
     return settings.engine if settings and settings.share != 0 and isinstance(settings.engine, Engine) else None
 
 
 def find_base(settings: OnPolicy | None, prompts: Prompts | None, vocab: int) -> ServedModel | None:
-    """The student's base as the server has it; None without a server. UserError where it cannot be reached, or cannot do what is needed."""
+    """The student's base as the server has it; None without a server. UserError if it cannot be reached or lacks a needed ability."""
     if not (engine := engine_of(settings)):
         return None
     server = _server(engine)
@@ -35,8 +35,8 @@ def find_base(settings: OnPolicy | None, prompts: Prompts | None, vocab: int) ->
     longest = int(np.max(np.maximum(prompts.own, 0)[prompts.may])) + settings.max_new_tokens
     if base.positions and longest > base.positions:
         raise UserError(
-            f"{SETTING}.server: {server.address} serves {base.name} for {base.positions} tokens, and the longest prompt with its answer may have {longest}; start it "
-            "with a larger --max-model-len, or lower on_policy.max_new_tokens"
+            f"{SETTING}.server: {server.address} serves {base.name} with {base.positions} tokens, but the longest prompt with its answer may have "
+            f"{longest}; start it with a larger --max-model-len, or lower on_policy.max_new_tokens"
         )
     return base
 
@@ -50,7 +50,7 @@ def let_it_write(
     accelerator,
     stop_asked: Callable[[], bool],
 ) -> EngineWriter:
-    """Let the server write what the source needs."""
+    """Make the server the writer of `source`. Returns the writer."""
     settings = source.settings.engine
     folder = Path(settings.adapters).expanduser() if settings.adapters else output_dir / "engine"
     adapter = PushedAdapter(_server(settings), student, folder, str(output_dir.absolute()))
@@ -60,7 +60,7 @@ def let_it_write(
 
 
 def check_engine(writer: EngineWriter, source: OnPolicySource, done: int, accelerator) -> None:
-    """Before the first step: compare what the server writes to some prompts with the student. UserError, on all ranks, where it is not the student."""
+    """Before the first step: compare the server's answers to some prompts with the student. UserError, on all ranks, if it is another model."""
     chosen = np.flatnonzero(source.prompts.may)[:PROBED].tolist()
     on_main_process(accelerator, functools.partial(writer.check, source.prompts.ids(source.examples, chosen), source.sampling, done))
 

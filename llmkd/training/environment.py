@@ -1,7 +1,7 @@
-"""Environment variables of Accelerate, torch and transformers that could change what is computed: each is refused, said, or known to be harmless.
+"""Environment variables of Accelerate, torch and transformers that could change results: each is refused, reported, or known to be harmless.
 
-`accelerate launch` hands the settings of its config file to a run as such variables, so the table covers that file too. What a
-program (a notebook, sitecustomize) has set in torch itself is checked in `training/process_state.py`. No torch here.
+`accelerate launch` passes the settings of its config file to a run as such variables, so the table covers that file too. Settings that a
+program (a notebook, sitecustomize) made in torch itself are checked in `training/process_state.py`. No torch here.
 """
 
 import fnmatch
@@ -21,13 +21,13 @@ _OFF = ("0", "false", "no", "off", "n", "f")
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done about variables.
+    """How variables are treated.
 
-    names    patterns of their names, as in fnmatch. The first rule that fits a name is the one that counts
-    kind     REFUSED: a UserError; SAID: it has its effect, and a run says so; HARMLESS: nothing that is computed depends on it
-    why      its effect; of a harmless one, why there is none
-    fix      what to do about a refused one
-    allowed  values, in lower case, that change nothing, beside the empty one
+    names    patterns of their names, as in fnmatch. The first rule that matches a name applies
+    kind     REFUSED: a UserError; SAID: allowed, and a run reports it; HARMLESS: no result depends on it
+    why      its effect; for a harmless variable, why it has none
+    fix      how to resolve a refusal
+    allowed  values, in lower case, that change nothing, in addition to the empty one
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Rule:
     allowed: tuple[str, ...] = ()
 
 
-_PARALLEL = "here processes share the batch, or shard models by FSDP2"
+_PARALLEL = "llmkd's processes share the batch, or shard models with FSDP2"
 _PLAIN_LAUNCH = "start with accelerate launch --multi_gpu, or leave the section out of Accelerate's config file"
 _SHARD = "use recipes/accelerate/gpus_8_fsdp2.yaml, or torchrun and train.shard: full"
 RULES = (
@@ -59,7 +59,7 @@ RULES = (
     Rule(
         ("ACCELERATE_MIXED_PRECISION",),
         REFUSED,
-        "the types of numbers are set by student.dtype, student.mixed_precision and teacher.dtype",
+        "number formats are set by student.dtype, student.mixed_precision and teacher.dtype",
         "unset it, or give no in Accelerate's config file (accelerate launch --mixed_precision no)",
         ("no",),
     ),
@@ -70,16 +70,16 @@ RULES = (
         "unset it, or give no in Accelerate's config file (accelerate launch --dynamo_backend no)",
         ("no",),
     ),
-    Rule(("ACCELERATE_DYNAMO_*",), HARMLESS, "read with a backend alone, which is refused"),
+    Rule(("ACCELERATE_DYNAMO_*",), HARMLESS, "read only with a backend, which is refused"),
     Rule(
         ("ACCELERATE_USE_DEEPSPEED",),
         REFUSED,
-        f"{_PARALLEL}; DeepSpeed has backward pass, clipping and optimizer of its own",
+        f"{_PARALLEL}; DeepSpeed has its own backward pass, clipping and optimizer",
         _SHARD,
         _OFF,
     ),
-    Rule((ASKED,), REFUSED, "only llmkd train of a recipe shards models", _PLAIN_LAUNCH, _OFF),
-    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_PARALLEL}; Megatron-LM has models and a loop of its own", _SHARD, _OFF),
+    Rule((ASKED,), REFUSED, "only llmkd train with a recipe shards models", _PLAIN_LAUNCH, _OFF),
+    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_PARALLEL}; Megatron-LM has its own models and loop", _SHARD, _OFF),
     Rule(
         ("ACCELERATE_USE_PARALLELISM_CONFIG",),
         REFUSED,
@@ -99,16 +99,16 @@ RULES = (
         HARMLESS,
         "options of what is refused by ACCELERATE_USE_...",
     ),
-    Rule(tuple(OPTIONS), HARMLESS, "read with ACCELERATE_USE_FSDP alone; a value that asks for what llmkd does not do is then refused"),
-    Rule(("FSDP_*",), HARMLESS, "for Accelerate's own way to shard a model; here each layer is a unit, and checkpoints are whole"),
-    Rule(("ACCELERATE_FP8_*", "FP8_*"), HARMLESS, "read with mixed precision fp8 alone, which is refused"),
+    Rule(tuple(OPTIONS), HARMLESS, "read only with ACCELERATE_USE_FSDP; a value that asks for what llmkd does not do is then refused"),
+    Rule(("FSDP_*",), HARMLESS, "for Accelerate's own way to shard a model; in llmkd each layer is a unit, and checkpoints are whole"),
+    Rule(("ACCELERATE_FP8_*", "FP8_*"), HARMLESS, "read only with mixed precision fp8, which is refused"),
     Rule(
         ("ACCELERATE_TORCH_DEVICE",),
         REFUSED,
         "every process would compute on that one device",
-        "unset it, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        "unset it, and choose GPUs with CUDA_VISIBLE_DEVICES",
     ),
-    Rule(("ACCELERATE_USE_CPU",), HARMLESS, "it chooses the device; a run on the CPU of a machine with a GPU says so"),
+    Rule(("ACCELERATE_USE_CPU",), HARMLESS, "it chooses the device; a run that uses the CPU although there is a GPU says so"),
     Rule(
         ("ACCELERATE_DOWNCAST_BF16", "XLA_*", "USE_TORCH_XLA", "ACCELERATE_IN_TPU_POD", "PJRT_DEVICE"),
         HARMLESS,
@@ -132,7 +132,7 @@ RULES = (
     ),
     Rule(("ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"), HARMLESS, "where processes run; the number of threads is OMP_NUM_THREADS"),
     Rule(("ACCELERATE_*",), SAID, "not known to llmkd"),
-    # precision of matrix products
+    # the precision of matrix products
     Rule(
         ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",),
         REFUSED,
@@ -165,23 +165,23 @@ RULES = (
     Rule(
         ("CUBLAS_EMULATE_*", "CUBLAS_EMULATION_*", "CUBLAS_FIXEDPOINT_EMULATION_*"),
         REFUSED,
-        "float32 and float64 products would be put together out of shorter types",
+        "float32 and float64 products would be composed of products in shorter types",
         "unset it",
         ("0",),
     ),
     Rule(
         ("TRITON_INSTRUMENTATION_MODE", "TRITON_FPSAN_HOMOMORPHIC_CASTS"),
         REFUSED,
-        "Triton's sanitizer of floating point puts other arithmetic in the place of its kernels'",
+        "Triton's floating-point sanitizer replaces the arithmetic of its kernels",
         "unset it",
         _OFF,
     ),
     Rule(("TRITON_KERNEL_OVERRIDE",), REFUSED, "kernels would be replaced by others", "unset it", _OFF),
-    # another rounding or another kernel
+    # other kernels, so other rounding
     Rule(
         ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
         SAID,
-        "other CPU instructions, so another rounding",
+        "other CPU instructions, so other rounding",
     ),
     Rule(
         (
@@ -194,12 +194,12 @@ RULES = (
             "GLIBC_TUNABLES",
         ),
         SAID,
-        "other CPU instructions, so another rounding",
+        "other CPU instructions, so other rounding",
     ),
     Rule(
         ("TORCH_MKLDNN_MATMUL_*", "TORCH_LINEAR_FLATTEN_3D", "TORCH_BLAS_PREFER_*", "TORCH_LINALG_PREFER_*", "TORCH_CUDNN_*"),
         SAID,
-        "another library for matrix products, so another rounding",
+        "another library for matrix products, so other rounding",
     ),
     Rule(
         (
@@ -215,7 +215,7 @@ RULES = (
             "TORCH_ROCM_FA_PREFER_CK",
         ),
         SAID,
-        "another choice of GPU kernels, so another rounding",
+        "another choice of GPU kernels, so other rounding",
     ),
     Rule(
         (
@@ -227,7 +227,7 @@ RULES = (
             "TORCH_PYTHON_NATIVE_USER_GRAPH_ORDER_FN",
         ),
         SAID,
-        "another kernel of transformers or torch, so another rounding",
+        "another kernel of transformers or torch, so other rounding",
     ),
     Rule(
         ("USE_HUB_KERNELS",),
@@ -252,7 +252,7 @@ RULES = (
             "TORCH_DISTRIBUTED_USE_TORCHCOMMS",
         ),
         SAID,
-        "another order of sums over GPUs, so another rounding",
+        "another order of sums over GPUs, so other rounding",
     ),
     Rule(
         (
@@ -298,33 +298,37 @@ RULES = (
         SAID,
         "a setting of Triton's compiler; the kernel is compared with plain PyTorch at the start",
     ),
-    # known to be harmless
+    # harmless
     Rule(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DYNAMIC", "OMP_DYNAMIC"),
         HARMLESS,
-        "threads: a resumed run is bitwise the same on as many",
+        "the number of threads; with the same number a resumed run is bitwise the same",
     ),
-    Rule(("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "HF_DATASETS_IN_MEMORY_MAX_SIZE"), HARMLESS, "speed; order and content stay"),
+    Rule(
+        ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "HF_DATASETS_IN_MEMORY_MAX_SIZE"),
+        HARMLESS,
+        "speed; order and content stay the same",
+    ),
     Rule(
         ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING"),
         HARMLESS,
-        "memory and order of launch",
+        "memory, and the order in which kernels are launched",
     ),
-    Rule(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"), HARMLESS, "for pickled files, and llmkd reads none"),
-    Rule(("PYTHONHASHSEED",), HARMLESS, "nothing depends on the order of a set"),
+    Rule(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"), HARMLESS, "for pickled files, which llmkd does not read"),
+    Rule(("PYTHONHASHSEED",), HARMLESS, "no result depends on the order of a set"),
 )
 
 
 @functools.cache
 def rule_for(name: str) -> Rule | None:
-    """The first rule that fits the name of a variable."""
+    """The first rule that matches the name of a variable; None if none does."""
     return next((rule for rule in RULES if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.names)), None)
 
 
 def check_environment(variables: Mapping[str, str] = os.environ, shards: bool = False) -> None:
-    """UserError that names every variable that is refused; a message, once a process, for each that has an effect.
+    """UserError that names every refused variable; otherwise one message per process for each variable that has an effect.
 
-    shards  the command can shard models, so FSDP2 is not refused
+    shards  whether the command can shard models; then FSDP2 is not refused
     """
     refuse_broken_launch(variables)
     if shards and fsdp2_asked(variables):
@@ -343,7 +347,7 @@ told: set[str] = set()
 
 
 def _effective(variables: Mapping[str, str]) -> Iterator[tuple[Rule, str]]:
-    """The variables that are refused or said, each with its line."""
+    """The rules of the variables that are refused or reported, each with its line."""
     for name in sorted(variables):
         rule, value = rule_for(name), variables[name]
         if rule is None or rule.kind == HARMLESS or value.strip().lower() in ("", *rule.allowed):

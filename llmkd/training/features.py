@@ -1,4 +1,4 @@
-"""The start of `loss.features`: its term for two loaded models, and its maps and scales from their hidden states before the first step."""
+"""The start of `loss.features`: its term for two loaded models, and its maps and scales, computed from hidden states before the first step."""
 
 import math
 import random
@@ -24,18 +24,18 @@ from ..models.parts import sharded_like
 from ..signals import Teacher
 from .layer_pairs import LEAST_PER_DIMENSION, is_computed, refuse_features
 
-#: Targets on which maps are computed: at least so many, and so many for each dimension of the student's states; and half as many to measure the rest.
+#: Maps are computed on at least _TARGETS targets, and on _PER_DIMENSION for each dimension of the student's states; half as many more measure the fit.
 _TARGETS, _PER_DIMENSION = 1024, 8
-#: Below this share unexplained there is next to nothing to teach.
+#: If the share that maps leave unexplained is below this, there is next to nothing to teach.
 _LITTLE = 0.1
 
 
 def feature_terms(features: Features | None, setting: str, student: Model, teachers: dict[str, Model], seed: int) -> list[FeatureTerm]:
-    """The term of `loss.features` for loaded models, if there is one. UserError where they do not have the layers or widths that it needs.
+    """The term of `loss.features` for loaded models; [] without it. UserError if they lack the layers or widths that it needs.
 
-    setting    the teacher's name in the recipe: teacher, or teacher.0, ...
+    setting    the teacher's setting: teacher, or teacher.0, ...
     teachers   by setting
-    seed       of random maps
+    seed       for maps that start at random
     """
     if not features:
         return []
@@ -55,33 +55,32 @@ def feature_terms(features: Features | None, setting: str, student: Model, teach
 
 
 def refuse_small_samples(features: Features, width: int, samples: tuple[Sequence[Batch], Sequence[Batch]]) -> None:
-    """UserError where those examples of a teacher that `sample_batches` took have too few targets: there are few of them, or long ones."""
+    """UserError if the samples of `sample_batches` have too few targets: the teacher has too few examples, or one of them is too long."""
     needed, (taken, kept) = LEAST_PER_DIMENSION * (width + 1), (sum(batch.num_targets for batch in batches) for batches in samples)
     if not kept:
-        raise UserError(
-            "loss.features: the teacher has one training example, and what its hidden states are like is measured on two or more"
-        )
+        raise UserError("loss.features: the teacher has one training example, but its hidden states are measured on two or more; give more")
     if is_computed(features) and taken < needed:
         raise UserError(
-            f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the training "
-            f"examples that it would be computed on have {taken:,} (the others measure what it leaves); use xavier, or give more examples"
+            f"loss.features.init: found least_squares, but a map of states {width} wide needs {needed:,} targets, and the training examples on "
+            f"which it would be computed have {taken:,} (the other examples measure the fit); use xavier, or give more examples"
         )
 
 
 def start_features(
     features: Features, term: FeatureTerm, student: Model, teacher: Teacher, samples: tuple[Sequence[Batch], Sequence[Batch]]
 ) -> dict[str, float]:
-    """Set the term's maps and scales from the untouched models. Returns what share of the teacher's states linear maps leave unexplained.
+    """Set the term's maps and scales from the untouched models.
 
-    That is by pair, "student 2, teacher 3"; empty where maps would need more targets.
+    Returns, by pair ("student 2, teacher 3"), the share of the teacher's states that a linear map leaves unexplained; {} if there are too
+    few targets for maps.
 
-    samples   batches of training examples to compute maps and scales on, and others to measure that share on
+    samples   batches of training examples on which maps and scales are computed, and others on which that share is measured
     """
     scales, maps = _agreed(*_fitted(term, student, teacher, samples[0]), term.scales.device)
     for n, ((s, t), size) in enumerate(zip(term.pairs, scales, strict=True)):
         if not 0 < size < math.inf:
             what = "are the same at every target" if size == 0 else "are not finite"
-            raise UserError(f"loss.features.layers: found [{s}, {t}], and the hidden states there {what}; name other layers")
+            raise UserError(f"loss.features.layers: found [{s}, {t}], but the hidden states there {what}; name other layers")
         if features.scale == "teacher_variance":
             term.scales[n] = size
         if maps and is_computed(features):
@@ -92,7 +91,7 @@ def start_features(
 
 
 def report_shares(features: Features, shares: dict[str, float], targets: int) -> None:
-    """Say what the term starts from, measured on so many targets, and whether that leaves something to teach."""
+    """Print the unexplained shares, measured on `targets` targets, and a note if they leave next to nothing to teach."""
     if not shares:
         return
     means = "a linear map of the untouched student's hidden states" if features.projection == "linear" else "the untouched student"
@@ -103,13 +102,15 @@ def report_shares(features: Features, shares: dict[str, float], targets: int) ->
         best = f"{1 - max(shares.values()):.0%}"
         warn(
             f"note: loss.features: {means} explains {best} or more of the teacher's before the first step, so there is next to nothing to teach; "
-            "other layers, or a student further from its teacher, may leave more"
+            "other layers, or a student that differs more from its teacher, may leave more"
         )
 
 
 def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, device) -> tuple[list[Batch], list[Batch]]:
-    """Batches of at most `size` of the training examples `mine`, the same for every run and rank: to compute maps of states `width` wide,
-    and half as many targets to measure what those leave."""
+    """Two lists of batches of at most `size` of the training examples `mine`, the same for every run and rank.
+
+    The first has enough targets to compute maps of states `width` wide, the second half as many to measure the fit.
+    """
     chosen = random.Random("features").sample(list(mine), len(mine))
     ends = np.cumsum(train.num_targets[np.array(chosen, np.int64)])
     fit = min(max(_TARGETS, _PER_DIMENSION * width), 2 * int(ends[-1]) // 3)
@@ -126,10 +127,8 @@ def _batches(train: Examples, chosen: list[int], size: int, device) -> list[Batc
 def _fitted(
     term: FeatureTerm, student: Model, teacher: Teacher, batches: Sequence[Batch]
 ) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
-    """Of each pair the teacher's spread, NaN where states are not finite, and the least-squares map: none without maps, and of too few targets.
-
-    States are held for one batch at a time, and of a pair what `LeastSquares` holds.
-    """
+    """For each pair the teacher's spread, NaN if a state is not finite, and the least-squares map; no maps if the term has none or there are
+    too few targets. Hidden states are held for one batch at a time."""
     spreads = [Spread(term.distance) for _ in term.pairs]
     enough = sum(batch.num_targets for batch in batches) >= LEAST_PER_DIMENSION * (term.width + 1)
     fits = [LeastSquares(one.in_features, one.out_features, term.scales.device) for one in term.maps or () if enough]
@@ -141,11 +140,13 @@ def _fitted(
             if fits:
                 fits[n].add(x_ND, y_NE)
     scales = [one.value if ok else math.nan for one, ok in zip(spreads, finite, strict=True)]
-    return scales, [fits.pop(0).map() for _ in term.pairs] if fits and all(map(math.isfinite, scales)) else []
+    if not fits or not all(map(math.isfinite, scales)):
+        return scales, []
+    return scales, [fits.pop(0).map() for _ in term.pairs]  # dropped one by one, to save memory
 
 
 def _agreed(scales: list[float], maps: list[tuple[Tensor, Tensor]], device) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
-    """The first process's, so that all have the same to the last bit, whatever they run on."""
+    """The first process's values on every process, so that all have the same bits whatever hardware they run on."""
     if not torch.distributed.is_initialized():
         return scales, maps
     found = [torch.tensor(scales, dtype=torch.float64, device=device), *(one.contiguous() for pair in maps for one in pair)]
@@ -157,8 +158,8 @@ def _agreed(scales: list[float], maps: list[tuple[Tensor, Tensor]], device) -> t
 def _left(
     term: FeatureTerm, student: Model, teacher: Teacher, batches: Sequence[Batch], maps: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
-    """Of each pair the mean distance of the student's mapped states from the teacher's, as a share of the teacher's spread: with `mse` 1 - R^2, of
-    all dimensions at once. Left out where the teacher's do not differ."""
+    """By pair: the mean distance of the student's mapped states from the teacher's, over the teacher's spread; with `mse` that is 1 - R^2 over
+    all dimensions. A pair whose teacher states do not differ is left out."""
     spreads, sums = [Spread(term.distance) for _ in term.pairs], [0.0 for _ in term.pairs]
     for batch in batches:
         for n, (x_ND, y_NE) in enumerate(_states(term, student, teacher, batch)):
@@ -171,7 +172,7 @@ def _left(
 
 @torch.no_grad()
 def _states(term: FeatureTerm, student: Model, teacher: Teacher, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Of each pair the hidden states of student [N, D] and teacher [N, E] at a batch's targets, in float32 at least, where the term is."""
+    """For each pair the hidden states of student [N, D] and teacher [N, E] at a batch's targets, at least float32, on the term's device."""
     training, device = student.training, term.scales.device
     student.eval()
     try:

@@ -1,4 +1,4 @@
-"""What Accelerate's config file, or the environment, says of FSDP: FSDP2 is what `train.shard: full` does; the rest is refused. No torch here."""
+"""FSDP in Accelerate's config file or the environment: FSDP2 is `train.shard: full`; other settings of FSDP are refused. No torch here."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from ..errors import UserError
 ASKED = "ACCELERATE_USE_FSDP"
 _OFF = ("", "0", "false", "no", "off", "n", "f")
 _ON = ("1", "true", "yes", "on", "y", "t")
-#: Options of FSDP: the values that ask for nothing else than llmkd does, and what to do about the others.
+#: Options of FSDP: the values that match what llmkd does, and how to fix any other.
 OPTIONS = {
-    "FSDP_VERSION": (("2",), "set fsdp_version: 2; llmkd has FSDP2 alone"),
+    "FSDP_VERSION": (("2",), "set fsdp_version: 2; llmkd has only FSDP2"),
     "FSDP_RESHARD_AFTER_FORWARD": (
         ("", *_ON, "full_shard"),
         "set fsdp_reshard_after_forward: true; layers are gathered again in the backward pass",
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 def fsdp2_asked(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether FSDP2 is asked for. UserError for FSDP1, and for each option that asks for what llmkd does not do."""
+    """Whether FSDP2 is requested. UserError for FSDP1, and for options that llmkd does not support."""
     if variables.get(ASKED, "").strip().lower() in _OFF:
         return False
     problems = []
@@ -43,8 +43,8 @@ def fsdp2_asked(variables: Mapping[str, str] = os.environ) -> bool:
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Inside, the libraries do not see that FSDP is asked for: Accelerate would look for a GPU and prepare models itself, and transformers load
-    weights on the first process alone."""
+    """Hide the request for FSDP from the libraries: Accelerate would look for a GPU and prepare models itself, and transformers would load
+    weights on the first process only."""
     before = os.environ.get(ASKED)
     os.environ[ASKED] = "false"
     try:

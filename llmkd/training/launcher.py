@@ -1,7 +1,7 @@
-"""The launcher that started this process (`accelerate launch`, torchrun), and a watch on whether it is still there.
+"""The launcher that started this process (`accelerate launch`, torchrun), and a watch on whether it is still running.
 
-`accelerate launch` on one process forwards no signal to the run: SIGTERM ends the launcher, and the run would train on as an
-orphan. SIGUSR1 ends torchrun in the same way. A run therefore stops, with a checkpoint, when its launcher is gone.
+`accelerate launch` with one process forwards no signal to the run: SIGTERM ends the launcher, and the run would go on as an orphan.
+SIGUSR1 ends torchrun in the same way. A run therefore stops, with a checkpoint, when its launcher ends.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-#: One of them is set in the environment of every process that a launcher starts. They are inherited, so the parent is looked at too.
+#: Every process that a launcher starts has one of them in its environment. Its own children inherit them, so the parent is checked too.
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _COMMANDS = (b"accelerate", b"torchrun", b"torch.distributed")
-_SECONDS = 0.25  # between two looks
-launchers: dict[int, int | None] = {}  # the launcher by the id of the process that asked
+_SECONDS = 0.25  # between two checks
+launchers: dict[int, int | None] = {}  # the launcher of each process that asked, by process id
 
 
 def launcher_pid() -> int | None:
@@ -34,7 +34,7 @@ def _find_launcher() -> int | None:
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
-    except OSError:  # no /proc on macOS: the environment must do
+    except OSError:  # macOS has no /proc: trust the environment
         return parent
     return parent if any(name in command for name in _COMMANDS) else None
 

@@ -1,4 +1,4 @@
-"""Pairs of layers, and what of `loss.features` and `loss.attention` is refused before a model is loaded. Torch is loaded for outlines alone."""
+"""Pairs of layers, and the checks of `loss.features` and `loss.attention` before a model is loaded. Only `refuse_by_outline` imports torch."""
 
 import math
 from typing import TYPE_CHECKING
@@ -12,12 +12,15 @@ from ..model_folder.files import attention_heads, layers_of, width_of
 if TYPE_CHECKING:
     from ..signals import AttentionInputs
 
-#: With fewer for each dimension a linear map fits any teacher.
+#: Targets per dimension: with fewer, a linear map fits any teacher.
 LEAST_PER_DIMENSION = 2
 
 
 def pairs_of(layers: Layers, setting: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """The pairs that `layers`, a setting of that name, means for two models with so many layers. UserError for a layer that one lacks."""
+    """The pairs of layers that `layers` means for two models with `student` and `teacher` layers. UserError for a layer that one lacks.
+
+    setting   the name of the setting, for the message
+    """
     try:
         return layer_pairs(layers, student, teacher)
     except ValueError as error:
@@ -25,7 +28,7 @@ def pairs_of(layers: Layers, setting: str, student: int, teacher: int) -> tuple[
 
 
 def refuse_attention(settings: AttentionLoss, student: dict, teacher: dict) -> None:
-    """UserError for layers or heads that cannot be compared, as far as the two models' configurations say."""
+    """UserError for layers or heads that cannot be compared, as far as the two models' configurations show."""
     depths, heads = (layers_of(student), layers_of(teacher)), (attention_heads(student), attention_heads(teacher))
     if all(depths):
         pairs_of(settings.layers, "loss.attention.layers", *depths)
@@ -34,16 +37,16 @@ def refuse_attention(settings: AttentionLoss, student: dict, teacher: dict) -> N
 
 
 def refuse_heads(settings: AttentionLoss, student: int, teacher: int) -> None:
-    """UserError for maps, head by head, of two models with so many heads that are not equally many."""
+    """UserError if attention maps are to be compared head by head, but the two models have different numbers of heads."""
     if settings.what == "maps" and settings.heads != "mean" and student != teacher:
         raise UserError(
-            f"loss.attention.what: found maps, and the student has {student} heads and the teacher {teacher}; set loss.attention.heads: mean, "
+            f"loss.attention.what: found maps, but the student has {student} heads and the teacher {teacher}; set loss.attention.heads: mean, "
             "or what: relations"
         )
 
 
 def refuse_inputs(settings: AttentionLoss, student: "AttentionInputs", teacher: "AttentionInputs") -> None:
-    """UserError for what two layers' attention computes with that cannot be compared: other heads, or widths that relation heads do not divide."""
+    """UserError for two layers whose attention cannot be compared: different numbers of heads, or widths that relation heads do not divide."""
     refuse_heads(settings, student.query.shape[1], teacher.query.shape[1])
     widths = [x.shape[1] * x.shape[3] for one in (student, teacher) for x in (one.query, one.key, one.value)]
     if settings.parts and any(width % settings.parts for width in widths):
@@ -57,9 +60,9 @@ def refuse_inputs(settings: AttentionLoss, student: "AttentionInputs", teacher: 
 
 
 def refuse_by_outline(features: Features | None, attention: AttentionLoss | None, setting: str, configs: dict[str, dict]) -> None:
-    """UserError for what two models lack inside, as far as they show it when they are built without weights. It loads torch.
+    """UserError for layers or attention that two models lack, as far as models built without weights show it. It imports torch.
 
-    setting   the teacher's name in the recipe: teacher, or teacher.0, ...
+    setting   the teacher's setting: teacher, or teacher.0, ...
     configs   by setting: student.model, teacher.model, ...
     """
     from ..models.outline import listed_layers, not_one_tensor, outline, shapes_inside, show_attention
@@ -93,9 +96,9 @@ def refuse_by_outline(features: Features | None, attention: AttentionLoss | None
 
 
 def check_features(features: Features | None, setting: str, configs: dict[str, dict], train: Examples) -> None:
-    """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what `loss.features` needs.
+    """UserError, before a model is loaded, if the models or the training data lack what `loss.features` needs.
 
-    setting   the teacher's name in the recipe: teacher, or teacher.0, ...
+    setting   the teacher's setting: teacher, or teacher.0, ...
     configs   by setting: student.model, teacher.model, ...
     """
     if not features:
@@ -108,21 +111,21 @@ def check_features(features: Features | None, setting: str, configs: dict[str, d
 
 
 def refuse_features(features: Features, student: tuple[int | None, int | None], teacher: tuple[int | None, int | None]) -> None:
-    """UserError for what models of so many layers and of such widths do not have; see `feature_problems`."""
+    """UserError for layers or widths that the models lack; see `feature_problems`. `student`, `teacher`: (layers, width), None if unknown."""
     if problems := [f"{setting}: {problem}" for setting, problem in feature_problems(features, student, teacher)]:
         raise UserError(*problems)
 
 
 def refuse_too_few_targets(features: Features, width: int, targets: int) -> None:
-    """UserError where the training data has too few targets to compute a map of states of that width."""
+    """UserError if the training data has too few targets to compute a map of states `width` wide."""
     needed = -(-LEAST_PER_DIMENSION * (width + 1) * 3 // 2)
     if is_computed(features) and targets < needed:
         raise UserError(
-            f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the "
-            f"training data (of a stream, its first step) has {targets:,}; use xavier"
+            f"loss.features.init: found least_squares, but a map of states {width} wide needs {needed:,} targets, and the training data (of a "
+            f"stream, its first step) has {targets:,}; use xavier"
         )
 
 
 def is_computed(features: Features) -> bool:
-    """Whether the maps start from what is computed."""
+    """Whether the maps start from a least-squares fit."""
     return features.projection == "linear" and features.init == "least_squares"

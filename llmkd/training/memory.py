@@ -1,4 +1,4 @@
-"""Memory gauges: the peak that was used since a moment, and the bytes that are free, on a GPU or the CPU."""
+"""Memory gauges for a GPU and the CPU: the peak use since the gauge was made, and the memory that is free."""
 
 import contextlib
 import ctypes
@@ -11,9 +11,9 @@ from ..errors import UserError
 
 
 class GpuMemory:
-    """GPU memory in bytes: `taken`, the peak since this object was made, and `room`, 90 % of what was free then."""
+    """GPU memory in bytes: `taken`, the peak use since this object was made, and `room`, 90 % of what was free then."""
 
-    cautious = False  # running out of it only raises an exception
+    cautious = False  # running out only raises an exception
 
     def __init__(self, device):
         self.device = device
@@ -28,9 +28,9 @@ class GpuMemory:
 
 
 class CpuMemory:
-    """The machine's memory, likewise. `room` is half of what was free: then doubling stays inside it even where the need is quadratic."""
+    """The machine's memory, likewise. `room` is half of the free memory, so that doubling a batch stays inside even if the need is quadratic."""
 
-    cautious = True  # running out of it ends the process
+    cautious = True  # running out ends the process
 
     def __init__(self):
         with contextlib.suppress(OSError, AttributeError):
@@ -41,12 +41,12 @@ class CpuMemory:
             free = next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
         except (OSError, StopIteration):
             raise UserError(
-                "train.micro_batch_tokens: found auto, and this system does not say how much memory is free; give a number"
+                "train.micro_batch_tokens: found auto, but this system does not report how much memory is free; give a number"
             ) from None
         for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
             try:
                 free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
-            except (OSError, ValueError):  # there is none, or it says "max"
+            except (OSError, ValueError):  # no such file, or no limit ("max")
                 continue
         self.room = 0.5 * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -1,4 +1,4 @@
-"""Notices that the files of a run's models are changed: between the check and the loading, or while the run goes on. No torch."""
+"""Notices changes of the model files of a run: between check and loading, and during the run. No torch."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .prepare import Prepared, model_identity
 
 
 class ModelWatch:
-    """What the models of a run were read from. To be made when they are loaded: UserError if they are not what was checked before."""
+    """Watches the files from which a run's models were loaded. Make it after loading: ChangedFiles if they differ from those that were checked."""
 
     def __init__(self, prepared: Prepared):
         self._student, self._teachers = prepared.student, prepared.teachers
@@ -25,10 +25,7 @@ class ModelWatch:
                 raise ChangedFiles(f"{what} was changed while the run was starting; start again when it is whole")
 
     def changed(self, every: float = 1.0) -> str | None:
-        """What has changed in the files, in a sentence; None if they are what they were. They are looked at every so many seconds.
-
-        Only a file that was touched is read again.
-        """
+        """A sentence about a file that has changed, or None. The files are checked at most once in `every` seconds, and read only if touched."""
         if time.monotonic() < self._looked + every:
             return None
         self._looked = time.monotonic()

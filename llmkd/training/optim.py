@@ -17,12 +17,12 @@ _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "p
 def build(
     optim: Optim, parameters: dict[str, nn.Parameter], of_terms: Mapping[str, float | None] = MappingProxyType({})
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters. Weight decay is for matrices; biases, norms and what belongs to a loss term go without.
+    """AdamW over all parameters. Weight decay applies to matrices only, not to biases, norms and the parameters of loss terms.
 
-    bitsandbytes keeps the state of tensors under 4,096 elements in 32 bit, and pages only on a GPU. It has no 64-bit arithmetic.
+    bitsandbytes keeps the state of tensors under 4,096 elements in 32 bit, and pages only on a GPU. It has no float64: UserError.
 
-    of_terms   the names of the loss terms' parameters, each with its own peak learning rate or None. A group has its rate as `lr_ratio`,
-               a multiple of the schedule's
+    of_terms   the peak learning rate of each loss term's parameter, or None for the student's. It becomes the group's `lr_ratio`, a
+               multiple of the schedule's rate
     """
     own = {name: p for name, p in parameters.items() if name not in of_terms}
     decayed = [p for p in own.values() if p.ndim >= 2]
@@ -43,7 +43,7 @@ def build(
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int, min_share: float = 0.0) -> float:
-    """The rate of step `step` (from 1): a linear warm-up, then cosine or linear to min_share * peak, or constant."""
+    """The learning rate of step `step` (from 1): linear warm-up, then cosine or linear decay to min_share * peak, or constant."""
     if step <= warmup:
         return peak * step / (warmup + 1)
     if schedule == "constant":

@@ -1,4 +1,4 @@
-"""Validation of an on-policy run: what the student writes to held-out prompts, and how far it is from the teacher there."""
+"""Validation of an on-policy run on the student's own answers to held-out prompts: their divergence from the teacher, length and end."""
 
 import random
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from ..data.written import Prompts, answered
 from ..rollouts.sampling import Sampling
 from ..rollouts.writer import Writer, text_key, write_on_all_ranks
 
-#: What is measured of the text itself, by the names of `Evaluator.validate`.
+#: The metrics of `Evaluator.validate` that are reported for the student's own text.
 MEASURED = ("reverse_kl", "forward_kl", "entropy")
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """The student's answers to held-out prompts, drawn by the same numbers at every validation."""
+    """Writes the student's answers to held-out prompts, with the same random numbers at every validation."""
 
     examples: TokenExamples
     prompts: Prompts
@@ -26,22 +26,22 @@ class OwnText:
 
     @classmethod
     def of(cls, examples: TokenExamples, prompts: Prompts, count: int, writer: Writer, sampling: Sampling) -> "OwnText":
-        """`count` of the examples that may be answered, the same ones every time."""
+        """With up to `count` of the examples that have a prompt, always the same ones."""
         may = np.flatnonzero(prompts.may).tolist()
         chosen = sorted(random.Random("own text").sample(may, min(count, len(may))))
         return cls(examples, prompts, tuple(chosen), writer, sampling)
 
     def write(self, rank: int, ranks: int) -> tuple[TokenExamples, dict[str, float]]:
-        """The answers as examples without weights, and their mean length and the share that ended by itself."""
+        """The answers as unweighted examples; and their mean length in tokens (`own_length`) and the share that ended by itself (`own_finished`)."""
         asked = self.prompts.ids(self.examples, self.chosen)
         keys = [text_key("held out", self.examples.content_hash(i)) for i in self.chosen]
         found = write_on_all_ranks(self.writer, asked, keys, self.sampling, rank, ranks)
         whole = [(i, one.ids) for i, one in zip(self.chosen, found, strict=True) if one.ids]
-        data = (
-            answered(self.examples, self.prompts, *map(list, zip(*whole, strict=True))).unweighted()
-            if whole
-            else self.examples.take(np.zeros(0, np.int64))
-        )
+        if whole:
+            answers = map(list, zip(*whole, strict=True))
+            data = answered(self.examples, self.prompts, *answers).unweighted()
+        else:
+            data = self.examples.take(np.zeros(0, np.int64))
         return data, {
             "own_length": sum(len(one.ids) for one in found) / len(found),
             "own_finished": sum(one.finished for one in found) / len(found),
@@ -49,5 +49,5 @@ class OwnText:
 
 
 def own_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Of the metrics on such examples those that say something there."""
+    """The metrics that are reported for the student's own text, named own_NAME."""
     return {f"own_{name}": metrics[name] for name in MEASURED if name in metrics}

@@ -1,7 +1,7 @@
-"""How the processes of a run hold its models: whole, exchanging gradients by DDP, or sharded, by FSDP2 (torch's `fully_shard`).
+"""How the processes of a run hold its models: each the whole model, with DDP, or sharded, with FSDP2 (torch's `fully_shard`).
 
-When gradients are exchanged, what is gathered for a checkpoint and for the finished student is said here; where a model is cut, in
-`models/sharding.py`. The loop, the losses and the teachers do not ask.
+This file decides when gradients are exchanged and what is gathered for checkpoints and the finished student; `models/sharding.py` decides
+where a model is cut. The loop, the losses and the teachers do not depend on either.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Replicated:
-    """Every process holds the whole student: one process, or DDP."""
+    """Every process holds the whole student: a single process, or DDP."""
 
     #: Whether a process can take a snapshot without the others.
     alone = True
@@ -31,28 +31,29 @@ class Replicated:
     mesh = None  # of a sharded student
 
     def hold(self, students: Iterable[LanguageModel]) -> None:
-        """Take the students as they were loaded. UserError for one that cannot be held so."""
+        """Check the loaded students. UserError for one that cannot be held in this way."""
 
     def hold_terms(self, terms: Iterable[nn.Module]) -> None:
-        """Take a student's loss terms, some of which have parameters. To be called before these are asked for."""
+        """Prepare a student's loss terms, some of which have parameters. Call it before an optimizer takes those."""
 
     def wrap(self, distiller: nn.Module, accelerator) -> nn.Module:
+        """The module to call in training: with several processes, `distiller` in DDP."""
         return accelerator.prepare_model(distiller)
 
     def exchanging(self, distiller: nn.Module, accelerator, now: bool) -> contextlib.AbstractContextManager:
-        """For one forward and backward pass: the processes exchange gradients in it, with those of the passes before, or not `now`."""
+        """A context for one forward and backward pass. With `now`, the processes exchange the gradients of this pass and those before it."""
         return contextlib.nullcontext() if now else accelerator.no_sync(distiller)
 
     def snapshot(self, state: "StudentState", first: bool) -> Snapshot | None:
-        """What a checkpoint holds, whole, for the first process; None for the others."""
+        """The whole tensors of a checkpoint on the first process; None on the others."""
         return snapshot(state.kept, state.optimizer) if first else None
 
     def is_finite(self, state: "StudentState", accelerator) -> bool:
-        """Whether what trains and the optimizer's state hold no inf or NaN."""
+        """Whether the weights that train and the optimizer's state hold no inf or NaN."""
         return snapshot(state.kept, state.optimizer).is_finite()
 
     def to_write(self, student: LanguageModel, first: bool) -> LanguageModel | None:
-        """The whole student for the first process, to be saved; None for the others."""
+        """The whole student, to be saved, on the first process; None on the others."""
         return student if first else None
 
 
@@ -85,7 +86,8 @@ class Sharded(Replicated):
     def exchanging(self, distiller: nn.Module, accelerator, now: bool) -> contextlib.AbstractContextManager:
         from torch.distributed.fsdp import FSDPModule
 
-        now = now or distiller.student.adapter is None  # until they are exchanged gradients are whole: those of all weights would not fit
+        # Until they are exchanged, every process holds whole gradients: those of a full student would not fit.
+        now = now or distiller.student.adapter is None
         for one in (reshard(distiller.student.model), *distiller.terms.modules()):
             if isinstance(one, FSDPModule):
                 one.set_requires_gradient_sync(now)
@@ -103,7 +105,7 @@ class Sharded(Replicated):
         reshard(student.model)
         student.set_active_adapter()
         empty_model, filled = outline_of(student.model), {}
-        adapted = hasattr(student.model, "peft_config")  # of which the base is not saved
+        adapted = hasattr(student.model, "peft_config")  # then the base is not saved
         for (name, part), (own, empty) in zip(student.model.named_parameters(), empty_model.named_parameters(), strict=True):
             assert name == own
             if part.requires_grad or not adapted:
@@ -116,33 +118,33 @@ class Sharded(Replicated):
 
 
 def strategy_of(shard: str, accelerator) -> Replicated:
-    """How the students are held, by `train.shard`."""
+    """The strategy of `train.shard`: none or full."""
     if shard == "none":
         return REPLICATED
     if accelerator.num_processes == 1:
-        info("train.shard: full on one process, which holds everything itself")
+        info("train.shard: found full, with one process, which holds the whole student: nothing is sharded")
         return REPLICATED
     return Sharded(mesh_of(accelerator))
 
 
 def sharded_models(strategy: Replicated, teachers: dict[str, bool], accelerator) -> dict[str, object]:
-    """`LoadContext.sharded`. `teachers`: whether each is to be sharded, by its setting."""
+    """The mesh of each sharded model, by setting, for `LoadContext.sharded`. `teachers`: by setting, whether the recipe shards it."""
     asked = [setting for setting, wanted in teachers.items() if wanted and accelerator.num_processes > 1]
     mesh = strategy.mesh or (mesh_of(accelerator) if asked else None)
     return dict.fromkeys([*(["student"] if strategy.mesh else []), *asked], mesh)
 
 
 def mesh_of(accelerator):
-    """All processes in a row."""
+    """The device mesh of all processes, in one dimension."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
 def _refuse(student: LanguageModel) -> None:
-    """UserError for a student whose gradients the processes could not exchange."""
+    """UserError for a student with parameters that may get no gradient, on which the processes would wait for each other."""
     if unused := student.capabilities.parameters_without_gradient:
         raise UserError(
-            f"train.shard: found full, and {len(unused)} trainable tensors, such as {unused[0]}, get no gradient from some batches, so that the "
+            f"train.shard: found full, but {len(unused)} trainable tensors, such as {unused[0]}, get no gradient from some batches, and the "
             "processes would wait for each other; set it to none"
         )

@@ -1,6 +1,6 @@
 """Prepares a run without loading weights: model files, tokenizer, encoded data with its batch source, and checks of teacher caches.
 
-`prepare` takes the whole recipe, since it reads almost every section, and gives each of its four parts the sections that the part needs.
+`prepare` takes the whole recipe, since it reads almost every section; the functions that it calls take the sections that they need.
 """
 
 import dataclasses
@@ -37,19 +37,30 @@ from .teacher_check import refuse_nothing_to_learn
 if TYPE_CHECKING:
     from ..models.kinds import ModelKind
 
-MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
+MODELS = ("the student", "the teacher")  # prefixes of the models' names in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is read and checked before a model is loaded."""
+    """Everything that is read and checked before a model is loaded.
+
+    train               the training examples; of a stream, those of the first step
+    places              file and line of each training example
+    identity            what `--resume` compares, by name: hashes of data and models, and the layers that are kept
+    end_tokens          token ids that end an answer
+    student             None for new weights
+    configs             the models' configurations, by setting (student.model, teacher.model, ...)
+    layers              the layers of the student's base that are kept; None for all
+    prompts             prompts of `train` for an on-policy student; else None
+    validation_prompts  prompts of `validation` for it; None where it writes nothing there
+    """
 
     task: Task
     processor: Processor
     source: TrainingSource
-    train: Examples  # of a stream the first step's
-    places: Sequence[str]  # of each example of `train`
+    train: Examples
+    places: Sequence[str]
     validation: Examples | None
     validation_places: Sequence[str]
     questions: Questions | None
@@ -57,24 +68,24 @@ class Prepared:
     end_tokens: set[int]
     origins: dict[str, list[dict]]
     student: ModelFiles | None
-    configs: dict[str, dict]  # of the models, by setting (student.model, teacher.model, ...)
+    configs: dict[str, dict]
     teachers: tuple[TeacherSource, ...]
-    layers: tuple[int, ...] | None = None  # of the student's base that are kept; None for all
-    prompts: Prompts | None = None  # of `train`, where the student writes answers itself
-    validation_prompts: Prompts | None = None  # and of `validation`, where it does so there
+    layers: tuple[int, ...] | None = None
+    prompts: Prompts | None = None
+    validation_prompts: Prompts | None = None
 
     @property
     def tokenizer(self) -> object:
-        """What reads the data: of text the tokenizer."""
+        """The tokenizer; for other inputs than text, what reads them in its place."""
         return self.processor.reader
 
     @property
     def vocab(self) -> int:
-        """The entries that the tokenizer and all models have; of classifiers the classes."""
+        """The size of the vocabulary that the tokenizer and all models share; for a classifier, the number of classes."""
         return self.processor.vocab
 
     def files_of(self, settings: Student) -> ModelFiles | None:
-        """The files of a student's base and adapter, as it is trained."""
+        """The files of the base and adapter from which a student is trained; None for new weights."""
         return self.task.student_files(student_files(settings), self.processor)
 
     def kind(self, setting: str = "student.model") -> "ModelKind":
@@ -82,11 +93,11 @@ class Prepared:
         return self.task.kind(self.processor, self.train, setting)
 
     def resolved(self, settings: Student) -> Student:
-        """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
+        """A student's settings, with the layers that a measurement chose filled in."""
         return settings if self.layers is None else dataclasses.replace(settings, layers=self.layers)
 
     def for_student(self, settings: Student, with_teachers: bool) -> "Prepared":
-        """The same for another student, which perhaps learns without the teacher that others have."""
+        """The same for another student of the run; without teachers if it does not distil."""
         student, teachers = self.files_of(self.resolved(settings)), self.teachers if with_teachers else ()
         identity = {name: value for name, value in self.identity.items() if not name.startswith(MODELS)} | model_identity(student, teachers)
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
@@ -95,9 +106,11 @@ class Prepared:
 def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | None = None, others: Sequence[Recipe] = ()) -> Prepared:
     """Read and check data, model folders, tokenizers and teacher caches. No weights are loaded, unless the student's layers are to be measured.
 
-    Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
-    `others`: the recipes of students that train side by side with the first, of which what is their own is checked. A refusal of what is one
-    student's own is marked with that student (`attribute_to_student`), and one of what all share is not.
+    open_caches   False: leave teacher caches alone, since they are yet to be written
+    layers        the layers that were measured before, for a resumed run
+    others        recipes of students that train side by side with the first; only the settings that are a student's own are checked
+
+    UserError; one about a student's own settings is attributed to that student (`attribute_to_student`).
     """
     many = recipe, *others
     for_each_student(many, lambda one: check_packages(one.student, one.optim, with_setting_names(one.teacher, "teacher")))
@@ -143,20 +156,22 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
 
 
 def check_early(recipe: Recipe) -> None:
-    """UserError for what this machine and the files of local models tell of a recipe, before its data are read. It takes less than a second."""
+    """UserError for a recipe that does not fit this machine or its local models, before the data are read. Takes less than a second."""
     refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
 
 
 def check_attention(recipe: Recipe, configs: dict[str, dict]) -> None:
-    """UserError where models of such configurations do not have what `loss.attention` compares. `configs`: by setting."""
+    """UserError if models of these configurations lack the layers or heads that `loss.attention` compares. `configs`: by setting."""
     if recipe.loss.attention:
         teacher = with_setting_names(recipe.teacher, "teacher")[0][0]
         refuse_attention(recipe.loss.attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
 
 
 def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> None:
-    """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what terms that compare
-    layers need. `configs`: by setting."""
+    """UserError, before a model is loaded, if these models or the training data lack what `loss.features` and `loss.attention` need.
+
+    configs   by setting
+    """
     features, attention = recipe.loss.features, recipe.loss.attention
     check_attention(recipe, configs)
     if attention:
@@ -170,7 +185,10 @@ def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> No
 def with_layers(
     settings: Student, files: ModelFiles | None, train: Examples, known: tuple[int, ...] | None
 ) -> tuple[ModelFiles | None, tuple[int, ...] | None]:
-    """The student's files, cut to the layers that are kept, and the numbers of these; None for all. `known`: what a measurement gave before."""
+    """The student's files, cut to the layers that are kept, and these layers' numbers; None if all are kept.
+
+    known   the layers that were chosen by an earlier measurement
+    """
     if settings.layers is None:
         return files, None
     from ..models import depth, depth_parts
@@ -192,7 +210,7 @@ def with_layers(
 
 
 def refuse_second_view(examples: Examples) -> None:
-    """UserError where the teacher reads other positions than the student: the attention of the two cannot be compared."""
+    """UserError if the teacher reads other positions than the student: their attention cannot be compared."""
     if examples.teacher_view is not None:
         raise UserError(
             "loss.attention: rows have a teacher_context, which gives the teacher other positions; remove it, or leave loss.attention out"
@@ -200,9 +218,9 @@ def refuse_second_view(examples: Examples) -> None:
 
 
 def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[str, str]:
-    """What `--resume` compares of the models, by file: their weights and configurations. Every weight file is read, unless it was before.
+    """Hashes of the models' weights and configurations, by name, for `--resume` to compare. Weight files are read unless their hash is known.
 
-    UserError where a file is not what the record beside it says, and for an adapter on other weights than those it was trained on.
+    UserError if a file does not match the record next to it, or an adapter was trained on another base.
     """
     found = {}
     if student:
@@ -215,7 +233,7 @@ def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]
 
 
 def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], open_caches: bool) -> FoundModels:
-    """The files of student and teachers, and the teachers' caches. UserError where one is missing."""
+    """The files of student and teachers, and the teachers' caches. UserError if one is missing."""
     with attribute_to_student(0):
         student = student_files(student_settings)
     teachers = resolve_teachers(named_teachers, open_caches)
@@ -225,7 +243,7 @@ def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, T
 
 
 def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], processor: dict[str, str], data: EncodedData) -> None:
-    """UserError where a teacher cache lacks examples that it is to answer: training rows only where the student learns from the teacher."""
+    """UserError if a teacher cache lacks held-out examples, or training examples of a run that distils."""
     parts = {"data.train": (data.train, data.places)} if distils(recipe) else {}
     parts |= {"the held-out rows": (data.validation, data.validation_places)}
     for number, teacher in enumerate(teachers):
@@ -234,7 +252,7 @@ def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], proc
 
 
 def signal_use(recipe: Recipe) -> SignalUse:
-    """What a run of the recipe computes from its teachers' outputs."""
+    """What the recipe computes from its teachers' signals: losses, mixture and metrics."""
     others = {f"{name}.divergence": one.divergence for name, one in with_setting_names(recipe.data.train, "data.train") if one.divergence}
     return SignalUse(recipe.loss, recipe.mixture, recipe.checkpoint.best_by, others)
 
@@ -249,12 +267,12 @@ def student_files(student: Student) -> ModelFiles | None:
 
 
 def batching(train: Train, seed: int, packing: bool) -> Batching:
-    """How a recipe's training examples are batched."""
+    """How the training examples are batched."""
     size = micro_batch_size(train, packing)
     return Batching(seed, train.batch_size, size, train.epochs, train.max_steps, train.group_by_length)
 
 
 def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
-    """How large a micro-batch may be, in examples or tokens; for `auto` the bound, until it is measured."""
+    """The limit of a micro-batch, in examples or tokens; for `auto` the upper bound of the measurement."""
     tokens = train.micro_batch_tokens
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size

@@ -1,4 +1,4 @@
-"""What a program has set in torch or Accelerate before it calls llmkd (a notebook, sitecustomize) and that would change what is computed."""
+"""Settings of torch and Accelerate that a program (a notebook, sitecustomize) made before it called llmkd and that would change results."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,15 +10,15 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of torch: how it is read, the values with which llmkd computes what it says, and how to put it back."""
+    """One setting of torch: `read` returns its value from the torch module, `expected` are the values that change nothing, `fix` resets it."""
 
     name: str
-    read: Callable  # of the module torch
+    read: Callable
     expected: tuple
     fix: str
 
 
-#: Refused with other values.
+#: Other values than the expected ones are refused.
 SETTINGS = (
     Setting("default dtype", lambda t: str(t.get_default_dtype()), ("torch.float32",), "torch.set_default_dtype(torch.float32)"),
     Setting("default device", lambda t: str(t.get_default_device()), ("cpu",), "torch.set_default_device(None)"),
@@ -47,7 +47,7 @@ SETTINGS = (
     ),
 )
 
-#: They have their effect, which is on the last bits alone, and a run says so.
+#: Allowed, since they affect only the last bits of results; a run reports them.
 SAID = (
     ("deterministic algorithms are on", lambda t: t.are_deterministic_algorithms_enabled()),
     ("numbers below the normal range count as 0 (torch.set_flush_denormal, or a library built with -ffast-math)", lambda t: _flushes(t)),
@@ -56,7 +56,7 @@ SAID = (
 
 
 def check_process_state() -> None:
-    """UserError that names every setting of torch that changes what is computed. Does nothing before torch is imported."""
+    """UserError that names every setting of torch that changes results. Does nothing before torch is imported."""
     if (torch := sys.modules.get("torch")) is None or not hasattr(torch, "get_default_device"):
         return
     problems = list(_problems(torch))
@@ -77,14 +77,14 @@ def _problems(torch) -> Iterator[str]:
         if found not in setting.expected:
             yield (
                 f"torch: {setting.name}: found {found}, expected {setting.expected[0]}; a program (a notebook, sitecustomize) has set it, "
-                f"and it changes what is computed: {setting.fix}"
+                f"and it changes results: {setting.fix}"
             )
 
 
 def _read(torch, setting: Setting):
     try:
         return setting.read(torch)
-    except RuntimeError:  # torch refuses to read allow_tf32 where the newer fp32_precision was set
+    except RuntimeError:  # torch refuses to read allow_tf32 if the newer fp32_precision was set
         return "fp32_precision" if torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee") else setting.expected[0]
 
 
@@ -98,7 +98,7 @@ def _attention_kernels(torch) -> Iterator[bool]:
 
 
 def check_accelerator(accelerator) -> None:
-    """UserError if Accelerate is set to do more than to share the batch, from wherever that came."""
+    """UserError if Accelerate would do more than split the batch over processes, whatever configured it."""
     found = {
         "gradient_accumulation_steps": (accelerator.gradient_accumulation_steps, (1,)),
         "mixed_precision": (accelerator.mixed_precision, ("no",)),

@@ -1,6 +1,6 @@
-"""Training data that `llmkd roll` wrote: whose teacher its writer learnt from, compared with the teacher that scores it.
+"""Training data that `llmkd roll` wrote: is the teacher that its writer learnt from also the teacher of this run?
 
-Offline on-policy distillation finds that both should be one and the same (arXiv 2604.13010).
+Offline on-policy distillation works best if they are the same (arXiv 2604.13010).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from ..teachers.resolve import TeacherSource, resolve_teachers
 
 
 def learnt_from(run: Path | None) -> list[dict]:
-    """The teachers of a run, and the models that wrote its training data, as {model, weights}; those that are not there any more left out."""
+    """The teachers of a run, and the models that wrote its training data, as {model, weights}; without those whose files are gone."""
     if run is None:
         return []
     recipe, found = load_recipe(run / "recipe.yaml"), []
@@ -26,23 +26,23 @@ def learnt_from(run: Path | None) -> list[dict]:
             (teacher,) = resolve_teachers([(setting, one)])
             found.append({"model": one.label, "weights": teacher.weights})
         except UserError:
-            warn(f"note: {run}: its {setting} is not here any more, so it cannot be compared with the teacher that scores these answers")
+            warn(f"note: {run}: the files of its {setting} are gone, so it cannot be compared with the teacher that scores these answers")
     for _, source in with_setting_names(recipe.data.train, "data.train"):
         found += [{"model": about["writer"]["model"], "weights": about["writer"]["weights"]} for _, about in _abouts(source)]
     return found
 
 
 def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
-    """A line for each file of answers that is not complete, or not the one that was written, or whose writer, or whose writer's teacher, is not the teacher of this run."""
+    """Print a note for each file of answers that is incomplete or changed, or that neither this run's teacher nor its student wrote."""
     for name, source in with_setting_names(data.train, "data.train"):
         mine = [one for one in teachers if source.teacher in (None, one.settings.name)]
         for path, about in _abouts(source):
             if not about["complete"]:
-                warn(f"note: {name} ({path}): llmkd roll has not written all of its answers; the same command goes on")
+                warn(f"note: {name} ({path}): llmkd roll has not written all of its answers; the same command continues")
             elif (there := rows_in(path)) != (then := about.get("rows", there)):
                 warn(
-                    f"note: {name} ({path}) is not what llmkd roll wrote: it has {count(there[0], 'row')}, and had {then[0]:,}; some were removed or "
-                    f"added, or {path.name}{SUFFIX} is of another file"
+                    f"note: {name} ({path}) is not the file that llmkd roll wrote: it has {count(there[0], 'row')} instead of {then[0]:,}; rows were "
+                    f"removed or added, or {path.name}{SUFFIX} belongs to another file"
                 )
             writer = about["writer"]
             then = [writer] if writer["part"] == "teacher" else about["learnt_from"]
@@ -51,13 +51,13 @@ def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
                 models = " and ".join(str(one["model"]) for one in then)
                 own = " and ".join(str(one.settings.label) for one in mine)
                 warn(
-                    f"note: {name} ({path}) {whose} {models}, and the teacher here is {own}, another model; offline on-policy distillation is best "
-                    "where the two are one (docs/rolling.md)"
+                    f"note: {name} ({path}) {whose} {models}, but the teacher of this run is {own}, another model; offline on-policy distillation "
+                    "works best if they are the same (docs/rolling.md)"
                 )
 
 
 def _abouts(source: Source) -> Iterator[tuple[Path, dict]]:
-    """Of a source's files those that llmkd roll wrote, each with its sidecar."""
+    """The files of a source that llmkd roll wrote, each with its record (the sidecar file)."""
     path = Path(source.path).expanduser()
     files = [path] if path.is_file() else sorted(one.with_name(one.name.removesuffix(SUFFIX)) for one in path.glob(f"*{SUFFIX}"))
     for file in files:

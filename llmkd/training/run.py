@@ -1,4 +1,4 @@
-"""One run, from a checked recipe to the folder it leaves behind."""
+"""One run, from a checked recipe to a finished run folder."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,11 @@ from .shutdown import ShutdownRequest
 
 
 def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = None) -> dict:
-    """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: the handler of signals, if one is installed already."""
+    """Train, and return the run's summary. Raises UserError, NonFinite or Stopped.
+
+    resume   continue from the newest checkpoint in the recipe's output_dir
+    stop     the handler of signals, if one is installed already
+    """
     check_environment(shards=True)
     check_process_state()
     recipe = as_launched(recipe)
@@ -44,7 +48,7 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
 
 
 def as_launched(recipe: Recipe) -> Recipe:
-    """The recipe with train.shard: full where Accelerate's config file asks for FSDP2. UserError for settings that do not go with it."""
+    """The recipe, with train.shard: full if Accelerate's config file asks for FSDP2. UserError for settings that contradict it."""
     if not fsdp2_asked() or recipe.train.shard == "full":
         return recipe
     sharded = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, shard="full"))
@@ -55,7 +59,7 @@ def as_launched(recipe: Recipe) -> Recipe:
 
 
 def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
-    """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
+    """Train the recipes' students side by side (see `build.build_setup`). Returns each student's failure, or None."""
     heartbeat.expect_within(recipes[0].train.timeout)
     heartbeat.at("the reading of its data", patient=True)
     with unseen():

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the end of the launcher ask a run to stop; a second signal ends it at once. Other commands end by the first."""
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the end of the launcher ask a run to stop; a second signal ends it at once. Other commands end at the first."""
 
 import contextlib
 import os
@@ -17,9 +17,11 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "S
 
 @contextlib.contextmanager
 def end_on_signal(again: str) -> Iterator[None]:
-    """Let a signal end the command as Ctrl-C does, by a KeyboardInterrupt that says so; what is half written is removed on the way.
+    """Let a signal end the command as Ctrl-C does, with a KeyboardInterrupt, on the way of which half-written files are removed.
 
-    A second one kills at once. For the commands and moments in which no `ShutdownRequest` holds the signals. `again`: how it goes on.
+    A second signal kills at once. For commands, and phases of them, in which no `ShutdownRequest` handles the signals.
+
+    again   how to continue, for the message
     """
 
     def interrupt(number: int, frame) -> None:
@@ -44,7 +46,7 @@ class ShutdownRequest:
     def __enter__(self) -> "ShutdownRequest":
         for number in _SIGNALS:
             before = signal.getsignal(number)
-            if before != signal.SIG_IGN:  # nohup ignores SIGHUP, and a shell's background job SIGINT: so does the run
+            if before != signal.SIG_IGN:  # nohup ignores SIGHUP, and a background job of a shell SIGINT: stay with that
                 signal.signal(number, self._on_signal)
                 self._on_exit.callback(signal.signal, number, before)
         self._on_exit.enter_context(watch_launcher(lambda: self.asked or self._ask("the launcher has ended")))
@@ -65,7 +67,7 @@ class ShutdownRequest:
     def _ask(self, why: str) -> None:
         self.asked = True
         if first_process():
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, f"\nllmkd: {why}; {self._then} (a second signal ends at once)\n".encode())
 
     def any_rank(self, accelerator) -> bool:

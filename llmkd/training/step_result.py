@@ -1,4 +1,4 @@
-"""The result of an optimizer step: sums gathered on the device and read when the host waits for them; the cause of a value that is not finite."""
+"""The result of an optimizer step: sums that stay on the device until they are read, and the cause of a value that is not finite."""
 
 import math
 from collections.abc import Callable, Container
@@ -17,10 +17,10 @@ from ..signals import Signal, Teacher
 class TargetCounts:
     """The targets of an optimizer step, over all micro-batches and ranks.
 
-    targets    at least 1: what the loss is divided by
-    weighted   by the part of the loss whose targets are weighted: the sum of its absolute weights, and the number of those that are not 0
-    kept       how many count where a share of each example's targets is kept, by that share
-    whole      of those that are kept: how many there are; None: all are
+    targets    their number, at least 1: the loss is divided by it
+    weighted   for each part of the loss whose targets are weighted: the sum of the absolute weights, and the number of weights that are not 0
+    kept       by the share of each example's targets that is kept: the number of targets that count
+    whole      where `targets` are those that are kept, the number of all; else None
     """
 
     targets: int
@@ -29,45 +29,51 @@ class TargetCounts:
     whole: int | None = None
 
     def of(self, share: float) -> "TargetCounts":
-        """Those that count for a student that keeps a share of each example's. Which of them are weighted is not known here."""
+        """The targets that count for a student that keeps this share of each example's; without `weighted`, which is unknown for them."""
         return self if share == 1 else TargetCounts(max(1, self.kept[share]), whole=self.targets)
 
     @property
     def scale(self) -> dict[str, float]:
-        """What makes of a sum over `targets` the weighted mean; 1 for a part that no target carries."""
+        """By part: the factor that turns sum / `targets` into the weighted mean; 1 for a part whose weights are all 0."""
         return {name: self.targets / mass if mass else 1.0 for name, (mass, _) in self.weighted.items()}
 
 
 @dataclass
 class Accumulated:
-    """The forward and backward passes of one optimizer step; the gradients they left are `scale` times too large, and divided by all targets."""
+    """The forward and backward passes of one optimizer step, whose gradients are `scale` times too large. Dictionaries are keyed by the student.
+
+    terms_by_micro_batch    for each micro-batch the terms [N] by name, times their weights
+    combine                 from the terms' sums divided by the number of targets to the loss
+    weights_by_micro_batch  for each micro-batch `Loss.weights`
+    shares                  of each example's targets that count; 1 where it has none
+    """
 
     micro_batches: list[Batch]
     counts: TargetCounts
     scale: float
-    terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]  # of each student, by micro-batch: each term row by row, times its weight
-    combine: dict[int, Callable[[dict[str, float]], float]]  # of each student: the loss from its terms' sums over the number of targets
-    weights_by_micro_batch: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # those of `Loss.weights`, row by row
-    shares: dict[int, float] = field(default_factory=dict)  # of each example's targets that count; 1 for a student without
+    terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]
+    combine: dict[int, Callable[[dict[str, float]], float]]
+    weights_by_micro_batch: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+    shares: dict[int, float] = field(default_factory=dict)
 
     def counts_of(self, k: int) -> TargetCounts:
         """The targets that count for student k."""
         return self.counts.of(self.shares.get(k, 1.0))
 
     def unscale(self, k: int) -> float:
-        """The factor that makes of student k's gradients those of the step's loss."""
+        """The factor that turns student k's accumulated gradients into those of the step's loss."""
         counts = self.counts_of(k)
-        return 1 / self.scale if counts.whole is None else counts.whole / counts.targets / self.scale
+        return 1 / self.scale if counts.whole is None else counts.whole / counts.targets / self.scale  # accumulated over all targets
 
 
 class StepResult:
-    """Terms and gradient norms of a step, on their way from the device: sums over micro-batches and ranks.
+    """Terms and gradient norms of a step, summed over micro-batches and ranks on the device, and copied to the host without waiting.
 
-    `nonfinite[k]`: a device scalar, 0 until student k's loss or gradient norm is first inf or NaN, and NaN from then on (sticky).
+    `nonfinite[k]` is a device scalar: 0 until student k's loss or gradient norm is inf or NaN for the first time, NaN from then on.
     """
 
     def __init__(self, step: Step, accumulated: Accumulated, norms: dict[int, Tensor], nonfinite, stop: bool, accelerator):
-        """One all-reduce where there are several ranks; it also passes a request to stop from one rank to all."""
+        """With several ranks this makes one all-reduce, which also tells every rank that one was asked to stop."""
         self.step, self.accumulated = step, accumulated
         by_micro_batch = accumulated.terms_by_micro_batch
         self.names = [(k, name) for k in norms for name in by_micro_batch[k][0]]
@@ -93,11 +99,11 @@ class StepResult:
             self.values = values
 
     def read(self, active: Container[int]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
-        """For the active students each term's mean, the loss, and the gradient's norm; whether any rank was asked to stop.
+        """Wait for the device. Returns the terms' means and the loss by active student, the gradient norms, and whether any rank was asked to stop.
 
-        The mean of a term x whose targets have weights w is sum w x / sum |w|, and left out where no target carries it. Where not all do,
-        the number of those that do is NAME_targets. NAME_weight is the mean size of the weights of a term that a rule weighs. Where
-        only some targets count, all this is said of them, and `kept` is their share.
+        The mean of a term x with weights w is sum w x / sum |w|; the term is left out if all weights are 0. If some are 0, NAME_targets is
+        the number of the others. NAME_weight is the mean absolute weight of a term that a rule weighs. If only some targets count
+        (`loss.keep`), all of this is over them, and `kept` is their share.
         """
         if self.copied:
             self.copied.synchronize()
@@ -136,7 +142,7 @@ def diagnose_nonfinite(
     teacher,
     accelerator,
 ) -> NonFinite:
-    """The step, the term and the examples of a value that is not finite, over all ranks, for student `k`; `explain` looks for a cause."""
+    """The error for student `k`'s value that is not finite: its step, term and examples, over all ranks, and the cause if `explain` finds one."""
     term = next((name for name, value in terms.items() if not math.isfinite(value)), "gradient")
     examples, bad = set(), {}
     for i, (micro, rows) in enumerate(zip(result.accumulated.micro_batches, result.accumulated.terms_by_micro_batch[k], strict=True)):
@@ -147,7 +153,7 @@ def diagnose_nonfinite(
     cause = ""
     for i in sorted(set().union(*_of_all_ranks(set(bad), accelerator))):
         micro = result.accumulated.micro_batches[i].to(accelerator.device)
-        asked = Asked(teacher, micro) if teacher else None  # by all processes, over which it may be sharded
+        asked = Asked(teacher, micro) if teacher else None  # on every process: the teacher may be sharded over them
         cause = cause or (explain(term, micro, bad[i], asked) if i in bad else "")
     everyone = _of_all_ranks((examples, cause), accelerator)
     examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
@@ -155,7 +161,7 @@ def diagnose_nonfinite(
 
 
 class Asked:
-    """A teacher that has been asked about one batch."""
+    """A teacher whose signal for one batch is already computed."""
 
     def __init__(self, teacher: Teacher, batch: Batch):
         self.metrics, self._signal = teacher.metrics, teacher(batch)

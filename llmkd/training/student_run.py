@@ -1,4 +1,4 @@
-"""StudentRun: one student, its recipe, folder and results."""
+"""StudentRun: one student with its recipe, folder and results."""
 
 import contextlib
 import dataclasses
@@ -32,19 +32,19 @@ from .validation_samples import write_samples, write_training_samples
 
 
 class StudentRun:
-    """One student of a trainer: its recipe, folder, training state, metrics and output. Files are written by the first process.
+    """One student of a trainer: its recipe, folder, training state, metrics and output. Only the first process writes files.
 
-    It has the whole recipe because it writes all of it: to the trackers and into the model card.
+    It has the whole recipe because trackers and the model card record all of it.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: Model, state: StudentState, main: bool):
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
-        self.measured: dict[str, float] = {}  # by the newest validation
-        self.unexplained: dict[str, float] = {}  # what the terms found before the first step, by layers
+        self.measured: dict[str, float] = {}  # the metrics of the newest validation
+        self.unexplained: dict[str, float] = {}  # by pair of layers, see `start_features`
         self.held_out_hash: str | None = None  # of held_out.jsonl
         self.samples_hash: str | None = None  # of samples.jsonl
-        self.recorded: dict | None = None  # of metrics.jsonl, at the checkpoint that the run resumes from
+        self.recorded: dict | None = None  # size and hash of metrics.jsonl at the checkpoint that the run resumes from
 
     def open_metrics(self, done: int, info) -> None:
         if self.main:
@@ -74,7 +74,7 @@ class StudentRun:
         return values
 
     def record_texts(self, step: int, texts: Sequence[WrittenText]) -> None:
-        """By the first process: keep answers of that step for people."""
+        """Add some of the answers that this step trained on to samples.jsonl. Called by the first process."""
         self.samples_hash = write_training_samples(self.folder.path, step, texts, self.prepared.tokenizer)
 
     def write_held_out(self, held_out: HeldOut) -> None:
@@ -90,14 +90,14 @@ class StudentRun:
                 line["weights"] = weights
             teacher = data.teacher_index[i]
             if "forward_kl" in sums and (part := everyone if teacher == ALL_TEACHERS else parts[teacher]):
-                line["teacher_part"] = part  # a divergence from a part of a distribution is another metric
+                line["teacher_part"] = part  # a divergence from a part of the distribution is not comparable with one from all of it
             lines.append(json.dumps(line) + "\n")
         content = "".join(lines)
         write_atomic(self.folder.path / "held_out.jsonl", content)
         self.held_out_hash = hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, step: int, source_state: dict) -> None:
-        """A checkpoint of what the student has learnt in `step` steps; none of values that are not finite. The first process writes it."""
+        """Write a checkpoint of the student after `step` steps; none if a value is not finite. The first process writes it."""
         learnt = self.state.strategy.snapshot(self.state, self.main)
         if learnt is None:
             return
@@ -105,7 +105,7 @@ class StudentRun:
             warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
             return
         self.folder.check_there()
-        with contextlib.suppress(FileNotFoundError):  # it alone is gone: what was learnt is not lost with it
+        with contextlib.suppress(FileNotFoundError):  # a missing metrics.jsonl does not cost the checkpoint
             self.record.sync()
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash, "samples": self.samples_hash}
@@ -116,7 +116,7 @@ class StudentRun:
             checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
 
     def fail(self, error: NonFinite, left: str) -> None:
-        """Keep the failure, with the examples' places and what is `left`; it is also written to the run's folder."""
+        """Record the failure, here and in the run's folder: the examples' places, and in `left` the state that the student is left in."""
         places = error.places
         if self.main:
             write_sealed(self.folder.path / "nonfinite.json", {"step": error.step, "term": error.term, "examples": places})
@@ -126,7 +126,7 @@ class StudentRun:
         self.failure = NonFinite(error.step, error.term, places, text)
 
     def finish(self, steps: int, scored: dict[str, float], student: Model) -> Path:
-        """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
+        """Write the student, the summary, the plot and the card. `scored`: the multiple-choice accuracy; empty without questions."""
         records = metrics.read_metrics(self.folder.path, warn)
         last = next((r for r in reversed(records) if "loss" in r), None)
         held_out = [(r["step"], r["validation"]) for r in records if "validation" in r]
@@ -143,7 +143,7 @@ class StudentRun:
             **({"seconds": spent} if (spent := metrics.seconds_of(records)) else {}),
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
-        (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
+        (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # from an earlier attempt
         output = self.write_student(summary, student)
         plots.plot_losses(self.folder.path)
         write_sealed(self.folder.path / SUMMARY, summary)
@@ -153,7 +153,7 @@ class StudentRun:
         return output
 
     def hashes(self) -> dict[str, str | None]:
-        """What the summary knows of the files that comparisons and reports read beside it."""
+        """The hashes of the files that comparisons and reports read together with the summary."""
         recipe = sha256_file(self.folder.path / RECIPE)
         return {
             RECIPE: recipe,
@@ -163,7 +163,7 @@ class StudentRun:
         }
 
     def write_student(self, summary: dict, student: Model) -> Path:
-        """`adapter` or `model` in the run's folder, whole or not at all."""
+        """Write `adapter` or `model` in the run's folder, whole or not at all. Returns its path."""
         output, files = self.folder.path / summary["output"], self.prepared.student
         if files and in_cache(files.base) and summary["output"] == "adapter":
             files = self.write_base(student)
@@ -179,7 +179,7 @@ class StudentRun:
         return output
 
     def write_base(self, student: Model) -> ModelFiles:
-        """`base` in the run's folder: the base of an adapter where it is a model that is nowhere else, of some layers of another."""
+        """Write `base` in the run's folder: the adapter's base, if it is some layers of another model and exists only in a cache."""
         base = self.folder.path / "base"
         remove_leftovers(self.folder.path, base.name)
         with write_folder(base, replace=True) as part:

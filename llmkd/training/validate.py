@@ -27,10 +27,14 @@ from .shutdown import ShutdownRequest
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Metrics of each held-out example: `sums[name]` [examples] over each example's `targets`, in nats.
+    """Metrics of E held-out examples.
 
-    `weights[part]` [examples]: how much an example counts in the metrics of that part of the loss (`WEIGHED_BY`): 0 where its source's
-    weight is not above 0, and 1 without an entry. `own_text`: metrics that were measured on something else at the same time.
+    targets    [E], the number of each example's targets
+    sums       by metric, [E]: the sum over each example's targets, in nats
+    weights    by part of the loss, [E]: the weight of each example in the metrics of that part (`WEIGHED_BY`). A source's negative weight
+               counts as 0; a part without an entry has weight 1
+    own_text   metrics of an on-policy student's own answers at the same step
+    measures   the metrics of the task
     """
 
     targets: np.ndarray
@@ -40,14 +44,17 @@ class HeldOut:
     measures: Measures = TokenMeasures()
 
     def counting(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """For the examples that count in a metric: their sums and their targets, both times their weight."""
+        """Of the examples whose weight in a metric is above 0: their sums and their numbers of targets, both times that weight."""
         w_E = self.weights.get(WEIGHED_BY.get(metric, ""), np.ones(len(self.targets)))
         counts = w_E > 0
         return (self.sums[metric] * w_E)[counts], (self.targets * w_E)[counts]
 
     def metrics(self) -> dict[str, float]:
-        """Means over the targets that count, with the perplexity and the number of all targets; PART_targets is the number of those that count
-        in the metrics of a part of the loss, where not all do. A metric in which none counts is left out."""
+        """Means over targets, the task's own metrics, and `targets`, the number of all of them.
+
+        PART_targets is the number of targets that count in the metrics of a part of the loss, if not all do. A metric to which no target
+        counts is left out.
+        """
         means = {}
         for name in (name for name in self.sums if name not in self.measures.kept):
             sums, targets = self.counting(name)
@@ -63,8 +70,8 @@ class HeldOut:
 class Evaluator:
     """Measures students on held-out examples, spread over all processes; it changes neither weights nor training mode.
 
-    stop       a signal that arrives meanwhile raises Stopped
-    measures   what the task takes down besides
+    stop       where given, a signal that arrives meanwhile raises Stopped
+    measures   further metrics of the task
     """
 
     accelerator: Any
@@ -74,10 +81,10 @@ class Evaluator:
 
     @torch.no_grad()
     def validate(self, students: list[Model], teacher: Teacher | None, data: Examples, progress=iter) -> list[HeldOut]:
-        """Every student on all targets of `data`, at temperature 1; the teacher is computed once for all of them.
+        """Measure every student on all targets of `data`, at temperature 1; the teacher is computed once for all of them.
 
         ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), top1_agreement (1 where both
-        have the same most likely token), teacher_ce and teacher_entropy, as far as its signals allow. Besides them the task's own.
+        have the same most likely token), teacher_ce and teacher_entropy, as far as its signals support them; and the task's own metrics.
         """
         names = ["ce", "entropy", *self.measures.rows] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
         sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=self.accelerator.device) for _ in students]
@@ -137,7 +144,7 @@ class Evaluator:
 
 
 def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
-    chunk = default_chunk(vocab, batch.labels_N.device.type) // 4  # of the tiles that several metrics take, some eight live at a time
+    chunk = default_chunk(vocab, batch.labels_N.device.type) // 4  # the metrics hold about eight tiles [chunk, V] at a time
     return (slice(start, start + chunk) for start in range(0, batch.num_targets, chunk))
 
 
@@ -148,7 +155,7 @@ def _metrics(
     out = {"ce": -log_q_nV.gather(-1, labels_n[:, None])[:, 0], "entropy": _entropy(log_q_nV), **measures.of_rows(log_q_nV, labels_n)}
     if signal is None:
         return out
-    if "top1_agreement" not in names:  # a teacher known by samples
+    if "top1_agreement" not in names:  # a teacher known only from sampled tokens
         own = {"forward_kl": signal.divergence(forward_kl, rows, log_q_nV)} if "forward_kl" in names else {}
         return out | {"teacher_ce": -signal.label_log_probs(rows, labels_n)} | own | signal.exact_metrics(rows, labels_n, log_q_nV)
     log_p_nV = signal.log_probs(rows, log_q_nV)

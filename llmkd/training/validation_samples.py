@@ -1,4 +1,4 @@
-"""What goes into samples.jsonl: answers to the same held-out prompts at every validation, and some of those that an on-policy student trains on."""
+"""The answers in samples.jsonl: to the same held-out prompts at every validation, and some of those that an on-policy student trains on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ from .prepare import Prepared
 def write_samples(
     folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation, first: bool = True
 ) -> str | None:
-    """Add the answers at this step, always the most likely tokens. Returns the file's hash.
+    """Add this step's greedy answers to held-out prompts. Returns the file's hash.
 
-    first   False for a process that only takes its part in a sharded model's passes; it returns None
+    first   whether this process writes; another one only takes part in the passes of a sharded model, and returns None
     """
     tokenizer = prepared.tokenizer
     prompts = held_out_prompts(prepared.validation, prepared.validation_places, settings.samples, tokenizer)
@@ -32,7 +32,7 @@ def write_samples(
 
 
 def write_training_samples(folder: Path, step: int, texts: Sequence[WrittenText], tokenizer) -> str:
-    """Add answers that were trained on in this step. Returns the file's hash."""
+    """Add answers on which this step trained. Returns the file's hash."""
     references = [decoded(one.reference[: closing(one.reference, tokenizer)], tokenizer) for one in texts]
     records = [
         _record(step, one.place, one.prompt, reference, one, tokenizer) | {"training": True}

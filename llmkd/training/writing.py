@@ -1,4 +1,4 @@
-"""Puts the models of an on-policy run to writing: the student, alone or mixed with its teachers, and the teachers."""
+"""Writers of an on-policy run: the student, alone or mixed with its teachers, and the teachers themselves."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,10 @@ from .prepare import Prepared
 
 
 def local_writer(model: LanguageModel, prepared: Prepared, batch_size: int, mix: Mix | None = None) -> LocalWriter:
-    """A model as a writer: its answers end where those of the data do, and where its own generation would. `mix`: others that have a say in them."""
+    """A model as a writer, whose answers end at the end tokens of the data and of its own generation settings.
+
+    mix   other models with which it writes together
+    """
     return LocalWriter(model, {prepared.tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}, batch_size, mix)
 
 
@@ -29,7 +32,7 @@ def on_policy_source(
     student: LanguageModel,
     teachers: Sequence[LanguageModel],
 ) -> tuple[OnPolicySource, OwnText | None]:
-    """The source in which some answers are written, and the answers to held-out prompts, where there are some; these are the student's alone.
+    """`source` with some answers written anew, and the student's own answers to held-out prompts for validation; None without such prompts.
 
     teachers  those in memory, in the order of the recipe
     """

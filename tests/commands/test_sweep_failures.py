@@ -48,7 +48,7 @@ def test_an_arm_whose_own_loss_its_data_do_not_carry_leaves_the_others(sweep):
     path = sweep(grid={}, arms=arms, set={"data.train.limit": 2, "train.batch_size": 2, "train.max_steps": 1})
     found = state(run_sweep(path, {}, False))["arms"]
     assert [found[name]["status"] for name in arms] == ["failed", "done", "done"]
-    assert found["few"]["reason"].startswith("loss.features.init: found least_squares, and a map")
+    assert found["few"]["reason"].startswith("loss.features.init: found least_squares, but a map")
 
 
 @pytest.mark.slow

@@ -195,7 +195,9 @@ def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run(call,
     code, lines = call("resume", foreign)
     passed = [line for line in lines if line.startswith("passing over the checkpoint")]
     assert code == 0 and len(passed) == 2 and "step-999 (it is beyond the run's last step, 3)" in passed[0]
-    assert "step-3 (it is of another run, with other settings)" in passed[1] and any("resuming after step 2 of 3" in one for one in lines)
+    assert "step-3 (it belongs to another run, which differs in settings)" in passed[1] and any(
+        "resuming after step 2 of 3" in one for one in lines
+    )
     assert sorted(path.name for path in (tmp_path / "victim/checkpoints").iterdir()) == ["step-1", "step-2", "step-3"]
     assert_same_weights(tmp_path / "victim", runs / "run")
 

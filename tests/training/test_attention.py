@@ -113,7 +113,7 @@ def test_settings_that_contradict_are_refused(make_recipe, attention, changes, w
         ({"layers": [[1, 1], [2, 3]]}, "loss.attention.layers: found layer 3 of the teacher, which has 2 layers"),
         ({"layers": [[3, 1]]}, "loss.attention.layers: found layer 3 of the student, which has 2 layers"),
         ({"layers": [[1, 1], [1, 1]]}, r"loss.attention.layers: found the pair \[1, 1\] twice"),
-        ({}, "found maps, and the student has 2 heads and the teacher 3; set loss.attention.heads: mean, or what: relations"),
+        ({}, "found maps, but the student has 2 heads and the teacher 3; set loss.attention.heads: mean, or what: relations"),
     ],
     ids=str,
 )

@@ -51,8 +51,8 @@ def as_folder(path) -> None:
 
 
 FAULTS = {
-    "of another run": (lambda p: (shutil.rmtree(p), save(p.parent, 3, OTHER)), "it is of another run, with other settings"),
-    "of other data": (lambda p: (shutil.rmtree(p), save(p.parent, 3, RUN | {"data or models": "?"})), "with other data or models"),
+    "of another run": (lambda p: (shutil.rmtree(p), save(p.parent, 3, OTHER)), "it belongs to another run, which differs in settings"),
+    "of other data": (lambda p: (shutil.rmtree(p), save(p.parent, 3, RUN | {"data or models": "?"})), "which differs in data or models"),
     "renamed": (lambda p: (shutil.rmtree(p), shutil.copytree(p.with_name("step-1"), p)), "it was written as step-1"),
     "name with zeros": (lambda p: p.rename(p.with_name("step-03")), "manifest.json: no such file"),
     "empty": (lambda p: [one.unlink() for one in p.iterdir()], "manifest.json: no such file"),
@@ -62,7 +62,7 @@ FAULTS = {
     "files is null": (lambda p: reseal(p, files=None), "names no step, run and files"),
     "no run": (lambda p: reseal(p, run=None), "names no step, run and files"),
     "entry without size": (lambda p: reseal(p, files={"student.safetensors": {}}), "cannot be used"),
-    "state of another step": (lambda p: with_state(p, json.dumps(STATE | {"step": 2})), "state.json is not one of that step"),
+    "state of another step": (lambda p: with_state(p, json.dumps(STATE | {"step": 2})), "state.json does not belong to that step"),
     "state without best": (lambda p: with_state(p, json.dumps({"step": 3})), "state.json cannot be used: 'best'"),
     "odd best": (lambda p: with_state(p, json.dumps(STATE | {"step": 3, "best": {"by": "ce"}})), "state.json cannot be used: 'step'"),
     "state is a list": (lambda p: with_state(p, "[]"), "it holds a list, expected an object"),
@@ -131,7 +131,7 @@ def test_students_side_by_side_take_the_newest_step_that_is_usable_for_all(tmp_p
     reseal(folders[1] / "step-2", run=RUN)
     found = checkpoint.newest(folders, [RUN, OTHER], 9, said.append)
     assert [one.path for one in found] == [folder / "step-1" for folder in folders]
-    assert said == [f"passing over the checkpoint {folders[1]}/step-2 (it is of another run, with other settings)"]
+    assert said == [f"passing over the checkpoint {folders[1]}/step-2 (it belongs to another run, which differs in settings)"]
 
 
 def test_students_of_whose_own_no_step_is_usable_are_named_one_by_one(tmp_path):
@@ -162,7 +162,7 @@ def test_where_none_can_be_used_each_is_named(tmp_path):
         save(folder, step, OTHER)
     with pytest.raises(UserError) as refused:
         checkpoint.newest([folder], [RUN], 9)
-    assert [step for step in (2, 1) if any(f"step-{step} (it is of another run" in one for one in refused.value.problems)] == [2, 1]
+    assert [step for step in (2, 1) if any(f"step-{step} (it belongs to another run" in one for one in refused.value.problems)] == [2, 1]
     assert refused.value.problems[-1].endswith("start again in another output_dir")
 
 

@@ -68,7 +68,7 @@ def first(world, tmp_path, capsys, monkeypatch):
             {"student.lora.modules_to_save": ["lm_head"], "student.dtype": "float16"},
             "student.dtype: modules_to_save would train in float16",
         ),
-        ({"student.attention": "flash_attention_2"}, "student.attention: found flash_attention_2, and flash-attn is not installed"),
+        ({"student.attention": "flash_attention_2"}, "student.attention: found flash_attention_2, but flash-attn is not installed"),
     ],
     ids=str,
 )

@@ -45,14 +45,14 @@ def test_what_changes_the_arithmetic_is_refused_by_name_with_its_fix(name, rule)
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: found two in the environment, expected a whole number; "),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: found -1 in the environment, expected a whole number; "),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found 0 in the environment, expected at least 1; "),
-        ({"RANK": "5"}, "RANK: found 5 in the environment, and the launch has 1 (WORLD_SIZE); "),
+        ({"RANK": "5"}, "RANK: found 5 in the environment, expected a number below WORLD_SIZE, 1; "),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE: found 2 in the environment, without MASTER_ADDR, MASTER_PORT; "),
     ],
 )
 def test_variables_that_no_launcher_gives_are_refused(variables, line):
     with pytest.raises(UserError) as info:
         check_environment(variables)
-    assert info.value.problems == (f"{line}unset it, or start by accelerate launch or torchrun",)
+    assert info.value.problems == (f"{line}unset it, or start with accelerate launch or torchrun",)
     check_environment({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
     check_environment({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": ""})
 

@@ -223,9 +223,7 @@ def test_too_few_targets_for_a_map_are_refused_before_a_model_is_loaded(make_rec
     few = {"data__train__limit": 2, "train__batch_size": 2, "optim__warmup_steps": None}
     with monkeypatch.context() as patch:
         patch.setattr("llmkd.training.build.load_models", lambda *args: pytest.fail("loaded"))
-        words = (
-            "found least_squares, and a map of states that are 16 wide needs 51 targets, of which the training data .* has 18; use xavier"
-        )
+        words = "found least_squares, but a map of states 16 wide needs 51 targets, and the training data .* has 18; use xavier"
         with pytest.raises(UserError, match=rf"^loss.features.init: {words}$"):
             run(make_recipe(**few, loss__features={}))
     trained("out", **few, loss__features={"init": "xavier"})
@@ -239,7 +237,7 @@ def test_states_that_do_not_vary_are_refused(make_recipe, world, tmp_path):
 
     tensors = {name: t * 0 if "embed" in name else t for name, t in load_file(still / "model.safetensors").items()}
     save_file(tensors, still / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"^loss.features.layers: found \[0, 0\], and the hidden states there are the same at every target"):
+    with pytest.raises(UserError, match=r"^loss.features.layers: found \[0, 0\], but the hidden states there are the same at every target"):
         run(make_recipe(teacher__model=str(still), loss__features={"layers": [[0, 0]]}))
 
 
@@ -249,7 +247,7 @@ def test_states_that_do_not_vary_are_refused(make_recipe, world, tmp_path):
         ({"loss.features.layers": [[1, 3]]}, "loss.features.layers: found layer 3 of the teacher, which has 2 layers"),
         (
             {"loss.features.weight": 0.5},
-            "loss.features.init: found least_squares, and a map .* 16 wide needs 51 targets, of which .* has 18;",
+            "loss.features.init: found least_squares, but a map .* 16 wide needs 51 targets, and .* has 18;",
         ),
         ({"loss.attention.layers": [[1, 3]]}, "loss.attention.layers: found layer 3 of the teacher, which has 2 layers"),
     ],
@@ -277,8 +275,8 @@ def test_few_long_examples_give_no_map_that_was_not_computed(make_recipe, traine
     rows = [{"instruction": f"Say {i}", "output": " ".join(["so"] * 13)} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = {"data__train__path": str(tmp_path / "rows.jsonl"), "optim__warmup_steps": None, "train__max_steps": 1, "train__epochs": None}
-    with pytest.raises(UserError, match="^loss.features.init: .* 16 wide needs 34 targets, of which the training examples .* have 27 "):
+    with pytest.raises(UserError, match="^loss.features.init: .* 16 wide needs 34 targets, and the training examples .* have 27 "):
         trained("two", **few, loss__features={})
     trained("random", **few, loss__features={"init": "xavier"})
-    with pytest.raises(UserError, match="^loss.features: the teacher has one training example, and"):
+    with pytest.raises(UserError, match="^loss.features: the teacher has one training example, but"):
         trained("one", **few, loss__features={"init": "xavier"}, data__train__limit=1)

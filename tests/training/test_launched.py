@@ -96,7 +96,7 @@ def test_what_else_a_config_file_asks_for_is_refused(changes, variable, tmp_path
 def test_fsdp2_is_refused_where_nothing_is_sharded():
     asked = {ASKED: "true", "FSDP_VERSION": "2"}
     check_environment(asked, shards=True)
-    with pytest.raises(UserError, match=f"{ASKED}: found true; only llmkd train of a recipe shards"):
+    with pytest.raises(UserError, match=f"{ASKED}: found true; only llmkd train with a recipe shards"):
         check_environment(asked)
 
 

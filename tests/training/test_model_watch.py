@@ -70,7 +70,9 @@ def test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has
     monkeypatch.setattr(ModelWatch.changed, "__defaults__", (0.0,))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", overwrite)
-        with pytest.raises(ChangedFiles, match="were changed while the run was using them .*it is saved after step 3: put the file back"):
+        with pytest.raises(
+            ChangedFiles, match="were changed while the run was using them .*the run is saved after step 3: restore the file"
+        ):
             run(make_recipe("out", **settings))
     assert ChangedFiles.exit_code == 1
     path.write_bytes(before)

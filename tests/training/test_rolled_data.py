@@ -52,8 +52,8 @@ def test_nothing_is_said_where_the_two_are_one(said):
 @pytest.mark.parametrize("folder", [False, True])
 def test_another_teacher_is_named(said, folder):
     found = said("student", "student", ["stranger"], "teacher", folder=folder)
-    assert "note: data.train" in found and "was written by a student of stranger, and the teacher here is" in found
-    assert "was written by stranger, and the teacher here is" in said("teacher", "stranger", [], "teacher", folder=folder)
+    assert "note: data.train" in found and "was written by a student of stranger, but the teacher of this run is" in found
+    assert "was written by stranger, but the teacher of this run is" in said("teacher", "stranger", [], "teacher", folder=folder)
     assert "another model" in said("student", "student", ["teacher"], "adapter", folder=folder), "an adapter on it is another model"
 
 
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_complete_is_named(said):
 @pytest.mark.parametrize("keys", [(), (KEY, KEY), ("0" * 16,)], ids=["removed", "added", "another file"])
 def test_a_file_with_other_rows_than_were_written_is_named(said, keys):
     found = said("student", "student", ["teacher"], "teacher", keys=keys)
-    assert f"r.jsonl) is not what llmkd roll wrote: it has {len(keys)} row" in found and "and had 1;" in found
+    assert f"r.jsonl) is not the file that llmkd roll wrote: it has {len(keys)} row" in found and "instead of 1;" in found
 
 
 def test_the_teacher_of_the_writers_run_is_found_and_who_wrote_its_data(world, tmp_path, make_recipe, capsys):
@@ -88,7 +88,7 @@ def test_the_teacher_of_the_writers_run_is_found_and_who_wrote_its_data(world, t
     gone = dataclasses.replace(recipe, teacher=Teacher(model=str(tmp_path / "gone")))
     (tmp_path / "run" / "recipe.yaml").write_text(dump(gone))
     assert [one["model"] for one in learnt_from(tmp_path / "run")] == ["t"]
-    assert "its teacher is not here any more" in capsys.readouterr().err
+    assert "the files of its teacher are gone" in capsys.readouterr().err
     assert learnt_from(None) == []
 
 

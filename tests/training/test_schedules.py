@@ -142,7 +142,7 @@ def test_the_teacher_is_needed_if_any_step_needs_it(make_recipe):
     ("changes", "words"),
     [
         ({"loss__temperature": {"from": 2, "to": 1, "steps": 9}}, "loss.temperature.steps: found 9, and the whole run has 5 steps"),
-        ({"optim__warmup_steps": 9}, "optim.warmup_steps: found 9, and the whole run has 5 steps; lower it, or use optim.warmup_ratio"),
+        ({"optim__warmup_steps": 9}, "optim.warmup_steps: found 9, but the whole run has 5 steps; lower it, or use optim.warmup_ratio"),
     ],
 )
 def test_what_is_longer_than_the_run_is_refused_before_a_model_is_loaded(make_recipe, monkeypatch, changes, words):

@@ -12,7 +12,7 @@ from llmkd.training import build, prepare
 
 #: Changes of one student, and the refusal.
 OWN = {
-    "targets": ({"loss.features.weight": 0.5}, "loss.features.init: found least_squares, and a map"),
+    "targets": ({"loss.features.weight": 0.5}, "loss.features.init: found least_squares, but a map"),
     "layers": ({"loss.features.layers": [[1, 3]]}, "loss.features.layers: found layer 3 of the teacher"),
     "attention": ({"loss.attention.layers": [[1, 3]]}, "loss.attention.layers: found layer 3 of the teacher"),
     "widths": ({"loss.attention.what": "relations"}, "loss.attention.relation_heads: found 32"),

@@ -44,7 +44,7 @@ def test_its_metrics_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
 
 def test_of_several_students_the_best_is_compared():
     found = message([{"teacher_ce": 1.0, "ce": 1.5}, {"teacher_ce": 1.0, "ce": 0.5}, {"teacher_ce": 1.0, "ce": 2.0}], 3, [], None)
-    assert "the teacher's CE is 1.0000 and the student's 0.5000" in found and "warning: the teacher knows these rows no better" in found
+    assert "the teacher's CE is 1.0000 and the student's 0.5000" in found and "warning: the teacher predicts these rows no better" in found
 
 
 def test_it_changes_nothing_of_the_run(trained):

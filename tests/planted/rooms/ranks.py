@@ -304,8 +304,8 @@ FAULTS = [
         (
             "half-a-step-stays",
             "a step that is repeated keeps the gradients of its first attempt",
-            "            self._drop()  # here, where",
-            "            gc.collect()  # here, where",
+            "            self._drop()  # after the `except` block",
+            "            gc.collect()  # after the `except` block",
             "training/test_auto_batch.py",
         ),
         (
