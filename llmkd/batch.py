@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Where an example lies among the flattened positions of a view: the positions of its prefix segment and then those of its own."""
+    """An example's place among the flattened positions of a view: the positions of its prefix segment, if it has one, and its own."""
 
-    prefix: int  # the first of its prefix segment
-    shared: int  # their number, 0 without one
-    own: int  # the first of its own
-    length: int
+    prefix: int  # first position of the prefix segment
+    shared: int  # number of positions of the prefix segment; 0 without one
+    own: int  # first position of its own
+    length: int  # number of positions of its own
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The S segments of a packed row [1, T], in their order. Tensors are on the row's device, the rest is known without a synchronisation.
+    """The S segments of a packed row [1, T], in order. Tensors are on the row's device; everything else is on the host.
 
-    A segment attends causally to itself and, if it has one, to all of its prefix segment, so that a prompt prefix that several examples
-    share is computed once.
+    A segment attends causally to itself and to all of its prefix segment, if it has one. So a prompt prefix that several examples share is
+    computed once.
     """
 
     lengths: tuple[int, ...]  # tokens of each segment
@@ -53,7 +53,10 @@ class PackedLayout:
         return PackedLayout(self.lengths, self.prefix_of, self.examples, self.kv_lengths, *tensors)
 
     def select(self, mine: Sequence[bool]) -> tuple["PackedLayout", list[bool]]:
-        """The layout of some of the examples alone, and which segments [S] those keep. `mine`: for each example of the batch, whether to keep it."""
+        """The layout of some of the examples, and for each of the S segments whether it is kept.
+
+        mine   for each example of the batch, whether to keep it
+        """
         keep = [example >= 0 and mine[example] for example in self.examples]
         for segment, before in enumerate(self.prefix_of):
             if keep[segment] and before >= 0:
@@ -67,8 +70,9 @@ class PackedLayout:
 
     @property
     def spans(self) -> list[Span]:
-        """Of each example."""
-        starts, own = [0, *accumulate(self.lengths)], {example: segment for segment, example in enumerate(self.examples) if example >= 0}
+        """The span of each example."""
+        starts = [0, *accumulate(self.lengths)]
+        own = {example: segment for segment, example in enumerate(self.examples) if example >= 0}
         spans = []
         for segment in (own[i] for i in range(len(own))):
             prefix = self.prefix_of[segment]
@@ -78,8 +82,8 @@ class PackedLayout:
 
     def mask(self) -> Tensor:
         """An attention_mask [1, 1, 1, 1] that carries this layout to `models/attention.py`."""
-        # Oddity: the layout travels as an attribute of a tensor. transformers hands an attention_mask of four dimensions to every layer as
-        # it is; other arguments it hands on in some families only, and a dictionary it would take for masks by the kind of layer.
+        # Oddity: the layout travels as an attribute of a tensor. transformers passes a four-dimensional attention_mask to every layer unchanged;
+        # other arguments reach the layers in some families only, and a dictionary would be taken for masks by kind of layer.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.cu_seqlens_q.device)
         mask.packed = self
         return mask
@@ -91,22 +95,29 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class View:
-    """The inputs of one model, and the flattened positions that predict the N targets. Student and teacher may have different views."""
+    """The inputs of one model, and the positions that predict the N targets. Student and teacher may have different views.
 
-    inputs: dict[str, Tensor]  # keyword arguments of the model; the first dimension of each is B
-    rows_N: Tensor  # positions in the flattened [B * T] of what the model gives that predict the targets, each once
-    packed: PackedLayout | None = None  # how examples lie in a packed row
-    keys: Tensor | None = None  # [B, T] int32, of each position: what its dropout follows from (`models/dropout.py`)
-    given: int | None = None  # T, where a model gives another number of positions than it reads
+    inputs   keyword arguments of the model; the first dimension of each is B
+    rows_N   the flattened positions [B * T] of the model's outputs that predict the targets, each once
+    packed   the layout of a packed row; None without packing
+    keys     [B, T] int32, the seed of each position's dropout (`models/dropout.py`)
+    given    T, if the model's outputs have another number of positions than its inputs
+    """
+
+    inputs: dict[str, Tensor]
+    rows_N: Tensor
+    packed: PackedLayout | None = None
+    keys: Tensor | None = None
+    given: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what the model reads: B, and of text the positions of a row, padding included."""
+        """The shape of the model's first input: B, and for text the positions of a row, padding included."""
         return tuple(next(iter(self.inputs.values())).shape)
 
     @property
     def size(self) -> int:
-        """The numbers, of text the tokens, that the model reads, padding included."""
+        """The number of elements of the model's first input; for text the tokens, padding included."""
         return math.prod(self.shape)
 
     @property
@@ -115,12 +126,12 @@ class View:
 
     @property
     def T(self) -> int:
-        """The positions that the model gives of each row."""
+        """The number of positions of the model's outputs, per row."""
         return self.shape[1] if self.given is None else self.given
 
     @property
     def spans(self) -> list[Span]:
-        """Of each example; of rows that are not packed with padding."""
+        """The span of each example; without packing a whole row, padding included."""
         B, T = self.B, self.T
         return self.packed.spans if self.packed else [Span(0, 0, b * T, T) for b in range(B)]
 
@@ -131,33 +142,32 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a batch: its identity (`Examples.content_hash`), the number of its targets, and its teacher."""
+    """One example of a batch: its identity (`Examples.content_hash`), its number of targets, its teacher and its source."""
 
     content_hash: str
     num_targets: int
-    teacher: int  # its index among several, or -1 for all of them together
-    source: int = 0  # the number of its source among those of its setting
+    teacher: int  # the index of its teacher, or -1 for all teachers together
+    source: int = 0  # the index of its data source
 
 
 @dataclass(frozen=True)
 class Batch:
     """N targets, and the views from which student and teachers predict them.
 
-    `teacher` is what teachers read that have no view of their own in `of_teachers`, by the name of their setting (teacher.0, teacher.1, ...).
-
-    `labels_N[i]` is the token that position `rows_N[i]` of every view must predict. Labels are aligned once, where batches are made;
-    no other code shifts them. The targets of one example are contiguous, in the order of `examples`.
-
-    `weights[name]` [N] weighs the part `name` of the loss ("ce", "kd") at each target: any finite numbers, also 0 and negative ones. A part
-    without an entry has weight 1 everywhere; one that is given as all ones is left out here. `zeros` are the targets by the names of the
-    parts whose weight there is 0, so that what need not be computed is known without waiting for a device; empty where no weight is 0. They
-    are found when a batch is made: do that on the CPU, as `Examples.batch` does, since elsewhere it waits for the device.
-
-    `kept`: the indices of the targets that count, ascending; the others are in no part of the loss. None: all count.
+    labels_N     the token that position `rows_N[i]` of every view must predict. Labels are aligned once, where batches are made; no other
+                 code shifts them. The targets of one example are contiguous, in the order of `examples`
+    example_N    for each target the index of its example in the data set
+    teacher      the view of every teacher that has none of its own in `of_teachers`
+    weights      the weight of each target, [N], by part of the loss ("ce", "kd"): any finite numbers, also 0 and negative ones. A part without
+                 an entry has weight 1 everywhere; an entry of all ones is removed
+    zeros        all targets, grouped by the parts whose weight there is 0, so that the host knows what need not be computed; empty if no
+                 weight is 0. Found when a batch is made: do that on the CPU, as `Examples.batch` does, since on a GPU it waits for the device
+    kept         the indices of the targets that count, ascending; the others are in no part of the loss. None: all count
+    of_teachers  by setting (teacher.0, teacher.1, ...), the views of teachers that have their own
     """
 
     labels_N: Tensor
-    example_N: Tensor  # the index in the data set of the example of each target
+    example_N: Tensor
     student: View
     teacher: View
     examples: tuple[Example, ...] = ()
@@ -184,7 +194,7 @@ class Batch:
         return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros, kept, own)
 
     def view_of(self, setting: str) -> View:
-        """What the model of a setting reads: student.model, teacher.model, teacher.1, ..."""
+        """The view of the model of a setting: student.model, teacher.model, teacher.1, ..."""
         name = setting.removesuffix(".model")
         return self.student if name == "student" else self.of_teachers.get(name, self.teacher)
 
@@ -201,11 +211,11 @@ class Batch:
 
     @property
     def position_N(self) -> Tensor:
-        """The number of each target within its example, from 0, on the CPU. It needs `examples`."""
+        """The position of each target among its example's targets, from 0: [N], on the CPU. It needs `examples`."""
         return torch.cat([torch.arange(0), *(torch.arange(one.num_targets) for one in self.examples)])
 
     def weighing(self, more: dict[str, Tensor]) -> "Batch":
-        """The same batch whose weights are times `more` [N], by part. Given on the CPU, their zeros are known without waiting for a device."""
+        """The same batch with its weights multiplied by `more` ([N] by part). If `more` is on the CPU, this does not wait for a device."""
         device, weights = self.labels_N.device, dict(self.weights)
         for name, w_N in more.items():
             weights[name] = w_N.to(device) * weights[name] if name in weights else w_N.to(device)
@@ -219,19 +229,19 @@ class Batch:
         return replace(self, weights=weights, zeros=zeros)
 
     def keeping(self, kept: Tensor) -> "Batch":
-        """The same batch with `kept`."""
+        """The same batch, in which only the targets `kept` count."""
         return replace(self, kept=kept)
 
     def only_kept(self, x_N: Tensor) -> Tensor:
-        """Values [N] at the targets that count, and 0 elsewhere."""
+        """The values [N], with 0 at targets that do not count."""
         return x_N if self.kept is None else torch.zeros_like(x_N).index_copy_(0, self.kept, x_N[self.kept])
 
     def counting(self, name: str) -> Tensor:
-        """The weight of each target in a part of the loss, [N]: 1 where there is no other, 0 where it does not count."""
+        """The weight of each target in a part of the loss, [N]: 1 by default, 0 where the target does not count."""
         return self.only_kept(self.weights.get(name, torch.ones(self.num_targets, device=self.labels_N.device)))
 
     def carriers(self, name: str) -> Rows:
-        """The targets that count in a part of the loss: those that are kept, without those whose weight is 0 there."""
+        """The targets that count in a part of the loss: those that are kept and whose weight there is not 0."""
         if not any(name in without for without in self.zeros or {}):
             return slice(0, self.num_targets) if self.kept is None else self.kept
         if self.kept is not None:
@@ -240,7 +250,7 @@ class Batch:
         return mine[0] if len(mine) == 1 else (self.weights[name] != 0).nonzero()[:, 0]
 
     def counted(self, rows: Rows) -> list[int]:
-        """How many of those targets, which are ascending, each example has."""
+        """How many of `rows`, which are ascending, each example has."""
         counts = [example.num_targets for example in self.examples]
         if isinstance(rows, slice) and rows == slice(0, self.num_targets):
             return counts
@@ -249,12 +259,12 @@ class Batch:
 
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
-    """`Batch.zeros` of some weights [N] by name: all targets, parted by the names whose weight there is 0. Empty where none is."""
+    """`Batch.zeros` for weights [N] by name: all targets, grouped by the names whose weight there is 0; {} if no weight is 0."""
     return by_pattern({name: w_N == 0 for name, w_N in weights.items()})
 
 
 def by_pattern(none: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
-    """All targets, parted by the names where `none` [N] is true there. Empty where it is nowhere."""
+    """All targets, grouped by the names whose mask [N] in `none` is true there; {} if no mask is true anywhere."""
     names = list(none)
     if not any(none_N.any() for none_N in none.values()):
         return {}
@@ -267,7 +277,7 @@ def by_pattern(none: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
 
 
 def rows_where(mask_N: Tensor) -> Rows:
-    """The targets where a mask that holds one at least is true: a slice, if they lie side by side."""
+    """The targets where a mask is true, of which there must be one at least: a slice if they are contiguous."""
     rows_n = mask_N.nonzero()[:, 0]
     first, last = int(rows_n[0]), int(rows_n[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows_n) else rows_n

@@ -1,4 +1,4 @@
-"""From last hidden states to logits: everything that a model family does there is in this file and nowhere else."""
+"""From last hidden states to logits. Everything that model families do there differently is in this file and nowhere else."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-#: Rows of a head's weight that are worked on at a time where a copy of them, or their product, is needed.
+#: Rows of a head's weight that are processed at a time where they must be copied, or their product is an intermediate result.
 BLOCK = 8192
 
 
 class Passed(nn.Identity):
-    """In a head's place where the hidden states are a classifier's few logits."""
+    """Stands in for a head where the hidden states already are a classifier's logits."""
 
 
 class Head:
@@ -22,7 +22,7 @@ class Head:
     scale      factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling, ...)
     softcap    logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2)
 
-    `choose` is told before and after an adapter on the head computes which of the view's rows it does, and None.
+    `choose` is called with the view's rows before an adapter on the head computes them, and with None afterwards, for the adapter's dropout.
     """
 
     choose: Callable[[slice | Tensor | None], None] = staticmethod(lambda rows: None)
@@ -31,10 +31,10 @@ class Head:
         self.project, self.vocab, self.scale, self.softcap = project, vocab, scale, softcap
 
     def logits(self, hidden_NH: Tensor, out: Tensor | None = None, rows: slice | Tensor | None = None) -> Tensor:
-        """Logits [N, V] of hidden states [N, H]: the model's own, without rounding to its dtype.
+        """The model's own logits [N, V] of hidden states [N, H], without rounding to the model's dtype.
 
-        out   a buffer [N, V] of `self.dtype` that may be used for them, where no gradient is needed
-        rows  which of the rows of the model's last view they are, for the dropout of an adapter
+        out   a buffer [N, V] of `self.dtype` that may be used for them, if no gradient is needed
+        rows  the rows of the model's last view to which they belong, for the dropout of an adapter
         """
         project = self.project
         if type(project) is nn.Linear:
@@ -57,7 +57,7 @@ class Head:
 
     @property
     def is_affine(self) -> bool:
-        """Whether logits are a matrix product, a bias and a scale alone: then `backward` computes the gradient, without autograd."""
+        """Whether logits are only a matrix product, a bias and a scale; then `backward` computes the gradient without autograd."""
         return type(self.project) is nn.Linear and not self.softcap
 
     @property
@@ -68,10 +68,10 @@ class Head:
     def backward(self, grad_nV: Tensor, hidden_nH: Tensor, grad_hidden_nH: Tensor | None, grads: list[Tensor]) -> None:
         """The backward pass of an affine head, for a chunk of n rows.
 
-        grad_nV         gradient of the logits, of `self.dtype`, or on a GPU of the weight's
+        grad_nV         the gradient of the logits, in `self.dtype`, or on a GPU in the weight's dtype
         hidden_nH       the hidden states of the forward pass
-        grad_hidden_nH  overwritten by the gradient of the hidden states; None where that is not needed
-        grads           gradients of `self.trainable()` in that order; this chunk's are added
+        grad_hidden_nH  overwritten with the gradient of the hidden states; None if that is not needed
+        grads           the gradients of `self.trainable()`, in that order, to which this chunk's are added
         """
         weight_VH = self.project.weight[: self.vocab]
         if grad_hidden_nH is not None:
@@ -81,24 +81,24 @@ class Head:
         for parameter, total in zip(self.trainable(), grads, strict=True):
             if parameter is self.project.bias:
                 total[: self.vocab].add_(grad_nV.sum(0, dtype=total.dtype), alpha=self.scale)
-                continue
-            for columns in _blocks(weight_VH) if grad_nV.is_cuda else [slice(0, self.vocab)]:  # a GPU's product is not added in place
-                _add_outer(total[columns], grad_nV[:, columns], hidden_nH, self.scale)
+            else:  # on a GPU the product cannot be added in place: blocks keep its buffer small
+                for columns in _blocks(weight_VH) if grad_nV.is_cuda else [slice(0, self.vocab)]:
+                    _add_outer(total[columns], grad_nV[:, columns], hidden_nH, self.scale)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.project.parameters() if p.requires_grad]
 
 
 def widen(x: Tensor) -> Tensor:
-    """float32 for half precision; float32 and float64 as they are."""
+    """Half precision as float32; float32 and float64 unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) -> Tensor:
-    """hidden @ weight.T [N, V], with a float32 result of half-precision operands.
+    """hidden @ weight.T [N, V]; of half-precision operands the result is float32.
 
-    Rounding the logits to bfloat16 would change the gradient by 1 to 24 %, most of it late in a distillation, when student and teacher
-    nearly agree.
+    Rounding the logits to bfloat16 would change the gradient by 1 to 24 %, and most late in a distillation, when student and teacher nearly
+    agree.
     """
     if hidden_NH.dtype != weight_VH.dtype:
         hidden_NH = hidden_NH.to(weight_VH.dtype)
@@ -115,7 +115,7 @@ def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) ->
 
 
 def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
-    """grad @ weight [N, H], rounded to the type of `out_NH` once."""
+    """Write grad @ weight [N, H] into `out_NH`, rounded once, to its dtype."""
     if grad_NV.dtype == weight_VH.dtype:
         if out_NH.dtype == grad_NV.dtype:
             torch.mm(grad_NV, weight_VH, out=out_NH)
@@ -129,7 +129,7 @@ def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
 
 
 def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: float) -> None:
-    """total += scale grad.T @ hidden, summed in the total's type."""
+    """total += scale grad.T @ hidden, summed in the dtype of `total_VH`."""
     hidden_nH = hidden_nH.to(grad_nV.dtype)
     if grad_nV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_nV.T, hidden_nH, alpha=scale)
@@ -138,7 +138,7 @@ def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: floa
 
 
 class _WideProduct(torch.autograd.Function):
-    """`_product` with its gradients, which autograd does not have for an output of another type."""
+    """`_product` with its gradients, which autograd does not have for an output of another dtype than the operands."""
 
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:

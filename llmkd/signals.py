@@ -1,6 +1,6 @@
-"""What a teacher returns: a `Signal` about the N targets of a batch, and the `Teacher` that computes it.
+"""`Signal`, a teacher's output for the N targets of a batch, and `Teacher`, which computes it.
 
-`Taps` say what a loss term reads inside a model, apart from its last hidden states.
+`Taps` name what a loss term reads inside a model, apart from its last hidden states.
 
 Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of the
 real vocabulary, H hidden width, K entries that a sparse signal keeps, E events over which two models are compared
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from .batch import Batch, Rows
 from .head import Head
 
-#: A function of the log-probabilities of student and teacher over the same events, both [n, E]: their distance, [n].
+#: A function of the log-probabilities of student and teacher over the same events, both [n, E]; returns their divergence [n], in nats.
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Taps:
-    """What a model hands over from inside its forward pass, apart from its last hidden states. Layers are counted from 1.
+    """The intermediate tensors that a model's forward pass is to return, apart from its last hidden states. Layers are counted from 1.
 
-    layers      hidden states at the targets after these layers; 0 are the embeddings. The last layer's are those before the final norm
-    attention   what the attention of these layers computes with (`AttentionInputs`)
-    queries     of these, queries of all positions: otherwise those of the last layer are right at the targets alone
+    layers      hidden states at the targets after these layers; 0 are the embeddings. Those of the last layer are before the final norm
+    attention   queries, keys and values of the attention in these layers (`AttentionInputs`)
+    queries     whether queries are needed at all positions; otherwise those of the last layer are valid at the targets only
     """
 
     layers: frozenset[int] = frozenset()
@@ -43,12 +43,12 @@ NO_TAPS = Taps()
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of one layer computes with, at all positions of its model's inputs, rotated where the family rotates.
+    """Queries, keys and values of one layer's attention, at all positions of the model's inputs, after rotary position embedding if it has one.
 
-    query, key, value   [B, heads, T, D]; keys and values have as many heads or fewer, each for as many of the query's
-    scaling             factor of query times key before the softmax
-    window              how many positions a position sees, its own counted; None for all before it
-    softcap             scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None where they do not
+    query, key, value   [B, heads, T, D]; keys and values may have fewer heads, each shared by an equal number of query heads
+    scaling             factor of the products of queries and keys before the softmax
+    window              how many positions a position sees, including itself; None: all before it
+    softcap             scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no soft cap
     """
 
     query: Tensor
@@ -68,11 +68,11 @@ class Signal(Protocol):
     `rows` selects n of the N targets: a slice, or their indices. `log_q_nV` are the student's log-probabilities
     for those targets at `temperature`. All log-probabilities are natural logarithms over the real vocabulary.
 
-    A signal may also have `at(rows)`: the same for those targets alone, with all that several questions about them would compute again, such as
-    the products of heads.
+    A signal may also have `at(rows)`, which returns the signal for those targets alone, with everything computed that several calls would
+    otherwise compute again, such as the products with heads.
     """
 
-    #: Whether `log_probs` returns the teacher's exact distribution; the loss may then use a gradient in closed form.
+    #: Whether `log_probs` returns the teacher's exact distribution; then the loss may use a gradient in closed form.
     full_distribution: ClassVar[bool]
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -89,9 +89,9 @@ class Signal(Protocol):
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
     def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
-        """The `TEACHER_METRICS` that this signal knows exactly although its `log_probs` are approximate, [n] each.
+        """The `TEACHER_METRICS`, [n] each, that this signal has exactly although its `log_probs` are approximate.
 
-        An example is the teacher's entropy, which a top-k record stores. Without `log_q_nV` those that need it are left out.
+        An example is the teacher's entropy, which a top-k record stores. Without `log_q_nV`, metrics that need it are left out.
         """
 
 
@@ -110,7 +110,7 @@ class Teacher(Protocol):
 class FullDistribution:
     """Base class of signals whose `log_probs` returns the teacher's exact distribution; a subclass defines `log_probs`.
 
-    A subclass that overrides `divergence` is no longer taken for one, unless it sets `full_distribution` itself.
+    A subclass that overrides `divergence` gets `full_distribution = False`, unless it sets that itself.
     """
 
     full_distribution: ClassVar[bool] = True
@@ -134,16 +134,16 @@ class FullDistribution:
 
 
 class KeptLogits:
-    """A teacher's logits at chunks of targets, kept for the other students of a micro-batch once one has asked for them.
+    """A teacher's logits at chunks of targets: computed for the first student of a micro-batch, and kept for the others.
 
-    students   how many may ask; a chunk is dropped when all have
+    students   their number; a chunk is dropped after the last one has read it
     """
 
     def __init__(self, students: int):
         self.students, self._held = students, {}
 
     def __call__(self, rows: Rows, compute: Callable[[], Tensor]) -> Tensor | None:
-        """The logits at a slice of targets, not to be written over; None for other rows, and where no more are kept."""
+        """The logits [n, V] at a slice of targets, which must not be changed; None for rows that are no slice, or if the memory limit is reached."""
         if not isinstance(rows, slice):
             return None
         logits_nV, left = self._held.pop((rows.start, rows.stop), (None, self.students))
@@ -156,20 +156,20 @@ class KeptLogits:
         return logits_nV
 
 
-#: Bytes of a teacher's logits that are kept at a time, apart from the chunk in hand.
+#: The limit in bytes on a teacher's logits that are kept at a time, apart from the chunk that was just computed.
 MOST_KEPT = 256 << 20
 
 
 def for_students(signal: Signal, students: int) -> Signal:
-    """The same signal where several students ask it one after the other: a teacher's head is then computed once for all of them."""
+    """The same signal for several students that read it one after the other, so that the teacher's head is computed once for all of them."""
     return replace(signal, kept=KeptLogits(students)) if students > 1 and type(signal) is Dense else signal
 
 
 @dataclass(frozen=True)
 class Dense(FullDistribution):
-    """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time.
+    """The teacher's last hidden states [N, H] and its head: its exact distribution, computed one chunk at a time.
 
-    layers, attention   what was asked for inside the teacher (`Taps`), by the layer's number: hidden states [N, H], inputs of attention
+    layers, attention   the outputs of `Taps`, by layer: hidden states [N, H], and inputs of attention
     kept                see `for_students`
     """
 
@@ -180,7 +180,7 @@ class Dense(FullDistribution):
     kept: KeptLogits | None = None
 
     def at(self, rows: Rows) -> "Dense":
-        """The same at some targets alone, with their logits in place of hidden states: the head is not asked again."""
+        """The signal at these targets alone, with their logits in place of hidden states, so that the head is computed once."""
         with torch.no_grad():
             logits_nV = self.head.logits(self.hidden_NH[rows])
         return replace(self, hidden_NH=logits_nV, head=Head(nn.Identity(), self.head.vocab), layers={}, attention={}, kept=None)

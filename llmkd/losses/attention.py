@@ -1,12 +1,12 @@
-"""How far the student's attention is from the teacher's, for each target: attention maps, and relations of queries, keys and values.
+"""Divergence of the student's attention from the teacher's at each target: of attention maps, or of relations of queries, keys and values.
 
 Shapes: N targets of a batch, P flattened positions of a view, h query heads, g key heads (h is a multiple of g), d the width of a head; in a
 group of b examples n targets of each, and m of the example's own positions. A target at position t is compared over the positions up to t
-that both models let it see; both are normalised over those alone.
+that both models let it see; both models' attention is normalised over those positions only.
 
-The gradient is computed with the divergence: of KL(p || q) with q = softmax(s) it is q - p for the scores s. So the [b, h, n, m] scores of a
-group are held once, in at least float32, and never those of a batch; the gradient is kept for the backward pass, which only scales it, and is as large
-as the student's queries at the targets and its keys.
+The gradient is computed together with the divergence: for KL(p || q) with q = softmax(s) it is q - p with respect to the scores s. So only
+the scores [b, h, n, m] of one group are held at a time, in at least float32. The gradient is kept for the backward pass, which only scales
+it; it is as large as the student's queries at the targets and its keys.
 """
 
 import math
@@ -26,13 +26,14 @@ from .divergences import kl_and_slope
 from .rows import joined, weighted
 from .terms import Loss, SingleTerm, StudentOutputs
 
-#: Bytes of the float32 scores of one group, of either model: on a CPU they stay in its cache.
+#: Bytes of one group's float32 scores, for each model: on a CPU they stay in its cache.
 _TILE = {"cuda": 32 << 20, "cpu": 2 << 20}
-_LONG = 32 << 20  # where an example is so long that few of its targets have so many
-_LEAST_TILE = 1 << 18
+_LONG = 32 << 20  # for an example so long that a tile holds only few of its targets
+_LEAST_TILE = 1 << 18  # tiles are not halved below it
 
 
 def default_tile(device: str) -> int:
+    """Bytes of one group's float32 scores on a kind of device."""
     return _TILE.get(device, _TILE["cuda"])
 
 
@@ -44,7 +45,7 @@ def scores(query_bnhd: Tensor, key_bmgd: Tensor, scaling: float) -> Tensor:
 
 
 def capped(scores_bhnm: Tensor, softcap: float | None, train: bool = False) -> tuple[Tensor, Tensor | None]:
-    """softcap * tanh(scores / softcap), written over the scores, and with `train` its derivative; both as they are without a soft cap."""
+    """softcap * tanh(scores / softcap), and with `train` its derivative; the scores are overwritten. Without a soft cap: the scores, and None."""
     if softcap is None:
         return scores_bhnm, None
     tanh_bhnm = scores_bhnm.div_(softcap).tanh_()
@@ -52,20 +53,22 @@ def capped(scores_bhnm: Tensor, softcap: float | None, train: bool = False) -> t
 
 
 def _by_key_head(query_bnhd: Tensor, g: int) -> Tensor:
-    """Queries [b g, h / g n, d] by the key head that they read."""
+    """Queries as [b g, h / g n, d], grouped by the key head that they read."""
     b, n, h, d = query_bnhd.shape
     return query_bnhd.transpose(1, 2).reshape(b * g, h // g * n, d)
 
 
 def divergence(student_bhnm: Tensor, teacher_bhnm: Tensor, sees_bnm: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) of the maps of two models' scores, [b, n], the mean over heads, and its gradient for the student's scores.
+    """KL(teacher || student) of the attention maps of two models' scores, averaged over heads, [b, n]; and its gradient with respect to the
+    student's scores, [b, h, n, m]. Both scores are overwritten.
 
-    The scores are overwritten.
-
-    mean   compare the heads' mean maps: with Q the student's, the gradient for head a is (q_a / Q (Q - P) - q_a sum(q_a / Q (Q - P))) / h
+    sees   [b, n, m], whether a target sees a position
+    mean   compare the maps averaged over heads: with these averages P and Q, the gradient for the student's head a is
+           (q_a / Q (Q - P) - q_a sum(q_a / Q (Q - P))) / h
     """
-    h, unseen_b1nm = student_bhnm.shape[1], torch.zeros_like(sees_bnm, dtype=student_bhnm.dtype).masked_fill_(~sees_bnm, -math.inf)[:, None]
-    log_q, log_p = (x.add_(unseen_b1nm).log_softmax(-1) for x in (student_bhnm, teacher_bhnm))  # masked_fill takes five times as long
+    h = student_bhnm.shape[1]
+    unseen_b1nm = torch.zeros_like(sees_bnm, dtype=student_bhnm.dtype).masked_fill_(~sees_bnm, -math.inf)[:, None]
+    log_q, log_p = (x.add_(unseen_b1nm).log_softmax(-1) for x in (student_bhnm, teacher_bhnm))  # five times as fast as masked_fill
     if not mean:
         value_bhn, slope_bhnm = kl_and_slope(log_p, log_q)
         return value_bhn.mean(1), slope_bhnm.div_(h)
@@ -76,11 +79,12 @@ def divergence(student_bhnm: Tensor, teacher_bhnm: Tensor, sees_bnm: Tensor, mea
 
 
 class _Divergence(torch.autograd.Function):
-    """The weighted sum of `divergence` over N targets (differentiable in the student's queries and keys), and its values times their weights, [N].
+    """The weighted sum of `divergence` over N targets, differentiable in the student's queries and keys; and its weighted values, [N].
 
-    query_Nhd, key_Pgd   the student's, and the teacher's after them; `scalings`, `softcaps` and `windows` are theirs in that order
-    weight_N             of the targets, or None
-    train                whether a gradient is asked for
+    query_Nhd, key_Pgd            the student's, then the teacher's
+    scalings, softcaps, windows   of student and teacher, in this order
+    weight_N                      the targets' weights, or None
+    train                         whether a gradient is needed
     """
 
     @staticmethod
@@ -123,7 +127,7 @@ class _Divergence(torch.autograd.Function):
 def backward(
     slope_bhnm: Tensor, query_bnhd: Tensor, key_bmgd: Tensor, needs_query: bool, needs_key: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of queries and keys from that of their products, shaped as they are."""
+    """The gradients of queries and keys, in their shapes, from the gradient of their products."""
     b, h, n, m = slope_bhnm.shape
     g = key_bmgd.shape[2]
     slope_xam, of_query, of_key = slope_bhnm.view(b * g, h // g * n, m), None, None
@@ -143,10 +147,10 @@ def map_divergence(
     weight_N: Tensor | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """KL of the two models' attention maps: its weighted sum over a view's targets, differentiable, and its values times their weights, [N].
+    """KL of the two models' attention maps: its weighted sum over a view's targets, differentiable, and its weighted values, [N].
 
-    counts   the targets of each example
-    mean     compare the heads' mean maps; otherwise the mean over heads is taken
+    counts   the number of targets of each example
+    mean     compare the maps averaged over heads; otherwise the KL is averaged over heads
     tile     bytes of the float32 scores of a group
     """
     heads = max(student.query.shape[1], teacher.query.shape[1])
@@ -166,11 +170,11 @@ def relation_divergence(
     weight_N: Tensor | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of MiniLMv2 (arXiv:2012.15828, section 3): the KLs of the relations of queries, of keys and of values with one another, added up.
+    """As `map_divergence`, of MiniLMv2's relations (arXiv:2012.15828, section 3): the sum of the KLs of query, key and value relations.
 
-    Relations are attention maps of vectors a with themselves, softmax(a a' / sqrt(d)). The vectors of all heads of a position stand one after
-    another and are cut into `heads` parts of width d, so that two models may have any heads and widths. Keys and values count once for all
-    queries that read them.
+    A relation is the attention map of vectors a with themselves, softmax(a a' / sqrt(d)). The vectors of all heads of a position are
+    concatenated and cut into `heads` parts of width d, so that the two models may have any numbers and widths of heads. Shared keys and
+    values count once, not once for each query head that reads them.
     """
     groups, found = grouped(view, counts, *_pairs(tile, heads, view)), []
     for pair in ((student.query, teacher.query), (student.key, teacher.key), (student.value, teacher.value)):
@@ -185,21 +189,21 @@ def relation_divergence(
 
 
 def _flat(x_BhTd: Tensor) -> Tensor:
-    """[P, h, d]."""
+    """[B, h, T, d] as [P, h, d]."""
     return x_BhTd.transpose(1, 2).flatten(0, 1)
 
 
 def _pairs(tile: int | None, heads: int, view: View) -> tuple[int, int]:
-    """Of targets and positions, so many that their scores in float32 fill a tile; and for long examples."""
+    """The number of pairs of a target and a position whose float32 scores fill a tile; and that for long examples."""
     device = view.rows_N.device.type
     tile = tile or default_tile(device)
     return max(1, tile // (4 * heads)), _LONG // default_tile(device) * tile // (4 * heads)
 
 
 class AttentionTerm(SingleTerm):
-    """The mean over pairs of layers (the student's, the teacher's) of `map_divergence`, or with `relation_heads` of `relation_divergence`.
+    """The mean over pairs of layers (student's, teacher's) of `map_divergence`, or with `relation_heads` of `relation_divergence`.
 
-    mean   compare the heads' mean maps
+    mean   compare the maps averaged over heads
 
     UserError for a batch whose teacher reads other positions than the student.
     """

@@ -1,4 +1,4 @@
-"""Targets that are compared with their examples' own positions together: few large products, and no score between two examples."""
+"""Groups of targets for attention scores: few large products, and no score between two examples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..batch import View
 
-_FEW = 64
+_FEW = 64  # targets: below this number a group of a long example may have more pairs, see `grouped`
 
 
 @dataclass(frozen=True)
 class Group:
-    """b examples, or parts of their targets, each padded to n targets and m positions. Padding repeats the last target, and the last position.
+    """b examples, or parts of their targets, each padded to n targets and m positions. Padding repeats the last target and the last position.
 
-    target_bn     which of the view's targets
-    real_bn       whether it is one, and not padding
-    place_bn      the target's place among the example's own positions
-    position_bm   the example's own positions among the view's flattened ones
+    target_bn     indices among the view's targets
+    real_bn       whether an entry is a target and not padding
+    place_bn      the target's place among its example's positions
+    position_bm   the example's positions among the view's flattened ones
     """
 
     target_bn: Tensor
@@ -27,7 +27,10 @@ class Group:
     position_bm: Tensor
 
     def sees(self, windows: Sequence[int | None] = ()) -> Tensor:
-        """Which positions each target sees, [b, n, m]: its own and those before, in every sliding window (its own counted); None is none."""
+        """Whether each target sees each position, [b, n, m]: its own and those before it, within every sliding window.
+
+        windows   the number of positions in each window, the target's own included; None: no window
+        """
         back_bnm = self.place_bn[:, :, None] - torch.arange(self.position_bm.shape[1], device=self.place_bn.device)
         sees_bnm = back_bnm >= 0
         for window in windows:
@@ -37,10 +40,10 @@ class Group:
 
 
 def grouped(view: View, counts: Sequence[int], most: int, long: int = 0) -> list[Group]:
-    """A view's targets in groups of at most `most` pairs b n m of a target and a position, if one target alone has no more.
+    """A view's targets in groups with at most `most` pairs of a target and a position (b n m), unless a single target has more.
 
-    counts   the targets of each example
-    long     of an example whose groups would have fewer than 64 targets so many pairs: each group gathers the example's keys again
+    counts   the number of targets of each example
+    long     the number of pairs for an example whose groups would else have fewer than 64 targets, since each group gathers its keys again
     """
     groups, device = [], view.rows_N.device
     for parts in _parted(view, counts, most, long):
@@ -54,8 +57,8 @@ def grouped(view: View, counts: Sequence[int], most: int, long: int = 0) -> list
 
 
 def _parted(view: View, counts: Sequence[int], most: int, long: int) -> Iterator[list[tuple[int, ...]]]:
-    """The groups' parts, each by its first target, their number, and its example's `Span`. Alike ones are together, to pad little: a
-    group's padding takes half as much as its parts, or a sixteenth of `most` where they are small."""
+    """The parts of each group: first target, number of targets, and the example's `Span`. Parts of similar size are grouped, so that padding
+    takes at most half as many pairs as the parts themselves, plus a sixteenth of `most`."""
     parts, first = [], 0
     for span, count in zip(view.spans, counts, strict=True):
         m = span.shared + span.length

@@ -3,8 +3,8 @@
 Each function here is the analytic-gradient version of the function of the same name and options in `divergences.py`.
 
 Inputs: `p_nV` (teacher), `q_nV` (student), `d_nV` = log q - log p (0 where both are 0), and `scratch(i)`, a reusable [n, V]
-buffer. Returns (terms, slope), both [n, V]: terms >= 0 up to rounding that sum to the divergence, and its derivative with
-respect to log q. `d_nV` is overwritten; `p_nV` and `q_nV` are not.
+buffer. Returns (terms, slope), both [n, V]: terms that sum to the divergence and are >= 0 up to rounding, and the derivative of the
+divergence with respect to log q. `d_nV` is overwritten; `p_nV` and `q_nV` are not.
 
 The terms are those of `divergences.py`, computed without subtracting nearly equal numbers: q - p is
 +-max(p, q) (1 - exp(-|d|)), and log m of a mixture m follows from the larger of its two parts. In float32 log m is
@@ -25,7 +25,7 @@ Closed = Callable[[Tensor, Tensor, Tensor, Scratch], tuple[Tensor, Tensor]]
 
 
 def closed_form(divergence: Divergence) -> Closed | None:
-    """The closed form of a divergence, with its options fixed; None where there is none."""
+    """The closed form of a divergence, with its options fixed; None if it has none."""
     function, options = _CLOSED_FORMS.get(divergences.builtin_name(divergence)), getattr(divergence, "keywords", {})
     return function and (lambda p, q, d, scratch: function(p, q, d, scratch, **options))
 
@@ -51,7 +51,7 @@ def symmetric_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, for
 
 
 def generalized_jsd(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Terms beta p log(p/m) + (1 - beta) q log(q/m): the other parts of the two KLs' terms cancel, since m is their mean."""
+    """Terms beta p log(p/m) + (1 - beta) q log(q/m): the other parts of the two KLs' terms cancel, since m = beta p + (1 - beta) q."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(p_nV, q_nV, d_nV, scratch)
     of_p, of_q = _over_mixture(d_nV, beta, scratch)

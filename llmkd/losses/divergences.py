@@ -2,10 +2,10 @@
 
 Every function takes `log_q` (student) and `log_p` (teacher), both [N, E] and normalised over the last axis, and
 returns [N], in nats. None of them depends on labels, masks, temperature, reduction or device. `log_p` gets no gradient and
-may hold -inf (a teacher that gives a token no probability); where the divergence is then infinite, so is the result.
+may hold -inf (a teacher that gives a token no probability); a divergence that is infinite there is returned as inf.
 
-Every divergence is a sum of terms that are >= 0 one by one, so that rounding cannot make the sum negative and a
-small divergence keeps its leading digits: sum a (log a - log b) is written sum a (log a - log b) - a + b, which is
+Every divergence is a sum of terms each of which is >= 0, so that rounding cannot make the sum negative and a
+small divergence keeps its leading digits: sum a (log a - log b) is computed as sum a (log a - log b) - a + b, which is
 equal because a and b both sum to one, and has the same gradient on normalised inputs.
 """
 
@@ -99,7 +99,7 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0
 
 
 def make_divergence(name: str, **options: float) -> Divergence:
-    """The divergence of that name with its options fixed. Unchecked: `llmkd.make_divergence` checks name and options."""
+    """The divergence of that name with its options fixed. Nothing is checked here; `llmkd.make_divergence` checks name and options."""
     return functools.partial(DIVERGENCES[name], **options)
 
 
@@ -131,15 +131,15 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def kl_and_slope(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(a || b) over the last axis, and its gradient b - a for the scores whose log-softmax `log_b` is; without autograd."""
+    """KL(a || b) over the last axis, and its gradient b - a with respect to the scores of which `log_b` is the log-softmax; without autograd."""
     value, _, difference = _kl_parts(log_a, log_b)
     return value, difference
 
 
 def _kl_parts(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum a (log a - log b) - a + b for rows that each sum to one (the last two parts cancel in the sum); a (log b - log a); and b - a.
+    """For rows that sum to one: sum a (log a - log b) - a + b, whose last two parts cancel in the sum; a (log b - log a); and b - a.
 
-    With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without cancellation.
+    With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) has no cancellation.
     """
     a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # both -inf: no difference
     difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
@@ -149,7 +149,7 @@ def _kl_parts(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _KL(torch.autograd.Function):
-    """Written out because autograd would keep about twenty [n, V] tensors, and the gradients are already here: -a d for log a and b - a for log b."""
+    """KL(a || b). Autograd would keep about twenty [n, V] tensors; here the gradients are at hand: -a d for log a, and b - a for log b."""
 
     @staticmethod
     def forward(ctx, log_a, log_b):
@@ -167,7 +167,7 @@ class _KL(torch.autograd.Function):
 
 
 class _AlphaBeta(torch.autograd.Function):
-    """For alpha, beta > 0, exact also where they are small or p and q are close.
+    """The alpha-beta divergence for alpha, beta > 0; accurate also if they are small, or p and q are close.
 
     With s = -|log q - log p| <= 0 and r(e) = (exp(e s) - 1) / e a term is max(p, q)^t / t, t = alpha + beta, times
     (1 + beta r(beta)) r(alpha) - r(beta) where q <= p, and the same with alpha and beta exchanged where q > p.

@@ -1,4 +1,4 @@
-"""Hidden states of the student's layers against the teacher's: distances, and the term with its linear maps between two widths.
+"""Hidden states of the student's layers against the teacher's: distances, and the loss term with its linear maps between two widths.
 
 Shape letters in addition to those of `signals.py`: D the student's width, E the teacher's, P pairs of layers.
 """
@@ -18,17 +18,17 @@ from .terms import RowTerm, StudentOutputs
 
 
 def mse(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """The mean of the squared differences, [N] (FitNets, Romero et al. 2015, equation 3, over the width)."""
-    return mse_loss(widen(a_NE), widen(b_NE), reduction="none").mean(-1)  # fewer passes than of the difference, its square and theirs back
+    """The mean squared difference over the width, [N] (FitNets, Romero et al. 2015, equation 3)."""
+    return mse_loss(widen(a_NE), widen(b_NE), reduction="none").mean(-1)  # one pass forward and one back, not one for each operation
 
 
 def normalized_mse(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """The squared distance of the states scaled to length 1, [N] (PKD, Sun et al. 2019, equation 7)."""
+    """The squared distance between the states, each scaled to length 1, [N] (PKD, Sun et al. 2019, equation 7)."""
     return (normalize(widen(a_NE), dim=-1) - normalize(widen(b_NE), dim=-1)).square().sum(-1)
 
 
 def cosine(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """1 - cos of the angle between the states, [N] (DistilBERT, Sanh et al. 2019): half of `normalized_mse`, so that it is exactly 0."""
+    """1 - cos of the angle between the states, [N] (DistilBERT, Sanh et al. 2019). Computed as half of `normalized_mse`, it is exactly 0 for equal states."""
     return normalized_mse(a_NE, b_NE) / 2
 
 
@@ -36,17 +36,18 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "normali
 
 
 class FeatureTerm(RowTerm):
-    """The distance of the student's mapped hidden states from the teacher's, each pair's divided by its scale; the mean over the pairs.
+    """The mean over pairs of layers of the distance between the student's mapped hidden states and the teacher's, divided by the pair's scale.
 
-    The map is R: D -> E, on the student's side. Some texts write R: E -> D and MSE(f_T, R(f_S)), which only this direction fits; and only
-    this one is safe: a map of the teacher's states that trains has the trivial solution R = 0, f_S = 0.
+    The map is R: D -> E, on the student's side. Some papers write R: E -> D together with MSE(f_T, R(f_S)), which only fits R: D -> E. Only
+    this direction is safe: a trained map of the teacher's states would have the trivial solution R = 0, f_S = 0.
 
-    Maps and scales (1) are those of `init` (xavier or identity) until they are set to what is measured before the first step.
+    Maps start as `init` says and scales as 1; `start_features` may replace both by values measured before the first step.
 
-    pairs       (student layer, teacher layer)
+    pairs       (student layer, teacher layer) of each pair
     widths      (D, E) of each pair
-    projection  linear, or none where D = E: no map
-    lr          the maps' own peak learning rate, or None
+    projection  linear; or none, without maps, if D = E
+    init        of the maps: xavier or identity
+    lr          the maps' own peak learning rate, or None for the student's
     dtype       of maps and scales; half-precision states are widened to float32
     """
 
@@ -81,11 +82,11 @@ class FeatureTerm(RowTerm):
 
     @property
     def width(self) -> int:
-        """The largest D of a map; 0 without maps."""
+        """The largest D of the maps; 0 without maps."""
         return max((one.in_features for one in self.maps or ()), default=0)
 
     def mapped(self, pair: int, hidden_ND: Tensor) -> Tensor:
-        """The student's states of a pair as the teacher's, [N, E]."""
+        """The student's states [N, D] of a pair, mapped to the teacher's width, [N, E]."""
         if self.maps is None:
             return hidden_ND
         return self.maps[pair](hidden_ND.to(self.maps[pair].weight.dtype))
@@ -98,10 +99,10 @@ class FeatureTerm(RowTerm):
 
 
 class Spread:
-    """The mean distance of states from their mean state, of batches that are added one by one: with `mse` their variance, mean over the width.
+    """The mean distance of hidden states from their mean state, in float64, over batches that are added one by one.
 
-    In float64. By the other distances it is that of the states scaled to length 1 from the scaled mean m: their variance, summed over the width,
-    and the squared distance of their own mean from m.
+    With `mse` this is their variance, averaged over the width. With the other distances states and mean state are scaled to length 1: it is
+    the variance of the scaled states, summed over the width, plus the squared distance between their mean and the scaled mean state.
     """
 
     def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
@@ -114,7 +115,7 @@ class Spread:
 
     @property
     def value(self) -> float:
-        """0 where the states are the same up to rounding."""
+        """The spread; 0 if the states are equal up to rounding, NaN if they are not finite."""
         if not (self.states.mean.square().sum() * 1e-24 < self.states.squares / self.states.n):
             return 0.0 if self.states.squares.isfinite() else math.nan
         if self.distance is mse:

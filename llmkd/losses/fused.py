@@ -1,12 +1,12 @@
 """The head and the loss in one function that never holds the [N, V] logits of either model.
 
 For each chunk of rows the forward pass computes both models' logits, every term of the loss, the gradient with respect to
-the student's logits (written over them), and from that the gradient with respect to the student's hidden states, and to the
-head's weights where they train. It keeps [N, H] for the backward pass, which only scales it. The student's head costs two
-matrix products a row (three where it trains), the teacher's head one.
+the student's logits (written over them), and from that the gradients of the student's hidden states and, if it trains, of the
+head's weights. It keeps [N, H] for the backward pass, which only scales it. The student's head costs two matrix products per
+row (three if it trains), the teacher's head one.
 
 Two buffers [chunk, V] exist throughout a call. The element-wise work between the matrix products is done on blocks of a few
-rows, with buffers of their own that stay in a CPU's cache.
+rows, whose own buffers stay in a CPU's cache.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from .objective import Objective
 from .rows import Divergences, Part, joined, parted, weighted, within
 from .target_weights import TargetWeights
 
-_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large matrix products are faster
-_BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it reading the weights takes longer than multiplying
-MOST_ROWS = {"cuda": 2048, "cpu": 4096}  # above it there is no gain
+_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # of a chunk's logits: large matrix products are faster
+_BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}  # of a block's buffer, on a CPU for each thread
+LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # with fewer, reading the weights takes longer than multiplying
+MOST_ROWS = {"cuda": 2048, "cpu": 4096}  # more bring no gain
 
 
 def default_chunk(vocab: int, device: str) -> int:
-    """Rows per chunk. A float32 buffer of logits has 512 MiB on a GPU (1024 to 2048 rows) and 32 MiB on a CPU (128 to 4096 rows)."""
+    """Rows per chunk: as many as fit a float32 buffer of 512 MiB on a GPU (1024 to 2048 rows) or 32 MiB on a CPU (128 to 4096 rows)."""
     return max(_of(LEAST_ROWS, device), min(_of(MOST_ROWS, device), _of(_TILE_BYTES, device) // (4 * vocab)))
 
 
@@ -58,12 +58,14 @@ def fused_loss(
     """The sum of the weighted loss over all rows (differentiable), and each term per row, [N] and detached.
 
     hidden_NH   the student's last hidden states at the supervised positions
+    labels_N    the token of each row
     chunk       rows per chunk; it changes memory and speed, never the result
-    weights     of a term at each row, [N] by its name; 1 where it has none. The terms that are returned are times their weights, and 0 where
-                the weight is, whatever the term is there. Rows with no weight are not computed, and rows without one for "kd" not by the teacher
-    zeros       the rows by the terms whose weight is 0 there (`Batch.zeros`), if they are known: finding them waits for the device
+    weights     by term, the weight of each row, [N]; 1 without an entry. The returned terms are multiplied by their weights, and 0 where the
+                weight is 0, even if the term is not finite there. A row whose weights are all 0 is not computed, and one whose "kd" weight
+                is 0 not by the teacher
+    zeros       `Batch.zeros`, if it is known; finding it waits for the device
 
-    Arguments are not checked here: see `llmkd.fused_loss`.
+    Arguments are not checked here; `llmkd.fused_loss` checks them.
     """
     total, terms, _ = fused_parts(hidden_NH, head, labels_N, objective, signal, chunk, weights, zeros)
     return total, terms
@@ -83,12 +85,12 @@ def fused_parts(
     kept: Tensor | None = None,
     divergences: Divergences | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """`fused_loss`, and the weights [N] of the terms that `rule` weighs, detached: those of the rule times `weights`, 0 where not computed.
+    """`fused_loss`, and the weights [N] of the terms that `rule` weighs, detached: the rule's times `weights`, 0 where nothing was computed.
 
-    rule         one that needs logits: it is asked for each chunk of rows
+    rule         a rule that reads logits; it is called for each chunk of rows
     position_N   the number of each target within its example, from 0; for the rule
-    kept         the rows that count; the others are not computed. None: all
-    divergences  where rows have others than the objective's
+    kept         indices of the rows that count; the others are not computed. None: all count
+    divergences  for rows with another divergence than the objective's
     """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
     trained = head.trainable()
@@ -108,7 +110,7 @@ def fused_parts(
 
 
 def _weighed(rule: TargetWeights | None, terms: Iterable[str]) -> list[str]:
-    """Those of the terms that a rule weighs."""
+    """The terms that a rule weighs."""
     return [name for name in terms if rule is not None and name in rule.terms]
 
 
@@ -175,8 +177,8 @@ def _loss_and_grad(
     weights: dict[str, Tensor],
     ruled: tuple[TargetWeights, Tensor] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The unweighted terms of one chunk of rows, and their weights, also those of a rule. With `train`, the gradient is written over the
-    student's logits."""
+    """The unweighted terms of one chunk of rows, and their weights, a rule's included. With `train`, the gradient is written to
+    `student.grad_nV`."""
     kernel, how = _choose_backend(objective, student, signal, ruled and ruled[0])
     if train:
         log_backend(how)
@@ -194,7 +196,7 @@ def _loss_and_grad(
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
         of_signal, asked, places = None, signal, within(rows, part)
         if signal is not None and log_p is None:
-            if hasattr(signal, "at"):  # several heads, computed once for the divergence and for a rule
+            if hasattr(signal, "at"):  # a mixture's heads are then computed once for the divergence and a rule
                 asked, places = signal.at(places), slice(0, part.stop - part.start)
             of_signal = _divergence_of(asked, objective, places)
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
@@ -204,7 +206,7 @@ def _loss_and_grad(
             position_n = ruled[1][within(rows, part)]
             own |= _by_rule(ruled[0], position_n, objective, student.logits_nV[part], labels_n[part], asked, log_p, places, own)
         by_row.append(own)
-        logits_nV, zeros = student.logits_nV[part], ruled is not None  # rows whose weights are known to be 0 are not here
+        logits_nV, zeros = student.logits_nV[part], ruled is not None  # only a rule gives weights of 0 here: `parted` leaves out the others
         pieces.append(objective.loss_and_grad(logits_nV, labels_n[part], tile, grad, log_p, of_signal, shares, own, zeros))
     return tuple({name: torch.cat([piece[name] for piece in each]) for name in each[0]} for each in (pieces, by_row))
 
@@ -220,7 +222,10 @@ def _by_rule(
     rows: Rows,
     weights: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The weights of a rule times those that the rows have already, by term. log_p_nV: a whole distribution at the objective's temperature."""
+    """A rule's weights times those that the rows have already, by term.
+
+    log_p_nV   the teacher's whole distribution at the objective's temperature, or None for a signal without one
+    """
     names = _weighed(rule, ("ce",) if signal is None else ("ce", "kd"))
     if not names:
         return {}
@@ -235,7 +240,7 @@ def _by_rule(
 def _choose_backend(
     objective: Objective, student: "_Product | _Module", signal: Signal | None, rule: TargetWeights | None = None
 ) -> tuple[Callable | None, str]:
-    """The function that computes the terms and their gradient (None: PyTorch, by `Objective.loss_and_grad`), and a line for the log."""
+    """The kernel that computes the terms and their gradient (None: `Objective.loss_and_grad`, in PyTorch), and a line for the log."""
     name = "cross-entropy" if signal is None else divergence_name(objective.divergence)
     name += f" weighed by {rule.name}" if rule else ""
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
@@ -253,7 +258,7 @@ def _choose_backend(
 
 @functools.cache
 def kernels_run(device: torch.device) -> bool:
-    """Whether to use the Triton kernel: on a GPU (or in Triton's interpreter) with Triton, if it agrees with PyTorch on a small case."""
+    """Whether to use the Triton kernel: on a GPU (or in Triton's interpreter), if Triton is installed and agrees with PyTorch on a small case."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
         return False
@@ -263,17 +268,17 @@ def kernels_run(device: torch.device) -> bool:
         if kernels.agrees(device):
             return True
         reason = "it does not agree with PyTorch"
-    except Exception as error:  # a compiler raises what it likes
+    except Exception as error:  # compilers raise errors of many kinds
         reason = brief(error)
     if interpreted:
         raise RuntimeError(f"the Triton kernel: {reason}")
-    warn(f"note: the Triton kernel is not used on {device} ({reason}); the loss is computed by PyTorch, which is slower and as accurate")
+    warn(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch computes the loss, slower but as accurate")
     return False
 
 
 @functools.cache
 def log_backend(how: str) -> None:
-    """Log a line once in a process."""
+    """Log a line once per process."""
     info(f"loss: {how}")
 
 
@@ -283,7 +288,7 @@ def has_full_distribution(signal: Signal | None) -> bool:
 
 
 def teacher_log_probs(signal: FullDistribution, rows: Rows, temperature: float, tiles: "Tiles", soften: bool) -> Tensor:
-    """A teacher's log-probabilities at the temperature for a chunk; of a Dense signal its logits, divided by it if `soften`."""
+    """A teacher's log-probabilities [n, V] at the temperature; for a Dense signal its logits, divided by the temperature if `soften`."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
     hidden_nH, head = signal.hidden_NH[rows], signal.head
@@ -303,10 +308,10 @@ def _found_probs(signal: Signal, log_p_nV: Tensor) -> str:
 
 
 def block_rows(vocab: int, device: str, signal: Signal | None) -> int:
-    """Rows for which element-wise work is done at a time."""
+    """The number of rows in a block of element-wise work."""
     rows = max(1, _of(_BLOCK_BYTES, device) * (torch.get_num_threads() if device == "cpu" else 1) // (4 * vocab))
-    asked = signal is not None and not has_full_distribution(signal)
-    return max(rows, 128) if asked else rows  # a signal that is asked may need a matrix product, which is slow for few rows
+    approximate = signal is not None and not has_full_distribution(signal)
+    return max(rows, 128) if approximate else rows  # such a signal may compute a matrix product, which is slow for few rows
 
 
 class Tiles:
@@ -325,13 +330,13 @@ class Tiles:
 
 
 class _Product:
-    """The logits of one chunk from a plain Linear head, and the backward pass from their gradient, which is written over them."""
+    """The logits of one chunk from a plain Linear head, and the backward pass from their gradient, which shares their memory."""
 
     def __init__(self, head: Head, hidden_nH: Tensor, tiles: Tiles, *_):
         self.head, self.hidden_nH = head, hidden_nH
         self.logits_nV = head.logits(hidden_nH, tiles("student", len(hidden_nH), head.dtype))
         self.grad_nV = self.logits_nV
-        if hidden_nH.is_cuda:  # a row of half-precision gradient fills the first half of its row of logits
+        if hidden_nH.is_cuda:  # in the weight's dtype: a half-precision row fills the first half of its row of logits
             self.grad_nV = self.logits_nV.view(head.project.weight.dtype)[:, : head.vocab]
 
     def backward(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:

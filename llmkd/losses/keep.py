@@ -1,4 +1,4 @@
-"""The targets that count: a share of each example's, those that a rule of `target_weights` puts first."""
+"""Selection of the targets that count: the share of each example's targets that a rule of `target_weights` scores highest."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,12 +18,12 @@ from .target_weights import TargetWeights
 
 @dataclass(frozen=True)
 class Keep:
-    """Of the n targets of each example, the ceil(share n) with the highest scores, or with `invert` the lowest; of equal scores the earlier ones.
+    """Keeps ceil(share n) of the n targets of each example: those with the highest scores, or with `invert` the lowest; of equal scores the earlier.
 
-    They are chosen within each example, so that neither micro-batches nor ranks decide. Xu et al. 2026, TIP (arXiv 2604.14084), who train on
-    the tokens with the highest student entropy alone and find half of them enough.
+    Targets are chosen within each example, so that the choice does not depend on micro-batches or ranks. Xu et al. 2026, TIP (arXiv
+    2604.14084), train only on the tokens with the highest student entropy and find half of them enough.
 
-    A score is detached. One that needs the student's distribution costs a product of its head with every target, before the loss.
+    Scores carry no gradient. A rule that reads the student's distribution computes the head for every target, before the loss does.
     """
 
     share: float
@@ -32,12 +32,12 @@ class Keep:
 
     @staticmethod
     def of(settings: Settings, setting: str) -> "Keep":
-        """From settings that are all given, see `chosen_by`. `setting`: the name of the one that names the rule."""
+        """From complete settings, as `chosen_by` returns them. `setting`: the name of the setting that names the rule, for messages."""
         return Keep(settings.share, TargetWeights.of(RuleSettings(by=settings.by), setting), settings.invert)
 
     @torch.no_grad()
     def __call__(self, hidden_NH: Tensor, head: Head, signal: Signal | None, batch: Batch, chunk: int | None = None) -> Batch:
-        """The batch with `kept` set. `chunk`: rows of the head at a time."""
+        """The batch with `kept` set. `chunk`: rows of the head at a time. ValueError if `batch.examples` do not cover its targets."""
         counts = [example.num_targets for example in batch.examples]
         if sum(counts) != batch.num_targets:
             raise ValueError(
@@ -47,7 +47,7 @@ class Keep:
         if most == counts:
             return batch
         score_N = self.scores(hidden_NH, head, signal, batch, chunk or default_chunk(head.vocab, hidden_NH.device.type))
-        key_N = torch.where(score_N.isnan(), -torch.inf, score_N if self.invert else -score_N)  # NaN is kept, so that the loss shows it
+        key_N = torch.where(score_N.isnan(), -torch.inf, score_N if self.invert else -score_N)  # NaN is kept and so reaches the loss
         device, starts = key_N.device, [0, *accumulate(counts)]
         owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts), output_size=sum(counts)).to(device)
         best_N = key_N.argsort(stable=True)
@@ -56,7 +56,7 @@ class Keep:
         return batch.keeping(best_N[first].sort().values)
 
     def scores(self, hidden_NH: Tensor, head: Head, signal: Signal | None, batch: Batch, chunk: int) -> Tensor:
-        """Of every target, [N]. The products are those of a chunk, what follows is done for a few rows at a time."""
+        """The score of every target, [N]. Logits are computed for a chunk, and everything else for a block of a few rows."""
         rule, N, device = self.rule, batch.num_targets, hidden_NH.device
         if not rule.needs_logits:
             return rule.scores(batch.labels_N, slice(0, N), batch.position_N).to(device)

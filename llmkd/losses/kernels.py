@@ -4,7 +4,7 @@ One program handles one row. It reads both models' logits once for the statistic
 terms and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
 student's logits in the type of the head's weights. It allocates nothing else of the vocabulary's width.
 
-So far it ran in Triton's interpreter only, against float64, and was compiled for sm_80 and sm_90; it has not run on a GPU. The reference is
+It has run in Triton's interpreter, compared with float64, and compiles for sm_80 and sm_90; it has not yet run on a GPU. The reference is
 `objective.py`. `fused.py` decides whether it is used, and imports it only then.
 """
 
@@ -17,7 +17,7 @@ from .divergences import builtin_name, make_divergence
 from .objective import Objective
 
 NONE, KL, JSD = 0, 1, 2
-#: For each divergence, from its options: the kernel's KIND, and the weight of p.
+#: For each divergence, a function from its options to the kernel's KIND and the weight of p.
 _KINDS = {
     "forward_kl": lambda: (KL, 1.0),
     "reverse_kl": lambda: (KL, 0.0),
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 def kind(objective: Objective) -> tuple[int, float] | None:
-    """The kernel's KIND and weight for an objective's divergence; None where the kernel does not have it."""
+    """The kernel's KIND and weight for an objective's divergence; None if the kernel does not support it."""
     find = _KINDS.get(builtin_name(objective.divergence))
     return find and find(**getattr(objective.divergence, "keywords", {}))
 
@@ -41,7 +41,7 @@ def loss_and_grad(
     shares: dict[str, float] | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """As `Objective.loss_and_grad`, but of both models' raw logits, the student's in float32; `grad_nV` may share their memory, row by row."""
+    """As `Objective.loss_and_grad`, from both models' raw logits, the student's in float32; `grad_nV` may share their memory, row by row."""
     n, V = logits_nV.shape
     ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
     which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
@@ -85,7 +85,7 @@ def loss_and_grad(
 
 
 def agrees(device: torch.device) -> bool:
-    """Whether the kernel gives on this device what `Objective.loss_and_grad` gives in float64, on a few rows, to the rounding of a half-precision gradient."""
+    """Whether the kernel on this device agrees with `Objective.loss_and_grad` in float64 on a few rows, up to the rounding of a bfloat16 gradient."""
     generator = torch.Generator().manual_seed(0)
     student_nV, teacher_nV = (3 * torch.randn(6, 5001, generator=generator, dtype=torch.float64) for _ in range(2))
     labels_n = torch.arange(6) * 800

@@ -1,6 +1,6 @@
-"""The linear map of the least squared differences, from sums that are added batch by batch.
+"""Linear least squares from sums that are accumulated batch by batch.
 
-Shapes: N states of a batch; D the width of those that are mapped, E of those that they are mapped to.
+Shapes: N states of a batch; D the width of the states that are mapped, E of their targets.
 """
 
 import torch
@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 class Moments:
-    """Of all states x [N, D] that were added: their number n, their mean [D], and `squares`, the sum of their squared distances from it; in float64.
+    """Moments of the states x [N, D] that were added, in float64: their number n, their mean [D], and `squares`, the sum of squared distances from it.
 
-    Batches are joined as in Chan, Golub and LeVeque 1983 (The American Statistician 37, equation 2.1), so that nothing cancels where states are far
-    from 0.
+    Batches are merged as in Chan, Golub and LeVeque 1983 (The American Statistician 37, equation 2.1), which has no cancellation if states are
+    far from 0.
     """
 
     def __init__(self):
         self.n, self.mean, self.squares = 0, None, None
 
     def add(self, x_ND: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Returns what the sums of products of a batch need: its states less their own mean, that mean less the one before, and the factor of the latter's."""
+        """Add a batch. Returns what a sum of products needs to be merged: the batch's centred states [N, D], its mean minus the mean so far [D],
+        and the factor of the product of two such differences."""
         x_ND = x_ND.double()
         if self.mean is None:
             self.mean, self.squares = x_ND.new_zeros(x_ND.shape[1]), x_ND.new_zeros(())
@@ -33,11 +34,12 @@ class Moments:
 
 
 class LeastSquares:
-    """The map y = W x + b with the least sum of squared differences over all pairs of states that were added.
+    """The map y = W x + b with the smallest sum of squared differences over all pairs of states that were added.
 
-    It holds 8 D (D + E) bytes, however many they are. From the normal equations of centred and standardised columns, in float64: they square the
-    condition number k of the columns, so that mapped states differ from those of an orthogonal factorisation by about k^2 1e-16 of their size, at
-    most 1e-6. For directions in which x varies by less than 1e-5 of the most are left out: such a map would have no meaning in a float32 model.
+    It holds 8 D (D + E) bytes, whatever their number. It solves the normal equations of centred and standardised columns, in float64. These
+    square the condition number k of the columns, so that mapped states differ from those of an orthogonal factorisation by about k^2 1e-16 of
+    their size, at most 1e-6: directions in which x varies by less than 1e-5 of the most are left out, since a map of them would be noise in a
+    float32 model.
     """
 
     def __init__(self, D: int, E: int, device: torch.device | str = "cpu"):
@@ -46,12 +48,13 @@ class LeastSquares:
         self.xy_DE = torch.zeros(D, E, dtype=torch.float64, device=device)
 
     def add(self, x_ND: Tensor, y_NE: Tensor) -> None:
+        """Add a batch of pairs of states."""
         (x_ND, apart_D, factor), (y_NE, apart_E, _) = self.x.add(x_ND), self.y.add(y_NE)
         self.xx_DD.addmm_(x_ND.T, x_ND).addr_(apart_D, apart_D, alpha=factor)
         self.xy_DE.addmm_(x_ND.T, y_NE).addr_(apart_D, apart_E, alpha=factor)
 
     def map(self) -> tuple[Tensor, Tensor]:
-        """W [E, D] and b [E]."""
+        """The map's W [E, D] and b [E]."""
         size_D = self.xx_DD.diagonal().sqrt()
         size_D = torch.where(size_D > 0, size_D, 1.0)
         values_D, vectors_DD = torch.linalg.eigh(self.xx_DD / size_D / size_D[:, None])

@@ -1,8 +1,8 @@
-"""The long-horizon part of MiniLLM (Gu et al. 2023, arXiv 2306.08543, equations 3 to 5): a token answers for the divergence that it leads to.
+"""The long-horizon term of MiniLLM (Gu et al. 2023, arXiv 2306.08543, equations 3 to 5): each token is charged for the divergence that follows it.
 
 The gradient of the reverse KL of whole answers, KL(q || p) = E_y [log q(y) / p(y)] with y ~ q, has two parts. One is the gradient of the
-divergence at each position of y, which the divergence of the loss is. The other is - E_y sum_t R_{t+1} grad log q(y_t), where R_{t+1} sums
-log p(y_t') / q(y_t') over the later tokens t' > t: cross-entropy on what was written, weighted by R_{t+1}, through which no gradient passes.
+divergence at each position of y; that is the divergence in the loss. The other is - E_y sum_t R_{t+1} grad log q(y_t), where R_{t+1} is the sum
+of log p(y_t') / q(y_t') over the later tokens t' > t: cross-entropy on the written answer, weighted by R_{t+1}, which carries no gradient.
 """
 
 import itertools
@@ -24,19 +24,19 @@ NAME = "long_horizon"
 class LongHorizonTerm(SingleTerm):
     """R_{t+1} CE at every target that was written (`Batch.weights` of this name is 0 at the others).
 
-    weight            of the whole term
-    gamma             discount: a token t' counts gamma^(t' - t - 1)
-    length_normalized  divide R_{t+1} by the number of later tokens, as MiniLLM does: long answers are then not preferred to short ones. It is no
-                      longer the gradient of the reverse KL of whole answers
-    teacher_mix       the share a of the teacher in what the tokens were drawn from, a p + (1 - a) q. Importance weights
-                      w_t = q(y_t) / (a p(y_t) + (1 - a) q(y_t)) then make up for it
-    products          weights are products, W_t = w_1 ... w_t: a reward r_t' counts W_t' (equation 5 with all its factors), and the divergence at t
-                      W_{t-1}, since its expectation over y_t is exact. Both parts have the expectation that they have without a mixture. Else w_t alone
-                      weighs R_{t+1}, MiniLLM's approximation (w_t of the divergence too, there: its expectation over y_t is 1, and it is left out), and
-                      prefixes and later tokens stay those of the mixture
-    costs             gives the divergence at each target, weights included, which is then minus its reward; None: the reward is log p(y_t') / q(y_t'), whose
-                      expectation over y_t' that is where the divergence is the reverse KL. With it both parts together are the gradient of
-                      E_y sum_t c_t, for any c_t that is a function of the tokens before t: a weighted divergence at any temperature
+    weight             of the whole term
+    gamma              the discount: token t' counts gamma^(t' - t - 1)
+    length_normalized  divide R_{t+1} by the number of later tokens, as MiniLLM does, so that long answers are not preferred to short ones. The
+                       gradient is then no longer that of the reverse KL of whole answers
+    teacher_mix        the teacher's share a in the distribution that the tokens were drawn from, a p + (1 - a) q. Importance weights
+                       w_t = q(y_t) / (a p(y_t) + (1 - a) q(y_t)) correct for it
+    products           weigh by products W_t = w_1 ... w_t: a reward r_t' by W_t' (equation 5 with all its factors), and the divergence at t by
+                       W_{t-1}, since its expectation over y_t is exact. Both parts then have their expectation without a mixture. Otherwise
+                       only w_t weighs R_{t+1}, MiniLLM's approximation: prefixes and later tokens stay those of the mixture. (MiniLLM weighs the
+                       divergence by w_t too; the expectation of w_t over y_t is 1, and it is left out here)
+    costs              computes the divergence at each target, weights included; the reward is minus that. None: the reward is
+                       log p(y_t') / q(y_t'), whose expectation over y_t' is minus the reverse KL. With costs c_t the two parts together are the
+                       gradient of E_y sum_t c_t, for any c_t that is a function of the tokens before t: a weighted divergence at any temperature
     """
 
     needs_teacher = True
@@ -63,7 +63,7 @@ class LongHorizonTerm(SingleTerm):
 
     @torch.no_grad()
     def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:
-        """The batch with the weights of this term's targets, R_{t+1} included, and with `products` those of the divergence."""
+        """The batch with the weights of this term's targets, R_{t+1} included, and with `products` the divergence's weights."""
         given, labels_N = batch.weights.get(NAME), batch.labels_N
         written = torch.arange(len(labels_N), device=labels_N.device) if given is None else given.nonzero()[:, 0]
         sampled_N = self._sampled_rewards(student, signal, batch, written) if self.teacher_mix or not self.costs else None
@@ -77,7 +77,7 @@ class LongHorizonTerm(SingleTerm):
             batch = replace(batch, weights=batch.weights | {"kd": kd_N}, zeros=batch.zeros or {})
         if self.costs:
             rewards = (-self.costs(student, signal, batch.keeping(written)).rows["kd"]).tolist()
-            given = None if given is None else (given != 0).to(given.dtype)  # the costs have the weights of their examples
+            given = None if given is None else (given != 0).to(given.dtype)  # costs already include the weights of their examples
         else:
             rewards = [r * w if w else 0.0 for r, w in zip(sampled_N.tolist(), through, strict=True)]
         ahead = [after for own in _slices(batch) for after in later_sums(rewards[own], self.gamma, self.length_normalized)]
@@ -90,18 +90,18 @@ class LongHorizonTerm(SingleTerm):
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         weights = {"ce": batch.weights[NAME]}
         total, terms = fused_loss(student.hidden_NH, student.head, batch.labels_N, Objective(), None, self.chunk_size, weights)
-        measured = self.products and not (self.costs and self.costs.rule)  # where a rule weighs too, the divergence's own term says it
+        measured = self.products and not (self.costs and self.costs.rule)  # with a rule, the head's term reports the weights of "kd"
         return Loss(self.factor * total, {NAME: terms["ce"]}, {"kd": batch.weights["kd"]} if measured else {})
 
     def _products(self, batch: Batch, ratios: list[float]) -> tuple[list[float], list[float]]:
-        """Of every target the weight of its reward and that of its divergence: with `products` W_t and W_{t-1}, else 1."""
+        """For every target, the weight of its reward and that of its divergence: with `products` W_t and W_{t-1}, else 1."""
         if not self.products:
             return [1.0] * len(ratios), [1.0] * len(ratios)
         every = [list(itertools.accumulate(ratios[own], operator.mul, initial=1.0)) for own in _slices(batch)]
         return [w for one in every for w in one[1:]], [w for one in every for w in one[:-1]]
 
     def _sampled_rewards(self, student: StudentOutputs, signal: Signal, batch: Batch, written: Tensor) -> Tensor:
-        """log p / q of every target that was written, and 0 of the others, float64 [N]."""
+        """log p / q at the targets `written`, and 0 at the others, float64 [N]."""
         labels_N = batch.labels_N
         chunk = self.chunk_size or default_chunk(student.head.vocab, labels_N.device.type)
         reward_N = torch.zeros(len(labels_N), dtype=torch.float64, device=labels_N.device)
@@ -122,13 +122,13 @@ class LongHorizonTerm(SingleTerm):
 
 
 def _slices(batch: Batch) -> list[slice]:
-    """The targets of each example."""
+    """The targets of each example, as slices."""
     ends = list(itertools.accumulate((one.num_targets for one in batch.examples), initial=0))
     return [slice(*both) for both in itertools.pairwise(ends)]
 
 
 def later_sums(rewards: list[float], gamma: float, length_normalized: bool) -> list[float]:
-    """For each token the discounted sum of the rewards of later ones, or with `length_normalized` that over their number; 0 for the last."""
+    """For each token the discounted sum of the rewards of later tokens, with `length_normalized` divided by their number; 0 for the last."""
     sums, after = [0.0] * len(rewards), 0.0
     for t in range(len(rewards) - 2, -1, -1):
         after = rewards[t + 1] + gamma * after

@@ -14,7 +14,7 @@ from . import ratio
 from .closed_form import Closed, closed_form
 from .divergences import forward_kl
 
-#: Gives a reusable [n, V] buffer by its name.
+#: Returns a reusable [n, V] buffer, by its name.
 Tile = Callable[[str], Tensor]
 
 
@@ -28,7 +28,7 @@ class Objective:
     divergence    a function (log_q [n, E], log_p [n, E]) -> [n]; `llmkd.make_divergence` gives the built-in ones
     scale         factors of CE and D in one step, see `normalized`
 
-    ArgumentError where one of the first three is out of range.
+    ArgumentError if one of the first three is out of range.
     """
 
     kd_ratio: float = 0.0
@@ -50,7 +50,7 @@ class Objective:
             raise ArgumentError(*problems)
 
     def combine(self, terms: dict[str, Tensor], shares: dict[str, float] | None = None) -> Tensor:
-        """The sum of the terms by their shares, row by row. A term of share 0 is left out, so that an infinite one has no effect."""
+        """The sum of the terms times their shares, row by row. A term with share 0 is left out, so that an infinite one has no effect."""
         shares = shares or self.shares("kd" in terms)
         return sum(shares[name] * term for name, term in terms.items() if shares[name])
 
@@ -60,7 +60,7 @@ class Objective:
         return {"ce": (1 - self.kd_ratio) * ce, "kd": self.kd_ratio * kd} if has_teacher else {"ce": ce}
 
     def normalized(self, scale: dict[str, float]) -> "Objective":
-        """The same where each term is multiplied by its `scale`, 1 where it has none: the targets of a step over the sum of the term's weights."""
+        """The objective with each term multiplied by its `scale` (1 without an entry): a step's targets over the sum of the term's weights."""
         return replace(self, scale=(scale.get("ce", 1.0), scale.get("kd", 1.0)))
 
     def loss_and_grad(
@@ -75,16 +75,16 @@ class Objective:
         weights: dict[str, Tensor] | None = None,
         zeros: bool = True,
     ) -> dict[str, Tensor]:
-        """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D. They are not weighted; the gradient is.
+        """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D. The terms are unweighted; the gradient is weighted.
 
-        logits_nV    the student's, float32 or wider; not changed, unless grad_nV shares their memory
-        tile         gives reusable [n, V] buffers
-        grad_nV      receives the gradient of the weighted loss with respect to the logits; it may share their memory
-        log_p_nV     the teacher's log-probabilities at the temperature, if it has a full distribution; need not be normalised
+        logits_nV    the student's logits, float32 or wider; not changed, unless grad_nV shares their memory
+        tile         returns reusable [n, V] buffers
+        grad_nV      receives the gradient of the weighted loss with respect to the logits, and may share their memory; None: no gradient
+        log_p_nV     the teacher's log-probabilities at the temperature, if it has a full distribution; they need not be normalised
         divergence   for any other teacher: a function from the student's log-probabilities at the temperature to D, [n]
-        shares       of the terms in the loss; by default `shares` of this objective
-        weights      of a term at each row, [n] by its name; 1 where it has none
-        zeros        whether some of the divergence's may be 0
+        shares       the factor of each term in the loss; by default this objective's `shares`
+        weights      by term, the weight of each row, [n]; 1 without an entry
+        zeros        whether weights of the divergence may be 0
         """
         T = self.temperature
         has_teacher = log_p_nV is not None or divergence is not None
@@ -113,21 +113,15 @@ class Objective:
             terms["kd"] = T * T * value
         if grad_nV is None:
             return terms
-        # d D / d logits = (slope - q sum slope) / T, and d CE / d logits = q - [label]
-        total_nV = hard.probs_nV
-        label = labels_n[:, None]
         if slope is None or not shares["kd"]:
-            total_nV.scatter_add_(-1, label, total_nV.new_full(label.shape, -1.0))
-            if isinstance(ce, Tensor) or ce != 1:
-                torch.mul(total_nV, ce, out=grad_nV)
-            else:
-                grad_nV.copy_(total_nV)
+            _write_ce_grad(hard, labels_n, ce, grad_nV)
             return terms
-        slope_sum = slope_sum[:, None]
-        if "kd" in by_row:  # of the slope, so that weights of 1 leave every bit as it is
+        # d D / d logits = (slope - q sum slope) / T, and d CE / d logits = q - [label]
+        total_nV, label, slope_sum = hard.probs_nV, labels_n[:, None], slope_sum[:, None]
+        if "kd" in by_row:  # weights multiply the slope, so that weights of 1 change no bit
             w_n1 = by_row["kd"]
             slope, slope_sum = torch.mul(slope, w_n1, out=slope if closed else None), slope_sum * w_n1
-            if zeros:  # a slope may be infinite where it has no weight
+            if zeros:  # the slope may be infinite where its weight is 0
                 slope, slope_sum = (x.masked_fill_(w_n1 == 0, 0.0) for x in (slope, slope_sum))
         slope_sum = -T * kd * slope_sum
         if soft is hard:
@@ -145,9 +139,18 @@ class Objective:
         return lambda log_q_nV: self.divergence(log_q_nV, torch.log_softmax(log_p_nV, -1))
 
 
+def _write_ce_grad(q: "_Softmax", labels_n: Tensor, ce: float | Tensor, grad_nV: Tensor) -> None:
+    """Write ce (q - [label]) into `grad_nV`, overwriting q. `ce`: a number, or [n, 1]."""
+    q.probs_nV.scatter_add_(-1, labels_n[:, None], q.probs_nV.new_full((len(labels_n), 1), -1.0))
+    if isinstance(ce, Tensor) or ce != 1:
+        torch.mul(q.probs_nV, ce, out=grad_nV)
+    else:
+        grad_nV.copy_(q.probs_nV)
+
+
 @dataclass(frozen=True)
 class _Softmax:
-    """The softmax of rows, and two values a row that turn logits x into log-probabilities: x - top + log_peak."""
+    """The softmax of rows, and two values per row that turn logits x into log-probabilities: x - top + log_peak."""
 
     probs_nV: Tensor
     top_n: Tensor  # the largest logit
@@ -166,18 +169,18 @@ def _compare(closed: Closed, logits_nV: Tensor, q: _Softmax, log_p_nV: Tensor, t
     """A divergence in closed form: its values [n], its slope with respect to log q [n, V], and the slope's row sums [n]."""
     p = _softmax(log_p_nV, tile("p"))
     offset_n = q.log_peak_n - p.log_peak_n
-    # log q - log p, relative to each row's maximum: a difference of raw logits would carry the rounding of the largest of them
+    # log q - log p from logits minus each row's maximum: a difference of raw logits would carry the rounding error of the largest of them
     d_nV = torch.sub(logits_nV, q.top_n[:, None], out=tile("d"))
     d_nV.sub_(torch.sub(log_p_nV, p.top_n[:, None], out=tile("scratch 0"))).add_(offset_n[:, None]).nan_to_num_(0.0, math.inf, -math.inf)
     terms_nV, slope_nV = closed(p.probs_nV, q.probs_nV, d_nV, lambda i: tile(f"scratch {i}"))
-    nan_n = 0 * offset_n  # NaN in the rows where either model's logits hold one
+    nan_n = 0 * offset_n  # NaN in rows where one of the models' logits hold NaN
     return terms_nV.clamp_min_(0).sum(-1) + nan_n, slope_nV, slope_nV.sum(-1) + nan_n
 
 
 def _differentiate(
     divergence: Callable[[Tensor], Tensor], logits_nV: Tensor, with_slope: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same by autograd, for a divergence without a closed form; (values, None, None) without `with_slope`."""
+    """As `_compare`, by autograd, for a divergence without a closed form; (values, None, None) without `with_slope`."""
     log_q_nV = torch.log_softmax(logits_nV, -1).requires_grad_(with_slope)
     with torch.set_grad_enabled(with_slope):
         value_n = divergence(log_q_nV)

@@ -1,4 +1,4 @@
-"""Targets that are computed alike, in parts and in chunks, and what was computed of them put together again."""
+"""Rows grouped by what is computed for them, cut into chunks, and their results joined again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +12,12 @@ from ..signals import Divergence, Signal
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are computed in the same way: with a teacher or without, with the weights of its terms [n] by name, and perhaps with another
-    divergence than the objective's."""
+    """Rows that are computed in the same way.
+
+    signal       the teacher's; None for rows without "kd"
+    weights      by term, the weight of each row, [n]
+    divergence   None: the objective's
+    """
 
     rows: Rows
     signal: Signal | None
@@ -21,7 +25,7 @@ class Part:
     divergence: Divergence | None = None
 
     def chunks(self, size: int) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
-        """At most `size` rows at a time, each with their weights."""
+        """At most `size` rows at a time, with their weights."""
         n = _count(self.rows)
         for start in range(0, n, size):
             part = slice(start, min(start + size, n))
@@ -37,7 +41,11 @@ def parted(
     kept: Tensor | None,
     device: torch.device,
 ) -> Iterator[Part]:
-    """The rows that have a weight, with a teacher where that of "kd" is not 0. `kept`: those that count; None: all."""
+    """Two parts at most: the rows whose "kd" weight is not 0, with the teacher, and those with a weight for "ce" only, without it.
+
+    zeros   `Batch.zeros`
+    kept    indices of the rows that count; None: all count
+    """
     groups = zeros or {(): slice(0, N)}
     if kept is not None:
         own = zeros_of({name: w_N[kept] for name, w_N in weights.items()}) if zeros else {}
@@ -56,13 +64,13 @@ def parted(
 
 @dataclass(frozen=True)
 class Divergences:
-    """Which divergence each target has: `kind_N` [N], on the CPU, is its place in `found`, where None is the objective's."""
+    """The divergence of each target: `kind_N` [N], on the CPU, is its index in `found`, in which None means the objective's."""
 
     found: Sequence[Divergence | None]
     kind_N: Tensor
 
     def split(self, part: Part, device: torch.device) -> Iterator[Part]:
-        """The rows of a part by their divergence; a part without a teacher as it is."""
+        """A part for each divergence among its rows; a part without a teacher is not split."""
         kind_n = self.kind_N[part.rows if isinstance(part.rows, slice) else part.rows.cpu()]
         kinds = kind_n.unique().tolist()
         if part.signal is None or len(kinds) < 2:
@@ -83,7 +91,7 @@ def _count(rows: Rows) -> int:
 
 
 def within(rows: Rows, part: slice) -> Rows:
-    """A part of some rows."""
+    """The rows `part` of `rows`."""
     return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
 
 
@@ -92,12 +100,12 @@ def _indices(rows: Rows, device: torch.device) -> Tensor:
 
 
 def weighted(term_n: Tensor, weight_n: Tensor | None) -> Tensor:
-    """A term times its weight at each row, and 0 where the weight is 0, also if the term is not finite there."""
+    """A term times its weight at each row; 0 where the weight is 0, even if the term is not finite there."""
     return term_n if weight_n is None else torch.where(weight_n == 0, 0.0, weight_n * term_n)
 
 
 def joined(pieces: list[tuple[Rows, dict[str, Tensor]]], name: str, N: int, like: Tensor) -> Tensor:
-    """A term at all rows, 0 where it was not computed."""
+    """A term at all N rows, [N], from its values at some; 0 where it was not computed. `like` gives device and default dtype."""
     found = [(rows, terms[name]) for rows, terms in pieces if name in terms]
     if found and all(isinstance(rows, slice) for rows, _ in found) and sum(len(term) for _, term in found) == N:
         return torch.cat([term for _, term in sorted(found, key=lambda one: one[0].start)])

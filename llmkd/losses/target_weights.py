@@ -1,9 +1,9 @@
-"""Rules that weigh the targets of a term by what the two models find there: one function each, and the weight that is made of its score.
+"""Rules that weigh the targets of a term by the two models' distributions there: a function for each, and the weight made from its score.
 
 A rule is a function `(labels_n, log_p_nV, log_q_nV, position_n) -> [n]` of the targets of one chunk: their tokens, the log-probabilities of
-teacher and student at temperature 1 over the V tokens, and the number of each target within its example, from 0. `log_p_nV` is None for a rule that
-does not read the teacher, and `log_q_nV` for one that needs neither model. It gives a score from 0 to 1, which depends on that target alone: so
-nothing depends on chunks, micro-batches or processes. No gradient passes through it.
+teacher and student at temperature 1 over the V tokens, and the number of each target within its example, from 0. `log_p_nV` is None for a
+rule that does not read the teacher, and `log_q_nV` for one that reads neither model. It returns a score from 0 to 1, which depends on that
+target alone, so that nothing depends on chunks, micro-batches or processes. The score carries no gradient.
 """
 
 import functools
@@ -24,13 +24,13 @@ Rule = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
 
 
 def teacher_entropy(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
-    """H(p) / log V. Where the teacher is uncertain, a distillation loss behaves otherwise than where it is sure: Jin et al. 2026, Entropy-Aware
-    On-Policy Distillation (arXiv 2603.07079), who choose the divergence by it; here it weighs the term."""
+    """H(p) / log V. Jin et al. 2026, Entropy-Aware On-Policy Distillation (arXiv 2603.07079), choose the divergence by the teacher's entropy,
+    since a distillation loss behaves differently where the teacher is uncertain; here it weighs the term."""
     return _entropy(log_p_nV)
 
 
 def student_entropy(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
-    """H(q) / log V. Xu et al. 2026, TIP (arXiv 2604.14084), who keep the targets where it is high."""
+    """H(q) / log V. Xu et al. 2026, TIP (arXiv 2604.14084), keep the targets where it is high."""
     return _entropy(log_q_nV)
 
 
@@ -46,8 +46,8 @@ def confidence(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | Non
 
 def position(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor, half_life: float = 64.0) -> Tensor:
     """2^(-i / half_life) at target i of an example. Early targets teach more than late ones: "On the Position Bias of On-Policy Distillation" (2026,
-    arXiv 2606.22600), whose own weights fall with the models' accumulated discrepancy."""
-    return torch.exp2(-position_n.double() / half_life)  # in float32 it would depend on where a row lies in memory
+    arXiv 2606.22600), whose own weights fall with the models' accumulated discrepancy instead."""
+    return torch.exp2(-position_n.double() / half_life)  # float32 exp2 may round a value differently by its place in memory
 
 
 def _entropy(log_p_nV: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ _WITHOUT_THE_STUDENT = {"position", "teacher_entropy"}
 
 
 def register_target_weights(name: str, rule: Rule, needs_teacher: bool = False) -> None:
-    """Let `loss.target_weights.by` name a rule of one's own, in this process. ArgumentError for a name that is taken.
+    """Register a rule for `loss.target_weights.by`, in this process. ArgumentError for a name that is taken.
 
     needs_teacher   whether it reads `log_p_nV`, which is None otherwise
     """
@@ -73,13 +73,13 @@ def register_target_weights(name: str, rule: Rule, needs_teacher: bool = False) 
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """A rule with its options: the weight w = s^power of the score s, clamped to [0, 1], or (1 - s)^power.
+    """A rule with its options. The weight is s^power for the score s, clamped to [0, 1]; with `invert` (1 - s)^power.
 
     terms           the terms that it weighs
     needs_teacher   whether it reads the teacher's distribution
-    needs_logits    whether it reads either; otherwise the weights are known before the head
-    needs_student   whether it reads the student's
-    setting         the setting that names it
+    needs_logits    whether it reads one of the distributions; otherwise the weights are known before the head is computed
+    needs_student   whether it reads the student's distribution
+    setting         the setting that names it, for messages
     """
 
     name: str
@@ -111,13 +111,15 @@ class TargetWeights:
         log_q_nV: Tensor | None = None,
         vocab: int = 0,
     ) -> Tensor:
-        """The scores of some rows, [n], float32 or as wide as the log-probabilities; NaN where the rule gives NaN.
+        """The scores of some rows, [n], float32 or as wide as the log-probabilities; NaN where the rule returns NaN.
 
-        rows       their numbers among the signal's targets
-        position_n the number of each within its example, from 0
-        log_p_nV   the teacher's log-probabilities at temperature 1 where they are known; otherwise the signal is asked
-        log_q_nV   the student's, if the rule reads them
-        vocab      V
+        rows         their indices among the signal's targets
+        position_n   the number of each target within its example, from 0
+        log_p_nV     the teacher's log-probabilities at temperature 1, if they are known; otherwise they come from the signal
+        log_q_nV     the student's, if the rule reads them
+        vocab        V
+
+        ArgumentError if the rule reads a teacher and there is no signal, or returns anything but a tensor [n].
         """
         score_n = None
         if not self.needs_teacher:
@@ -125,7 +127,7 @@ class TargetWeights:
         elif log_p_nV is None:
             if signal is None:
                 raise ArgumentError(f"{self.setting}: {self.name} reads the teacher, which some targets do not have")
-            if self.rule is teacher_entropy:  # a record may hold it, where it holds a part of the distribution
+            if self.rule is teacher_entropy:  # a cache record of a part of the distribution may hold the entropy of all of it
                 score_n = signal.exact_metrics(rows, labels_n, log_q_nV).get("teacher_entropy")
             if score_n is None:
                 log_p_nV = signal.log_probs(rows, log_q_nV)
@@ -139,5 +141,5 @@ class TargetWeights:
         return score_n.to(torch.promote_types(score_n.dtype, torch.float32)).clamp(0, 1)
 
     def weights(self, score_n: Tensor) -> Tensor:
-        """The weights that are made of scores."""
+        """The weights [n] for scores [n]."""
         return (1 - score_n if self.invert else score_n) ** self.power

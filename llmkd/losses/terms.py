@@ -1,4 +1,4 @@
-"""Terms: the things that a student minimises, each by name, with its weight and, where it has any, its own trainable parameters."""
+"""Terms: the named parts of the loss, each with its weight and, if it has any, its own trainable parameters."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -21,19 +21,26 @@ from .target_weights import TargetWeights
 
 @dataclass(frozen=True)
 class StudentOutputs:
-    """What a student computed for a batch."""
+    """The outputs of a student for a batch.
 
-    hidden_NH: Tensor  # last hidden states at the targets
+    hidden_NH           last hidden states at the targets
+    layers, attention   the outputs of the terms' `Taps`, by layer: hidden states [N, H], and inputs of attention
+    """
+
+    hidden_NH: Tensor
     head: Head
-    layers: dict[int, Tensor] = field(default_factory=dict)  # hidden states [N, H] of the layers that the terms' taps ask for, by number
-    attention: dict[int, AttentionInputs] = field(default_factory=dict)  # and what their attention computes with
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is the loss summed over the batch's targets, to be back-propagated; `rows` each term per target times its weight there
-    (`Batch.weights`), [N], detached, and 0 where that weight is. `weights` [N] are those of the terms that are weighed here, by a rule: the
-    batch's own included, and 0 where a target does not count."""
+    """The loss of one batch.
+
+    total     the sum over the batch's targets, to be back-propagated
+    rows      by term, its value times its weight (`Batch.weights`) at each target, [N], detached; 0 where that weight is 0
+    weights   for each term that a rule weighs, its weights [N]: the rule's times the batch's own, 0 where a target does not count
+    """
 
     total: Tensor
     rows: dict[str, Tensor]
@@ -41,53 +48,58 @@ class Loss:
 
 
 class Term(nn.Module):
-    """One or several named parts of the loss. Its parameters train with the student's, are in the run's checkpoints and are not exported.
+    """One or several named parts of the loss. Its parameters train with the student's and are saved in checkpoints, but not exported.
 
     Everything is summed over targets; the training loop divides by their number in the whole optimizer step.
     """
 
     names: tuple[str, ...]
     needs_teacher = False
-    measures_weights = False  # whether terms are divided by sums of weights, and a rule that reads the models makes these
-    share = 1.0  # of each example's targets, how many count in every term, see `select`
+    measures_weights = False  # whether its sums are divided by sums of weights that depend on the models' outputs
+    share = 1.0  # the share of each example's targets that count, in every term, see `select`
     student_taps = NO_TAPS  # what it reads inside the student, apart from the last hidden states
-    teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
+    teacher_taps = NO_TAPS  # what it reads inside a live teacher, whose signal then holds it
     lr: float | None = None  # the peak learning rate of its parameters; None: the student's
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
-        """Before each optimizer step: its number, and for each part whose targets are weighted the targets over the sum of its absolute weights."""
+        """Called before each optimizer step.
+
+        step    its number, from 1
+        scale   for each part whose targets are weighted: the number of targets over the sum of the absolute weights
+        """
 
     def combiner(self) -> Callable[[dict[str, float]], float]:
-        """`combine` as it is in this step."""
+        """`combine` with the weights of this step."""
         return self.combine
 
     def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:
-        """Before any term: the same batch with `Batch.kept`, where only some targets count."""
+        """Called before any term is computed. Returns the batch, with `Batch.kept` if only some targets count."""
         return batch
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
-        """The sum over the batch's targets, and the rows by `names`. A micro-batch may have no targets."""
+        """The sum over the batch's targets, and the rows, by `names`. A micro-batch may have no targets."""
         raise NotImplementedError
 
     def combine(self, values: dict[str, float]) -> float:
-        """The weighted sum of this term's own `values` (means over targets, say), as in the loss."""
+        """This term's contribution to the loss: the weighted sum of its own `values`, such as means over targets."""
         raise NotImplementedError
 
     def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
-        """Why the part `name` may not be finite at those targets of a batch; "" where nothing is known."""
+        """Why the part `name` may not be finite at those targets of a batch; "" if the cause is unknown."""
         return ""
 
     def halve_chunks(self, vocab: int, device: str, least: int) -> str:
-        """To save memory: work in chunks of half the size, of the head of no fewer rows than `least`. Says what they are now; "" where nothing
-        can be halved."""
+        """To save memory, halve the chunks in which the term is computed. Returns a phrase such as "chunks of 512 rows", or "" if it cannot.
+
+        least   the fewest rows in a chunk of the head
+        """
         return ""
 
 
 class SingleTerm(Term):
-    """A term with one name, and a weight that `follow` lets change by step.
+    """A term with one name, and a weight that may follow a schedule (`follow`).
 
-    factor   of the term's sum over targets, in this step: its weight, and with `normalize: weights` the targets over the sum of its weights
-             (or of those of the part `scaled_as`)
+    factor   of the term's sum over targets in this step: its weight, times the scale of the part `scaled_as` with `normalize: weights`
     """
 
     def __init__(self, name: str, weight: float):
@@ -96,7 +108,7 @@ class SingleTerm(Term):
         self.at_step: Callable[[int], float] = lambda step: weight
 
     def follow(self, weight: float | dict[str, Any], total_steps: int, normalize: str) -> None:
-        """Take the settings of a run: its weight may be a schedule over so many steps."""
+        """Use the settings of a run: `weight` may be a schedule over its `total_steps`."""
         self.at_step, self.normalize = functools.partial(value_at, weight, total=total_steps), normalize
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
@@ -113,7 +125,7 @@ class SingleTerm(Term):
 
 
 class RowTerm(SingleTerm):
-    """A term whose gradient is autograd's: a subclass gives `rows`."""
+    """A term that is differentiated by autograd; a subclass defines `rows`."""
 
     def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch, targets: Rows) -> Tensor:
         """The term for n of the batch's targets, [n], differentiable. `targets`: a slice, or ascending indices; none of them are 0."""
@@ -132,12 +144,12 @@ class RowTerm(SingleTerm):
 class HeadTerm(Term):
     """Cross-entropy ("ce") and with a teacher the divergence ("kd"), both from the fused head.
 
-    chunk_size   rows of the head at a time; None: as the device does best
-    normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
-    at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
+    chunk_size   rows of the head at a time; None: the default for the device
+    normalize    targets: the loss is divided by the number of targets; weights: each of the two parts by the sum of its absolute weights
+    at_step      the objective of each step, if it changes; `objective` is then the one that is used outside of steps
     rule         weighs the targets; its weights multiply the batch's own
     keep         chooses the targets that count in all terms
-    by_source    the divergences of sources, by their number, that have another one than the objective's
+    by_source    by index, the divergences of the data sources that have another one than the objective's
     """
 
     names = ("ce", "kd")
@@ -162,7 +174,7 @@ class HeadTerm(Term):
         return self.keep(student.hidden_NH, student.head, signal, batch, self.chunk_size) if self.keep else batch
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
-        signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
+        signal = signal if self.needs_teacher else None  # the signal may be there for another student of the run
         rule, position_N, known = self.rule, None, ()
         if rule and rule.needs_logits:
             position_N = batch.position_N.to(batch.labels_N.device)
@@ -216,8 +228,10 @@ class HeadTerm(Term):
         log_p_V = teacher(batch).log_probs(slice(rows[0], rows[0] + 1), temperature=self.objective.temperature)[0]
         if torch.isnan(log_p_V).any():
             return "teacher logits"
-        if torch.isneginf(log_p_V).any() and "top1_agreement" in teacher.metrics:  # a sampled teacher leaves most tokens out by design
-            return "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
+        if torch.isneginf(log_p_V).any() and "top1_agreement" in teacher.metrics:  # sampled tokens leave most others out by design
+            return (
+                "kd (the teacher gives tokens probability 0, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
+            )
         return ""
 
     def halve_chunks(self, vocab: int, device: str, least: int) -> str:
@@ -229,7 +243,7 @@ class HeadTerm(Term):
 
 
 def by_name(terms: Iterable[Term]) -> nn.ModuleDict:
-    """Terms by their first names. ValueError where two have a name in common, or one is named as the loss is."""
+    """Terms by their first names. ValueError if two share a name, or one is named "loss"."""
     found, taken = nn.ModuleDict(), {"loss"}
     for term in terms:
         if shared := taken & set(term.names):
