@@ -8,20 +8,22 @@ from .families import layers_of
 
 
 def enable(model: nn.Module, share: bool | float, offload: bool = False) -> None:
-    """Recompute that share of the layers, counted from the first; with True all but the last. `offload`: their inputs wait in the host's memory.
+    """Recompute a share of the layers, counted from the first; with True all but the last. UserError for a family without support.
 
     The backward pass reaches the first layers last. By then the activations of the others are freed, so recomputing a layer adds nothing to
-    the peak. The last layer's activations are needed at once, so recomputing it would save nothing. UserError for a family without support.
+    the peak. The last layer's activations are needed at once, so recomputing it would save nothing.
+
+    offload   keep the inputs of recomputed layers in the host's memory
     """
     kind = model.config.model_type
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"student.gradient_checkpointing: {kind} has none; set it to false")
+        raise UserError(f"student.gradient_checkpointing: {kind} does not support it; set it to false")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = layers_of(model) or []
     if not all(hasattr(layer, "gradient_checkpointing") for layer in layers) or len(layers) < 2:
         if share is not True or offload:
             found = "offload" if offload else f"{share:g}"
-            raise UserError(f"student.gradient_checkpointing: found {found}, and of {kind} layers cannot be chosen; set it to true")
+            raise UserError(f"student.gradient_checkpointing: found {found}, but the layers of {kind} cannot be chosen; set it to true")
         return
     kept = Offload()
     for n, layer in enumerate(layers):

@@ -1,8 +1,8 @@
-"""Inputs of recomputed layers in the host's memory between forward and backward pass.
+"""Keeps the inputs of recomputed layers in the host's memory between forward and backward pass.
 
-Activation checkpointing keeps one tensor a layer, its input. Of a row of 32k tokens those of a model of 32 layers, 4,096 wide, in 16 bit are
-8.6 GB. On a GPU they are copied to pinned memory and back on a stream of their own, the next one while a layer is recomputed. On a CPU,
-where nothing is saved by it, they are copied too, so that what a GPU does can be tried. It has not run on a GPU yet.
+Activation checkpointing keeps one tensor per layer, its input. For a row of 32k tokens and a model with 32 layers, 4,096 wide, in 16 bit,
+these take 8.6 GB. On a GPU they are copied to pinned memory and back on their own stream, the next one while a layer is recomputed. On a
+CPU, where this saves nothing, they are copied too, so that the code can be tested. It has not run on a GPU yet.
 """
 
 import weakref
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Kept:
-    """One tensor in the host's memory. `before`: the one that was kept before it, which the backward pass wants next."""
+    """One tensor in the host's memory. `before`: the tensor that was kept before it, which the backward pass needs next."""
 
     def __init__(self, x: Tensor, before: "Kept | None", stream: "torch.cuda.Stream | None"):
         self.device, self.stream, self.back = x.device, stream, None
@@ -25,16 +25,16 @@ class Kept:
         with torch.cuda.stream(stream):
             self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self.host.copy_(x.detach(), non_blocking=True)
-        x.record_stream(stream)  # its memory is not used again before it is copied
+        x.record_stream(stream)  # its memory is not reused before the copy is done
 
     def fetch(self) -> None:
-        """Begin to copy it back."""
+        """Start copying it back."""
         if self.stream is not None and self.back is None:
             with torch.cuda.stream(self.stream):
                 self.back = self.host.to(self.device, non_blocking=True)
 
     def take(self) -> Tensor:
-        """The tensor on its device, and the one before it on its way there."""
+        """The tensor on its device; starts copying back the one before it."""
         if self.stream is None:
             return self.host
         self.fetch()
@@ -48,7 +48,7 @@ class Kept:
 
 
 class Offload:
-    """Keeps what the checkpointing of a model's layers saves: a function for `saved_tensors_hooks` and its inverse."""
+    """Keeps the tensors that checkpointing of a model's layers saves: `pack` and `unpack` are for `saved_tensors_hooks`."""
 
     def __init__(self):
         self._newest: weakref.ref[Kept] | None = None
@@ -67,7 +67,7 @@ class Offload:
         return kept.take() if isinstance(kept, Kept) else kept
 
     def around(self, checkpoint: Callable) -> Callable:
-        """A checkpointing function of transformers, (function, *inputs), that keeps its inputs here. What the recomputed layer saves is not."""
+        """transformers' checkpointing function, (function, *inputs), changed to keep its inputs here; not the tensors that a recomputed layer saves."""
 
         def checkpointed(function: Callable, *inputs):
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):

@@ -1,22 +1,22 @@
-"""The names of an adapter's tensors in the world's files, by those that PEFT gives them on this base. No torch.
+"""Maps the names of tensors in adapter files to the names that PEFT gives them on this base. No torch.
 
-PEFT saves `base_model.model.` + the module's name + the tensor's own part, such as `lora_A.weight`. What was saved under torch.compile, FSDP,
-DDP or activation checkpointing, from a state dict with the adapter's name in it, or on the text part of a larger model, differs in parts
-that name no layer.
+PEFT saves `base_model.model.` + the module's name + the tensor's own part, such as `lora_A.weight`. Files that were saved under
+torch.compile, FSDP, DDP or activation checkpointing, from a state dict with the adapter's name in it, or on the text part of a larger
+model, differ in parts that name no layer.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 
-#: What wraps a module and its parameters: torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed.
+#: Parts of names that wrappers add: torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")
 _PREFIX = ("base_model", "model")
-_NO_LAYER = {*_PREFIX, "language_model", "text_model", "transformer", "default"}  # parts that a model's form adds to a layer's name
-_BESIDE = ("modules_to_save", "original_module", "token_adapter", "base_layer")  # PEFT's, between a module and its tensor
+_NO_LAYER = {*_PREFIX, "language_model", "text_model", "transformer", "default"}  # these depend on the form of the model, not on the layer
+_BESIDE = ("modules_to_save", "original_module", "token_adapter", "base_layer")  # PEFT adds them between a module and its tensor
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a tensor of a checkpoint without the parts that torch's wrappers add. `module` is one at the beginning only."""
+    """A tensor's name without the parts that torch's wrappers add. `module` is such a part only at the beginning."""
     parts = [part for part in name.split(".") if part not in WRAPPERS[:-1]]
     while parts[1:] and parts[0] == "module":
         parts = parts[1:]
@@ -24,13 +24,13 @@ def without_wrappers(name: str) -> str:
 
 
 def regular_names(names: Iterable[str], modules: Iterable[str], prefix: str | None) -> dict[str, str]:
-    """For each tensor of an adapter's file the name that PEFT would give it on a base with these modules: often its own.
+    """For each tensor of an adapter's file the name that PEFT would give it on a base with these modules; often it is the same.
 
-    A name is changed only where that is certain: a part that names no layer is left out, or the one module is taken whose name differs
-    in such parts alone. If two tensors would get one name, all keep their own.
+    A name is changed only if that is certain: a part that names no layer is dropped, or replaced by that of the only module whose name
+    differs in such parts alone. If two tensors would get the same name, all keep their own.
 
-    modules  the names of the base's modules, those of adapters not among them
-    prefix   how the names of the tuner's tensors begin, such as lora_
+    modules  the names of the base's modules, without those of adapters
+    prefix   the prefix of the tuner's tensors, such as lora_
     """
     names, modules = list(names), set(modules)
     by_layer: dict[tuple, list[str]] = {}
@@ -42,13 +42,13 @@ def regular_names(names: Iterable[str], modules: Iterable[str], prefix: str | No
 
 
 def regular_module(name: str, modules: Iterable[str]) -> str | None:
-    """The one module whose name differs from this one in parts that name no layer; None if there is none or more than one."""
+    """The only module whose name differs from `name` in nothing but parts that name no layer; None if there is none or more than one."""
     same = [module for module in modules if _layer(module.split(".")) == _layer(name.split("."))]
     return same[0] if len(same) == 1 else None
 
 
 def layer_of(name: str, prefix: str | None) -> str | None:
-    """The module of the base that a tensor of the tuner belongs to, by its regular name; None for other tensors."""
+    """The base's module to which a tensor of the tuner belongs, by the tensor's regular name; None for other tensors."""
     parts = name.split(".")[len(_PREFIX) :]
     at = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), 0)
     return ".".join(part for part in parts[:at] if part != "base_layer") or None
@@ -56,7 +56,8 @@ def layer_of(name: str, prefix: str | None) -> str | None:
 
 def _regular(name: str, modules: set[str], by_layer: dict[tuple, list[str]], prefix: str | None, adapter: set[str]) -> str:
     parts = without_wrappers(name).split(".")
-    after = [i + 2 for i in range(len(parts)) if tuple(parts[i : i + 2]) == _PREFIX]  # what is before PEFT's prefix is no part of the model
+    # Parts before PEFT's prefix do not belong to the model.
+    after = [i + 2 for i in range(len(parts)) if tuple(parts[i : i + 2]) == _PREFIX]
     parts = parts[after[-1] if after else 0 :]
     while parts[1:] and parts[0] == "module":  # base_model.model.module....
         parts = parts[1:]
@@ -74,7 +75,7 @@ def _layer(parts: list[str]) -> tuple[str, ...]:
 
 
 def _adapter_name(names: list[str], prefix: str | None) -> set[str]:
-    """The name of the adapter in the tensors' names, as in lora_A.default.weight, if all have one and the same; `default` in any case."""
+    """The adapter's name in the tensors' names, as in lora_A.default.weight, if all agree on one; `default` in any case."""
     after = set()
     for name in names:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Adapters from a folder onto a base, and back: PEFT's, with the checks that it leaves out."""
+"""Loads adapters from a folder onto a base and saves them: with PEFT, and with the checks that it does not make."""
 
 import copy
 import shutil
@@ -16,22 +16,22 @@ from ..model_folder.identity import record_of, unchanged, verify
 from ..model_folder.weights import ADAPTER, read_json, tensors
 from .adapter_files import as_peft_names_it, more_tokens, note_unknown, other_width
 
-#: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
+#: PEFT's types that change the model's inputs or need PEFT's own forward pass, and do not only change weights.
 _NO_WEIGHTS = (
     *("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA"),
     *("POLY", "SHADOW"),
 )
-#: Variants of LoRA that need PEFT's own forward pass, by the option that makes them.
+#: Variants of LoRA that need PEFT's own forward pass, by the option that selects them.
 _VARIANTS = {"alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow"}
-#: Ways to initialise LoRA that take something out of the base's weights, whenever the adapter is loaded.
+#: Initialisations of LoRA that change the base's weights whenever the adapter is loaded.
 _CHANGE_BASE = ("pissa", "olora", "OLORA", "corda", "loftq", "lora_ga", "mica")
 
 
 def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = False, name: str = "default") -> nn.Module:
-    """The base with the adapter of a folder on it. UserError unless every tensor fits the base by name and shape, and is finite.
+    """The base with a folder's adapter on it. UserError unless every tensor is finite and fits the base by name and shape.
 
-    PEFT itself loads an adapter of another depth, or of another base, without a word. A model that has adapters already gets this one
-    beside them, as `name`.
+    PEFT itself silently loads an adapter of another depth or of another base. If the model has adapters already, this one is added to them
+    as `name`.
     """
     config = read_json(files.adapter / "adapter_config.json", setting)
     _refuse_unsupported(config, model, files, setting, name)
@@ -42,7 +42,7 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
             raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {key}; train or copy it again")
     matched = _matched(adapted, weights, files, setting, name)
     _read_in_full(adapted, matched, name, f"{setting}: the adapter {files.adapter}")
-    if (files.adapter / generation.NAME).is_file():  # it stops where its own training data ended, not where the base's did
+    if (files.adapter / generation.NAME).is_file():  # end tokens of the adapter's training data, not the base's
         from transformers import GenerationConfig
 
         adapted.get_base_model().generation_config = GenerationConfig.from_pretrained(files.adapter)
@@ -50,7 +50,7 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
 
 
 def _refuse_unsupported(config: dict, model: nn.Module, files: ModelFiles, setting: str, name: str) -> None:
-    """UserError for an adapter that is more than a change of weights, or that changes the base it is put on."""
+    """UserError for an adapter that is more than a change of weights, or that changes a base that other adapters use."""
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), config.get("peft_type"))
     if kind in _VARIANTS.values() or kind in _NO_WEIGHTS:
         raise UserError(
@@ -61,18 +61,18 @@ def _refuse_unsupported(config: dict, model: nn.Module, files: ModelFiles, setti
     init = str(config.get("init_lora_weights"))
     if init.startswith("pissa_niter"):
         raise UserError(
-            f"{setting}: {files.adapter} was initialised by {init}, which changes the base at random each time it is loaded; save it by PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...) as a plain adapter"
+            f"{setting}: {files.adapter} was initialised by {init}, which changes the base at random each time it is loaded; save it as a plain "
+            "adapter with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     changes = init if init in _CHANGE_BASE else next((one for one in ("kasa_config", "layer_replication") if config.get(one)), None)
     if name != "default" and changes:
         raise UserError(
-            f"{setting}: {files.adapter} was initialised by {changes}, which changes the base; train it alone, not beside others"
+            f"{setting}: {files.adapter} was initialised by {changes}, which changes the base; train it alone, not together with others"
         )
 
 
 def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """PEFT's model with the adapter on it, and the tensors in the adapter's file."""
+    """PEFT's model with the adapter on it, and the tensors of the adapter's file."""
     from peft import PeftModel
     from safetensors.torch import load_file
 
@@ -96,7 +96,7 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
 
 
 def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str, name: str) -> dict[str, Tensor]:
-    """The file's tensors by their names in the model. UserError for one that is missing, or left over."""
+    """The file's tensors by their names in the model. UserError for a tensor that is missing or left over, or has another shape."""
     from peft import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
@@ -117,14 +117,14 @@ def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, 
     for key, value in found.items():
         if key in expected and value.shape != expected[key].shape:
             raise UserError(
-                f"{setting}: the adapter {files.adapter} has {key} in shape {list(value.shape)}, and {files.base} needs {list(expected[key].shape)}; "
+                f"{setting}: the adapter {files.adapter} has {key} in shape {list(value.shape)}, but {files.base} needs {list(expected[key].shape)}; "
                 "it belongs to another base"
             )
     return {key: found[key] for key in expected}
 
 
 def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, whose: str) -> None:
-    """Copy in the tensors that PEFT left at their initial values: it renames them as transformers does a checkpoint's, and drops unknown names."""
+    """Copy the tensors that PEFT left at their initial values: it renames tensors like those of a checkpoint, and drops unknown names."""
     from peft import get_peft_model_state_dict
 
     for attempt in range(2):
@@ -132,26 +132,26 @@ def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, who
         lost = [key for key, value in weights.items() if not torch.equal(own[key].cpu(), value.to(own[key].dtype))]
         if lost and attempt:
             raise UserError(
-                f"{whose} cannot be read: PEFT gives {len(lost)} tensors, such as {min(lost)}, other values than the file; save it again with this version of PEFT"
+                f"{whose} cannot be read: PEFT gives {len(lost)} tensors, such as {min(lost)}, other values than the file has; save it again with this version of PEFT"
             )
         for key in lost:
             own[key].copy_(weights[key])
 
 
 def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
-    """Save the adapter as PEFT does, and let PEFT read it back, since it does not find every family's tensors again."""
+    """Save the adapter with PEFT, under names with which PEFT reads it back: PEFT's own do not work for every family."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
     config = adapted.peft_config[name]
     adapted.peft_config[name] = _in_order(config)
-    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own, and an adapter that is sent to a server has none
+    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own card, and an adapter for a server needs none
     try:
         adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     finally:
         adapted.peft_config[name] = config
         del adapted.create_or_update_model_card
-    for file in (folder / name).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
+    for file in (folder / name).glob("*"):  # PEFT saves an adapter that is not "default" in a subfolder
         file.rename(folder / file.name)
     shutil.rmtree(folder / name, ignore_errors=True)
     path = folder / "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
 
 
 def _in_order(config):
-    """A copy of an adapter's configuration with lists for sets of names, whose order is another one in every process."""
+    """A copy of an adapter's configuration with sorted lists in place of sets, whose order differs between processes."""
     out = copy.copy(config)
     for name, value in vars(config).items():
         if isinstance(value, set):
@@ -174,7 +174,7 @@ def _in_order(config):
 
 
 def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
-    """From a tensor's name in a checkpoint of transformers to its name in the model, as PEFT renames an adapter's; or `back`."""
+    """The name in the model of a tensor that a transformers checkpoint calls `key`, as PEFT renames an adapter's; with `back` the reverse."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -183,14 +183,14 @@ def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
 
 
 def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether a tensor is the base's own head or embedding, which PEFT saves beside an adapter on it."""
+    """Whether a tensor is the base's own head or embedding, which PEFT saves together with an adapter on it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = parameters.get(name, parameters.get(name.replace(".weight", ".base_layer.weight")))
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
 def is_lora_alone(files: ModelFiles, setting: str) -> bool:
-    """Whether the adapter of a folder is two matrices for each layer and nothing else, so that it is loaded without a look at the base's values."""
+    """Whether a folder's adapter is only two matrices per layer, so that loading it does not read the base's values."""
     config = read_json(files.adapter / "adapter_config.json", setting)
     more = ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias")
     plain = (
@@ -207,10 +207,12 @@ def refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
 
 
 def load_to_train(model: nn.Module, files: ModelFiles, settings: Student, name: str) -> nn.Module:
-    """The base with an adapter from a folder, to train on. UserError for a recipe with another rank or other modules than the adapter's."""
+    """The base with a folder's adapter, to continue training it. UserError if `student.lora` differs from the adapter."""
     config = read_json(files.adapter / "adapter_config.json", "student.model")
     if config.get("peft_type") != "LORA":
-        raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
+        raise UserError(
+            f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; training can only continue with LORA"
+        )
     _refuse_other_settings(settings, config)
     note_quantization(files, settings.quantization, "student")
     adapted = load(model, files, "student.model", trainable=True, name=name)
@@ -221,9 +223,11 @@ def load_to_train(model: nn.Module, files: ModelFiles, settings: Student, name: 
 
 
 def _refuse_other_settings(settings: Student, config: dict) -> None:
-    """UserError where `student.lora` differs from the adapter: settings that are not defaults are named first."""
+    """UserError if `student.lora` differs from the adapter; it names settings that are not defaults first."""
     lora, default = settings.lora, Lora()
-    if lora is None or (lora == default and not Path(settings.model).is_dir()):  # a hub id's defaults were written out unasked
+    if lora is None or (
+        lora == default and not Path(settings.model).is_dir()
+    ):  # for a hub id the defaults were filled in, not set by the user
         return
     own = {
         "rank": config.get("r"),
@@ -241,12 +245,12 @@ def _refuse_other_settings(settings: Student, config: dict) -> None:
         same = set(here) == set(there) if isinstance(here, tuple) and isinstance(there, list | tuple) else here == there
         if there is not None and not same:
             raise UserError(
-                f"student.lora.{name}: found {here}, and the adapter {settings.model} has {there}; leave student.lora out to train it on"
+                f"student.lora.{name}: found {here}, but the adapter {settings.model} has {there}; leave student.lora out to continue training it"
             )
 
 
 def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> None:
-    """A note where the base is quantised otherwise than when the adapter was trained: it has learnt to correct those rounding errors."""
+    """Print a note if the base is quantised differently than when the adapter was trained, which has learnt to correct those rounding errors."""
     then, now = record_of(files.adapter, f"{who}.model").get("quantization", now), now and now.type
     then = then["type"] if isinstance(then, dict) else then and then.type
     if then != now:

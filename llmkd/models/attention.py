@@ -1,10 +1,10 @@
-"""Variable-length attention for packed rows: work and memory grow with the examples' own lengths, not with the row's square.
+"""Variable-length attention for packed rows: work and memory depend on the examples' own lengths, not on the square of the row's length.
 
-A packed row is a list of segments. A segment attends causally to itself and, if it has one, to all of its prefix segment, so a prompt
-prefix shared by several examples is computed once (`batch.PackedLayout`).
+A packed row is a list of segments. A segment attends causally to itself and to all of its prefix segment, if it has one, so a prompt
+prefix that several examples share is computed once (`batch.PackedLayout`).
 
-On a GPU in half precision each layer makes one call of torch.nn.attention.varlen (FlashAttention), elsewhere one call of
-scaled_dot_product_attention for each segment. Rows that are not packed get transformers' sdpa.
+On a GPU in half precision each layer makes one call of torch.nn.attention.varlen (FlashAttention); elsewhere one call of
+scaled_dot_product_attention for each segment. Rows that are not packed use transformers' sdpa.
 """
 
 import functools
@@ -23,12 +23,12 @@ from ..errors import brief
 from ..signals import AttentionInputs
 
 NAME, OWN = "llmkd_varlen", "llmkd_own"
-#: What is told of each call of a module's attention, by module: its inputs, and its output [B, T, heads, D]. See `attention_taps.py`.
+#: By module, the function that is called with the inputs and the output [B, T, heads, D] of each call of its attention. See `taps.watched`.
 WATCHED: "weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionInputs, Tensor], None]]" = weakref.WeakKeyDictionary()
 
 
 def enable(model: nn.Module) -> bool:
-    """Give a transformers model this attention. False for a model whose layers have neither full attention nor a sliding window."""
+    """Switch a transformers model to this attention. False for a model that has other layers than full or sliding-window attention."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     other = kinds or getattr(config, "attention_chunk_size", None) or config._attn_implementation not in ("sdpa", NAME)
@@ -44,7 +44,7 @@ def enable(model: nn.Module) -> bool:
 
 
 def enable_own(model: nn.Module) -> bool:
-    """Let `WATCHED` be told of the eager attention of a family with soft caps, which stays its own. False for any other."""
+    """Report the family's own eager attention to `WATCHED`, for a family with soft caps. False for any other family."""
     config, own = model.config.get_text_config(), _eager_of(model)
     if config._attn_implementation not in ("eager", OWN) or not getattr(config, "attn_logit_softcapping", None) or not own:
         return False
@@ -78,7 +78,7 @@ def is_enabled(model: nn.Module) -> bool:
 
 
 def disable(model: nn.Module) -> None:
-    """Give it back the attention that it had before `enable`."""
+    """Switch back to the attention before `enable`."""
     model.set_attn_implementation("sdpa")
 
 
@@ -93,9 +93,9 @@ def attention(
     scaling=None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Called by transformers: query [B, heads, T, D], key and value [B, kv_heads, T, D]; returns [B, T, heads, D] and no weights.
+    """Called by transformers with query [B, heads, T, D], key and value [B, kv_heads, T, D]; returns [B, T, heads, D], and None for the weights.
 
-    NotImplementedError for a family with more than a scaled softmax; the startup checks then keep its own attention.
+    NotImplementedError for a family whose attention is more than a scaled softmax; the startup checks then keep its own attention.
     """
     watching = WATCHED.get(module)
     packed = getattr(attention_mask, "packed", None)
@@ -116,7 +116,7 @@ def attention(
 
 
 def _packed_attention(query, key, value, packed: PackedLayout, dropout: float, scaling: float | None, window: int | None) -> Tensor:
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have made queries and keys float32, and not values
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings make queries and keys float32, but not values
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; the gradient of x[0] would be a copy
@@ -130,16 +130,16 @@ def _packed_attention(query, key, value, packed: PackedLayout, dropout: float, s
 
 
 def _window(module: nn.Module, others: dict) -> int | None:
-    """The sliding window of a layer in tokens, the query's own counted; None without one. Where layers differ, each call gives it."""
+    """The sliding window of a layer in tokens, the query's own included; None without one. If layers differ, each call must pass it."""
     config = module.config
     limited = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
     if limited and getattr(config, "use_sliding_window", True) and "sliding_window" not in others:
-        raise NotImplementedError("a sliding window that the call does not give")
+        raise NotImplementedError("a sliding window that the call does not pass")
     return others.get("sliding_window")
 
 
 def by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
-    """Attention of [T, heads, D] queries, one scaled_dot_product_attention a segment. `groups`: query heads for each key head."""
+    """Attention of queries [T, heads, D], by one scaled_dot_product_attention per segment. `groups`: query heads per key head."""
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     parts, out = (query.split(packed.lengths), key.split(packed.kv_lengths), value.split(packed.kv_lengths)), []
@@ -158,7 +158,7 @@ def by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: f
 def flash_attention(
     query, key, value, packed: PackedLayout, scale: float | None, groups: int, window: int | None, repeat: bool = False
 ) -> Tensor:
-    """The same by one FlashAttention kernel. It takes grouped heads as they are or, with `repeat`, keys and values repeated for each head."""
+    """As `by_segment`, by one FlashAttention kernel. With `repeat`, keys and values are repeated for each head instead of grouped."""
     from torch.nn.attention.varlen import varlen_attn
 
     if repeat and groups > 1:
@@ -173,15 +173,15 @@ def flash_attention(
 
 @functools.cache
 def one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
-    """The form of `flash_attention` that is right on this device, or None; tried once in a process."""
+    """The form of `flash_attention` that is right on this device, or None; tried once per process."""
     return right_form(flash_attention, device, windowed)
 
 
 def right_form(flash: Callable[..., Tensor], device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
-    """`flash` with grouped heads as they are, else with repeated keys and values, or None where neither is right on this device.
+    """`flash` with grouped heads, else with repeated keys and values, or None if neither is right on this device.
 
-    It is compared with `by_segment`, forward and backward, before it is used: versions of torch and devices differ in the head sizes they
-    accept, and in where the causal mask of a segment with a longer key sequence begins.
+    Before its use it is compared with `by_segment`, forward and backward: versions of torch and devices differ in the head sizes that they
+    accept, and in where the causal mask of a segment with more keys than queries begins.
     """
     packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
     generator = torch.Generator().manual_seed(0)

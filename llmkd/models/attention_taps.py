@@ -1,4 +1,4 @@
-"""Whether attention can be read inside a model, and what its layers compute with on a small batch."""
+"""Checks on a small batch whether the attention inside a model can be read, and returns its inputs."""
 
 from collections.abc import Iterable
 
@@ -16,11 +16,11 @@ from .taps import watched
 
 
 def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packing: bool = False) -> dict[int, AttentionInputs]:
-    """Give a `LanguageModel` llmkd's attention, from which the inputs are taken. Returns those of a small batch, by layer.
+    """Switch a `LanguageModel` to llmkd's attention, from which the inputs can be read. Returns those of a small batch, by layer.
 
-    A family with soft caps keeps its own. UserError for a layer that it does not have, and where the inputs of a layer do not explain its
-    output: where there is a bias of positions, or anything else than a softmax of scaled products, capped or not. The batch is computed without
-    autocast, whose rounding would hide as much.
+    A family with soft caps keeps its own attention. UserError for a layer that the model does not have, and for a layer whose output does
+    not follow from its inputs: because of a position bias, or anything else than a softmax of scaled products, capped or not. The batch is
+    computed without autocast, whose rounding could hide such a difference.
 
     setting   the model's name in the recipe, for messages
     packing   whether rows are packed
@@ -29,7 +29,7 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
     family, leave = f"{setting} ({base.config.model_type})", "leave loss.attention out"
     modules = listed_layers(base, setting)
     if outside := [number for number in layers if not 1 <= number <= len(modules)]:
-        raise UserError(f"loss.attention.layers: found layer {outside[0]}, and {family} has layers 1 to {len(modules)}")
+        raise UserError(f"loss.attention.layers: found layer {outside[0]}, but {family} has layers 1 to {len(modules)}")
     show_attention(base, setting, not packing or model.capabilities.packed_attention)
     found: dict[int, list[tuple[AttentionInputs, Tensor]]] = {number: [] for number in layers}
     ids_BT = probe_ids(model.head.vocab, model.device)
@@ -43,14 +43,14 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
         if len(calls) != 1:
             raise UserError(f"loss.attention.layers: {family}: layer {number} has {len(calls) or 'no'} attention; name another layer")
         inputs, out = calls[0]
-        rounds = () if inputs.softcap is None else (torch.float32,)  # eager softmax, whatever the model's type
+        rounds = () if inputs.softcap is None else (torch.float32,)  # eager softmax is float32, whatever the model's dtype
         if not relative_gap([out.double()], [_textbook(inputs)]) <= tolerance(model, *rounds):
             raise UserError(f"loss.attention: {family}: the attention of layer {number} is more than a softmax of scaled products; {leave}")
     return {number: calls[0][0] for number, calls in found.items()}
 
 
 def _textbook(inputs: AttentionInputs) -> Tensor:
-    """The output of causal attention [B, T, heads, D], in float64."""
+    """The output [B, T, heads, D] of causal attention with these inputs, in float64."""
     inputs = inputs.each(lambda x: x.double().repeat_interleave(inputs.query.shape[1] // x.shape[1], 1))
     T = inputs.query.shape[2]
     back = torch.arange(T)[:, None] - torch.arange(T)

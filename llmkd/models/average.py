@@ -1,5 +1,5 @@
-"""The exponential moving average of a student's trainable weights, as a model of its own: the mean teacher (Tarvainen and Valpola 2017,
-arXiv 1703.01780), a teacher of self-distillation.
+"""The exponential moving average of a student's trainable weights, as a model: the mean teacher (Tarvainen and Valpola 2017, arXiv
+1703.01780), for self-distillation.
 """
 
 import torch
@@ -13,8 +13,10 @@ from .shared_weights import copy_sharing_weights
 
 
 def copy_of(student: Model, setting: str) -> Model:
-    """The student as it is, frozen and in eval mode: what trains is copied, everything else is the same tensors. UserError for weights that train in
-    16 bit, in which an average stands still. `setting`: names it, for messages."""
+    """A frozen copy of the student in eval mode. Weights that train are copied; everything else is the same tensors.
+
+    UserError for weights that train in 16 bit, where an average would lose small steps. `setting`: its name, for messages.
+    """
     narrow = [name for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)]
     if narrow:
         raise UserError(
@@ -29,26 +31,26 @@ def copy_of(student: Model, setting: str) -> Model:
 
 
 class Average:
-    """Updates a copy of the student after each step of its optimizer: average <- decay average + (1 - decay) student."""
+    """Updates a copy of the student after each optimizer step: average <- decay average + (1 - decay) student."""
 
     def __init__(self, student: Model, copy: Model, decay: float):
-        reshard(copy.model)  # which the checks of it have left whole
+        reshard(copy.model)  # the startup checks left it gathered
         theirs = dict(copy.model.named_parameters())
         self.pairs = {name: (p, theirs[name]) for name, p in student.trainable().items()}
         self.copy, self.decay = copy, decay
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By the names of the student's."""
+        """The averaged weights, by the names of the student's."""
         return {name: average for name, (_, average) in self.pairs.items()}
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on; a step that is skipped, because it is not finite, changes nothing."""
+        """Update after every step of `optimizer` from now on, except steps that are skipped because they are not finite."""
         optimizer.register_step_post_hook(lambda stepped, *_: self._update(getattr(stepped, "found_inf", None)))
 
     @torch.no_grad()
     def _update(self, found_inf: Tensor | None) -> None:
-        """`found_inf`: on the device, 1 where a fused optimizer has skipped its step."""
+        """`found_inf`: a scalar on the device, 1 if a fused optimizer skipped its step."""
         reshard(self.copy.model)
         for own, average in ((local(p), local(q)) for p, q in self.pairs.values()):
             new = 1 - self.decay if found_inf is None else ((1 - self.decay) * (1 - found_inf.double())).to(average.device, average.dtype)

@@ -1,4 +1,4 @@
-"""How much each layer of a model changes the hidden states: the block influence of ShortGPT (2403.03853), by which layers are chosen."""
+"""Block influence (ShortGPT, arXiv 2403.03853): how much each layer of a model changes the hidden states. Layers are chosen by it."""
 
 import contextlib
 import functools
@@ -10,9 +10,9 @@ from .families import decoder_of, layers_of
 
 
 def block_influence(model: nn.Module, examples: list[Tensor]) -> list[float]:
-    """Of each layer l: 1 - the mean over all tokens of cos(x_l, x_l+1), its input and its output (ShortGPT, equation 1).
+    """For each layer l: 1 - the mean over all tokens of cos(x_l, x_l+1), with its input x_l and its output x_l+1 (ShortGPT, equation 1).
 
-    examples  token ids [T] of each, one forward pass for each, so that neither padding nor the other examples matter
+    examples  token ids [T] of each; one forward pass for each, so that neither padding nor other examples matter
     """
     layers = layers_of(model)
     sums, tokens = [0.0] * len(layers), 0
@@ -32,5 +32,5 @@ def block_influence(model: nn.Module, examples: list[Tensor]) -> list[float]:
 
 
 def most_influential(influence: list[float], count: int) -> tuple[int, ...]:
-    """The numbers of the `count` layers with the greatest block influence, in ascending order; of equal ones the earlier."""
+    """The indices of the `count` layers with the largest block influence, in ascending order; of equal ones the earlier."""
     return tuple(sorted(sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:count]))

@@ -1,7 +1,8 @@
-"""A small convolutional classifier of log-mel features or images, as a transformers model: it is saved, loaded and used as any other.
+"""A small convolutional classifier for log-mel features or images, as a transformers model: it is saved, loaded and used like any other.
 
-The last block's values are averaged over all positions, and their largest taken: both go into the last layer. Nothing looks at other examples: normalisation is over all channels of one (Wu and He 2018, "Group Normalization"), so that an
-example's logits do not follow from the micro-batch it is in, as with batch normalisation.
+The mean and the maximum over all positions of the last block's values go into the last layer. Normalisation is over all channels of one
+example (Wu and He 2018, "Group Normalization"), so that its logits do not depend on the rest of the micro-batch, as they would with batch
+normalisation.
 """
 
 import torch
@@ -18,11 +19,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class BuiltinCnnConfig(PreTrainedConfig):
-    """
-    inputs     what it reads: input_features (log-mel, one channel) or pixel_values (images)
-    width      channels of the first block; each block after it has twice as many
-    blocks     of convolution, normalisation, ReLU and pooling, each of which halves height and width
-    channels   of the input: 1 for sound, 3 for images in colour
+    """The configuration of `BuiltinCnnForClassification`.
+
+    inputs     input_features (log-mel, one channel) or pixel_values (images)
+    width      channels of the first block; each further block has twice as many
+    blocks     number of blocks of convolution, normalisation, ReLU and pooling, each of which halves height and width
+    channels   of the input; by default 1 for sound and 3 for images
     dropout    before the last layer
     """
 
@@ -35,6 +37,8 @@ class BuiltinCnnConfig(PreTrainedConfig):
 
 
 class BuiltinCnnForClassification(PreTrainedModel):
+    """The model; see the docstring of this file."""
+
     config_class = BuiltinCnnConfig
     base_model_prefix = "blocks"
     main_input_name = "input_features"
@@ -58,7 +62,7 @@ class BuiltinCnnForClassification(PreTrainedModel):
     ) -> SequenceClassifierOutput | tuple:
         """input_features [B, M, F] or [B, 1, M, F], or pixel_values [B, C, height, width]; labels [B]. Logits [B, num_labels].
 
-        Hidden states, where asked for, are those of each block: [B, positions, channels].
+        With `output_hidden_states` also the hidden states of each block, [B, positions, channels].
         """
         x = input_features if pixel_values is None else pixel_values
         x, states = x.unsqueeze(1) if x.dim() == 3 else x, []
@@ -94,7 +98,7 @@ class _Block(nn.Module):
 
 
 def register() -> None:
-    """Let transformers' Auto classes know the model. To be called before one is loaded; more than once is as once."""
+    """Register the model with transformers' Auto classes. Call it before one is loaded; repeated calls have no effect."""
     AutoConfig.register(BuiltinCnnConfig.model_type, BuiltinCnnConfig, exist_ok=True)
     for auto in (AutoModelForAudioClassification, AutoModelForImageClassification):
         auto.register(BuiltinCnnConfig, BuiltinCnnForClassification, exist_ok=True)

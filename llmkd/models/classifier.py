@@ -1,4 +1,4 @@
-"""Classifiers of text, sound or images: any of transformers' models for sequence, audio or image classification."""
+"""Classifiers of text, sound or images: any transformers model for sequence, audio or image classification."""
 
 import dataclasses
 import inspect
@@ -21,13 +21,13 @@ from .model import Model, ModelOutputs
 from .probe import evaluating, example_view, largest_difference
 from .startup_checks import parameters_without_gradient, tolerance
 
-_MAY_BE_LEFT_OUT = ("token_type_ids", "attention_mask")  # inputs that some families have no argument for
+_MAY_BE_LEFT_OUT = ("token_type_ids", "attention_mask")  # some families have no such argument
 
 
 class Classifier(Model):
     """A classifier; see `Model`. Its outputs are the model's own logits [N, C], which its head passes on in at least float32.
 
-    probe   a view of some examples, to be tried on; None where there is none
+    probe   a view of some examples for the startup checks; None without
     """
 
     probe: View | None = None
@@ -49,10 +49,10 @@ class Classifier(Model):
         return next(self.base_model.parameters()).dtype
 
     def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
-        """Hidden states of a layer are the mean over the positions of an example, without padding."""
+        """The logits, and for each tapped layer its hidden states averaged over an example's positions, without padding."""
         self.set_active_adapter()
         if self.dropout_masks and view.keys is not None and tuple(view.keys.shape) == view.shape:
-            # Of text: a key for each position. What has a row for each example has the key of its first position.
+            # Text has a key for each position. A module with one row per example uses the key of the example's first position.
             first_B = torch.arange(view.B, device=view.rows_N.device) * view.shape[1]
             self.dropout_masks.begin(dataclasses.replace(view, rows_N=first_B))
         elif self.dropout_masks:
@@ -83,14 +83,14 @@ class Classifier(Model):
         return (x_BTH * weight_BT1).sum(1)
 
     def depth(self, setting: str) -> int:
-        """The number of its layers. UserError for a family without a list of them."""
+        """The number of its layers. UserError for a family without a list of layers."""
         return len(_layers(self.base_model, setting))
 
     def widths(self, layers: Sequence[int], setting: str) -> dict[int, int]:
-        """The width of the hidden states after each of `layers`, by number, tried on the probe."""
+        """The width of the hidden states after each of `layers`, by number, found on the probe."""
         count = self.depth(setting)
         if beyond := [n for n in sorted(layers) if not 0 <= n <= count]:
-            raise UserError(f"{setting} has {count} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {count}")
+            raise UserError(f"{setting} has {count} layers: found layer {beyond[0]}, expected 0 (embeddings) to {count}")
         if not layers:
             return {}
         with evaluating(self):
@@ -102,11 +102,11 @@ class Classifier(Model):
 class ClassifierKind:
     """See `ModelKind`.
 
-    auto     the name of transformers' class that loads the models
-    names    of the classes
-    tokens   entries of the tokenizer; None where none reads the data
-    pad      the token of padding, of which some families must know
-    examples to be tried on, as `data.examples.Examples`; None where nothing is tried
+    auto       the name of the transformers class that loads it
+    names      of the classes
+    tokens     entries of the tokenizer; None for data without one
+    pad        the padding token, which some families must know
+    examples   `data.examples.Examples` for the startup checks; None: no checks
     """
 
     auto: str
@@ -125,7 +125,7 @@ class ClassifierKind:
         return text | labelled(self.names)
 
     def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
-        """The modules of the head, and what else has new weights, such as a pooler that its base lacks."""
+        """The modules of the head, and others with new weights, such as a pooler that the base lacks."""
         from .new_head import new_modules
 
         head = head_modules(model)
@@ -147,7 +147,7 @@ class ClassifierKind:
             refuse_few_rows(base_of(model), self.tokens, setting)
 
     def checked(self, model: Classifier, setting: str, packing: int = 0, implementation: str = "auto") -> Classifier:
-        """The logits of a small batch are finite, one for each class, and those of an example alone."""
+        """UserError unless the logits of a small batch are finite and one for each class; a note if they depend on the rest of the batch."""
         if self.examples is None:
             return model
         order = self.examples.max_lengths.argsort(kind="stable")
@@ -163,15 +163,15 @@ class ClassifierKind:
                 ) from error
             if logits_NC.ndim != 2 or logits_NC.shape[1] != model.head.vocab:
                 raise UserError(
-                    f"{setting}: {family} gives logits of shape {tuple(logits_NC.shape)}, expected one for each class; use another model"
+                    f"{setting}: {family} returns logits of shape {tuple(logits_NC.shape)}, expected one for each class; use another model"
                 )
             if not math.isfinite(size := logits_NC.abs().max().item()):
                 raise UserError(f"{setting}: its logits are not finite; load it in another dtype, or use other weights")
             gap = largest_difference(model.head.logits(model.hidden(alone)), logits_NC[:1])
         if not gap <= tolerance(model) * max(size, 1e-3):
             warn(
-                f"note: {setting}: {family} answers an example otherwise when a longer one is in its batch, by {gap:.2g} of {size:.2g}: its padding counts, so "
-                "results depend on the micro-batches; train.group_by_length lessens it, and train.micro_batch_size: 1 ends it"
+                f"note: {setting}: {family}'s logits of an example change when a longer one is in its batch, by {gap:.2g} of {size:.2g}: padding has an "
+                "effect, so results depend on the micro-batches; train.group_by_length reduces it, and train.micro_batch_size: 1 removes it"
             )
         return model
 
@@ -180,21 +180,21 @@ class ClassifierKind:
 
 
 def draw(model: nn.Module, module: nn.Module) -> None:
-    """Give a module random weights, as the model's family does."""
+    """Give a module new random weights, as its family initialises them."""
     for parameter in module.parameters(recurse=False):
-        parameter.__dict__.pop("_is_hf_initialized", None)  # transformers' mark of weights that are not to be drawn again
+        parameter.__dict__.pop("_is_hf_initialized", None)  # with this mark transformers would leave the weights as they are
     module.__dict__.pop("_is_hf_initialized", None)
     with torch.no_grad():
         model._init_weights(module)
 
 
 def labelled(names: Sequence[str]) -> dict:
-    """The classes in a configuration."""
+    """The entries of a configuration that name the classes."""
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """The names of a model's modules outside of its body that have weights."""
+    """The names of a model's modules with weights outside of its body."""
     body = model.base_model_prefix
     return tuple(name for name, module in model.named_children() if name != body and any(True for _ in module.parameters()))
 
@@ -202,17 +202,18 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 def _layers(model: nn.Module, setting: str) -> nn.ModuleList:
     count = getattr(model.config, "num_hidden_layers", None)
     lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count]
-    found = max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)  # sound has convolutions in a list too
+    # The largest: audio models have their convolutions in a list, too.
+    found = max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
     if found is None:
         raise UserError(
-            f"{setting} ({model.config.model_type}) does not keep its layers in a list, so that nothing can be read inside it; use another model"
+            f"{setting} ({model.config.model_type}) does not keep its layers in a list, so nothing can be read inside it; use another model"
         )
     return found
 
 
 @contextmanager
 def _tapped(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Filled, in a forward pass inside, with the hidden states [B, T, H] after each of `layers`; 0 is what the first layer reads."""
+    """A dictionary that a forward pass inside the context fills with the hidden states [B, T, H] after each of `layers`; 0 is the first layer's input."""
     taken: dict[int, Tensor] = {}
     if not layers:
         yield taken
@@ -226,12 +227,10 @@ def _tapped(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Tenso
         return lambda module, args, out: taken.__setitem__(number, out if isinstance(out, Tensor) else out[0])
 
     for number in layers:
-        hook = (
-            modules[0].register_forward_pre_hook(before, with_kwargs=True)
-            if not number
-            else modules[number - 1].register_forward_hook(after(number))
-        )
-        hooks.append(hook)
+        if number == 0:
+            hooks.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            hooks.append(modules[number - 1].register_forward_hook(after(number)))
     try:
         yield taken
     finally:

@@ -1,7 +1,7 @@
-"""Students of fewer layers than their base (`student.layers`): which families allow it, where the smaller model is kept, which layers matter.
+"""Students with fewer layers than their base (`student.layers`): which families allow it, which layers are kept, where the model is cached.
 
-The smaller model is made as files, before anything is loaded, so that it is an ordinary model for everything after: quantisation,
-adapters, checkpoints, export, and the tools of others. It is kept next to the token cache, and made again where it is missing or damaged.
+The smaller model is written as files before anything is loaded, so that it is an ordinary model for everything that follows: quantisation,
+adapters, checkpoints, export and other tools. It is cached next to the token cache, and written again if it is missing or damaged.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from .block_influence import block_influence, most_influential
 from .families import layers_of
 
 SETTING = "student.layers"
-#: Options of config.json by which a layer's result depends on its place, or on how many there are.
+#: Options of config.json that make a layer's output depend on its place or on the number of layers.
 _BY_PLACE = ("scale_attn_by_inverse_layer_idx", "scale_depth", "num_kv_shared_layers", "num_nextn_predict_layers")
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def find_student(settings: Student) -> ModelFiles | None:
-    """The files of the student's model, cut to `student.layers` where these are known; None for new weights."""
+    """The files of the student's model, cut to `student.layers` if these are known; None for new weights."""
     if not settings.model:
         return None
     files = find(settings.model, "student.model", settings.revision, settings.base)
@@ -45,7 +45,7 @@ def find_student(settings: Student) -> ModelFiles | None:
 
 
 def kept_of(settings: Student, files: ModelFiles) -> tuple[int, ...] | None:
-    """The layers that are kept; None for all of them, and where they are to be measured. UserError where the model has no such layers."""
+    """The layers that are kept; None if all are, or if they are yet to be measured. UserError for layers that the model does not have."""
     if settings.layers is None:
         return None
     if files.adapter:
@@ -56,7 +56,7 @@ def kept_of(settings: Student, files: ModelFiles) -> tuple[int, ...] | None:
 
 
 def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
-    """The files of the model that consists of these layers of another, which are made if they are not there. UserError where that is no model."""
+    """The files of a model with only the `kept` layers, which are written unless cached. UserError if the family does not allow it."""
 
     def write(part: Path) -> None:
         config = smaller_config(files.config, _whole_config(files), kept)
@@ -66,9 +66,9 @@ def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
 
 
 def made(files: ModelFiles, kept: list | dict, words: str, write: Callable[[Path], None]) -> ModelFiles:
-    """The files of a model of some layers of another: those that `write` puts into a folder, unless they are there already.
+    """The cached files of a model with some layers of another; `write` writes them into a folder if they are not cached yet.
 
-    kept, words  which layers, as a key and as people say it
+    kept, words  the layers, as a key and in words
     """
     base, setting = files.base, "student.model"
     verify(base, None, setting)
@@ -91,6 +91,7 @@ def made(files: ModelFiles, kept: list | dict, words: str, write: Callable[[Path
 
 
 def described(kept: tuple[int, ...], whole: ModelFiles) -> str:
+    """The kept layers and their base, in words."""
     return f"{layer_words(kept)} of the {layer_count(whole.config)[1]} of {named(whole.base)}"
 
 
@@ -101,12 +102,12 @@ def _is_whole(folder: Path) -> bool:
         verify(folder, None, SETTING)
         return (folder / "llmkd.json").is_file()
     except UserError as error:
-        warn(f"warning: {error.problems[0]}; it is made again")
+        warn(f"warning: {error.problems[0]}; it is written again")
         return False
 
 
 def named(base: Path) -> str:
-    """A base as people name it: its id on the hub with the commit, or its folder."""
+    """A base's name for people: its id on the hub with the commit, or its folder."""
     origin = hub_origin(base)
     return f"{origin[0]} ({origin[1]})" if origin else str(base.resolve())
 
@@ -121,38 +122,45 @@ def _readme(files: ModelFiles, words: str) -> str:
 
 
 def kept_layers(wanted: tuple[int, ...] | LayerChoice, count: int, setting: str = SETTING) -> tuple[int, ...] | None:
-    """The numbers of the layers of a model with `count` layers that are kept; None where they are to be measured first.
+    """The layers (from 0) that are kept of `count`; None if they are to be measured first.
 
-    UserError where the model has no such layers, and where none would be left out.
+    UserError for layers that the model does not have, and if none would be left out.
     """
     if isinstance(wanted, tuple):
         if beyond := [number for number in wanted if number >= count]:
-            raise UserError(f"{setting}: found layer {beyond[0]}, and student.model has {count} layers, 0 to {count - 1}")
+            raise UserError(f"{setting}: found layer {beyond[0]}, but student.model has {count} layers, 0 to {count - 1}")
         chosen = wanted
     else:
         if wanted.count > count:
-            raise UserError(f"{setting}.count: found {wanted.count}, and student.model has {count} layers; lower it")
-        chosen = tuple(range(count)) if wanted.count == count else evenly(wanted.count, count) if wanted.by == "even" else None
+            raise UserError(f"{setting}.count: found {wanted.count}, but student.model has {count} layers; lower it")
+        if wanted.count == count:
+            chosen = tuple(range(count))
+        elif wanted.by == "even":
+            chosen = evenly(wanted.count, count)
+        else:
+            chosen = None
     if chosen is not None and len(chosen) == count:
         raise UserError(f"{setting}: keeps all {count} layers of student.model; leave it out")
     return chosen
 
 
 def evenly(count: int, layers: int) -> tuple[int, ...]:
-    """`count` numbers from 0 to `layers` - 1, evenly spaced, with the first and the last; halves are rounded up. Of one: the first."""
-    return tuple((2 * i * (layers - 1) + (count - 1)) // (2 * (count - 1)) for i in range(count)) if count > 1 else (0,)
+    """`count` evenly spaced numbers from 0 to `layers` - 1, including both; halves are rounded up. A single one is 0."""
+    if count == 1:
+        return (0,)
+    return tuple((2 * i * (layers - 1) + (count - 1)) // (2 * (count - 1)) for i in range(count))
 
 
 # ---- which families allow it
 
 
 def smaller_config(config: dict, whole_config, kept: tuple[int, ...]) -> dict:
-    """config.json of the model of these layers. UserError where the layers of a family are not alike, or depend on their place.
+    """The config.json of the model with these layers. UserError if the layers of a family differ, or depend on their place.
 
-    Both models are built without weights and compared: every layer of the whole model has the same modules and parameters, and each that
-    is kept computes in the smaller one as it did, by all plain values in its modules but its own number.
+    Both models are built without weights and compared. All layers of the whole model must have the same modules and parameters, and the
+    modules of each kept layer must have the same plain values in the smaller model, except for its own index.
 
-    config, whole_config  config.json of the whole model, and transformers' reading of it
+    config, whole_config  the whole model's config.json, and transformers' configuration made from it
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -206,13 +214,13 @@ def _unlike(kind: str | None, why: str) -> UserError:
 
 
 def shape_of(layer: nn.Module) -> dict[str, object]:
-    """A layer's modules by kind, and its parameters by shape."""
+    """The kinds of a layer's modules and the shapes of its parameters, by name."""
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
     return {name: type(module).__name__ for name, module in layer.named_modules()} | shapes
 
 
 def _difference(old: nn.Module, new: nn.Module, before: int, now: int) -> str | None:
-    """The first plain value in a layer's modules that another number gives it, the number itself apart."""
+    """The name of the first plain value in a layer's modules that changes with its index, except the index itself; None if there is none."""
     was, has = _values(old), _values(new)
     for name in sorted(was.keys() | has.keys()):
         a, b = was.get(name), has.get(name)
@@ -231,7 +239,7 @@ def _values(module: nn.Module) -> dict[str, object]:
 
 
 def _beside(model: nn.Module, layers: nn.ModuleList) -> dict[str, tuple]:
-    """The parameters and buffers of a model outside its layers, by shape."""
+    """The shapes of a model's parameters and buffers outside its layers, by name."""
     inside = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
     every = (*model.named_parameters(), *model.named_buffers())
     return {name: tuple(tensor.shape) for name, tensor in every if id(tensor) not in inside}
@@ -243,7 +251,7 @@ def _beside(model: nn.Module, layers: nn.ModuleList) -> dict[str, tuple]:
 def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarray]) -> tuple[int, ...]:
     """The layers of `student.layers: {count, by: block_influence}`, measured on token ids [T] of some training examples.
 
-    What was measured is kept, so that the processes of a launch, the runs of a sweep and a resumed run choose the same.
+    The measurement is cached, so that all processes of a launch, the runs of a sweep and a resumed run choose the same layers.
     """
     from . import pretrained
 
@@ -253,12 +261,12 @@ def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarra
         try:
             found = read_sealed(path)["influence"]
         except (OSError, ValueError, KeyError):
-            smaller_config(files.config, _whole_config(files), (0,))  # refused before the weights are loaded
+            smaller_config(files.config, _whole_config(files), (0,))  # refuse the family before its weights are loaded
             model = pretrained.load_pretrained(
                 files.base, "student.model", settings.dtype, settings.attention, "cuda" if torch.cuda.is_available() else "cpu"
             ).eval()
             found = block_influence(model, [torch.from_numpy(ids_T).long() for ids_T in examples])
-            with contextlib.suppress(OSError):  # measured again next time
+            with contextlib.suppress(OSError):  # without a cache it is measured again next time
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_sealed(path, {"influence": found})
     kept = most_influential(found, settings.layers.count)
@@ -275,7 +283,7 @@ def model_cache() -> Path:
 
 
 def in_cache(base: Path) -> bool:
-    """Whether a base is a model that llmkd has made of another and keeps for itself: it is nowhere else."""
+    """Whether a base is one of the smaller models in llmkd's cache, and exists nowhere else."""
     return base.resolve().parent == (model_cache() / "models").resolve()
 
 
@@ -285,7 +293,7 @@ def key_of(parts: list) -> str:
 
 @contextlib.contextmanager
 def locked(entry: Path) -> Iterator[None]:
-    """Held by one process of this machine at a time; where nothing can be locked, it is not held."""
+    """A lock that one process of this machine can hold at a time; without effect on file systems that cannot lock."""
     try:
         place = entry.parent.with_name("locks")
         place.mkdir(parents=True, exist_ok=True)

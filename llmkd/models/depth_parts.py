@@ -1,4 +1,4 @@
-"""Students of fewer encoder and decoder layers than their base (`student.layers: {encoder: all, decoder: [0, 3]}`)."""
+"""Students with fewer encoder and decoder layers than their base (`student.layers: {encoder: all, decoder: [0, 3]}`)."""
 
 import re
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from ..model_folder.layers import layer_words, write_config, write_lists
 from ..model_folder.weights import headers
 from .depth import SETTING, evenly, made, named, shape_of
 
-#: What config.json calls the numbers of layers, as families have it: of the encoder, and of the decoder.
+#: The names of the numbers of layers in config.json, in different families.
 _COUNTS = {"encoder": ("encoder_layers", "num_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
-#: A further name that must agree with the encoder's number where it is written.
+#: A further name that must agree with the encoder's number, if config.json has it.
 _AS_ENCODER = "num_hidden_layers"
 
 
 def cut_parts(files: ModelFiles, wanted: PartLayers) -> ModelFiles:
-    """The files of the encoder-decoder model that has these layers of another, which are made if they are not there. UserError where that is no model."""
+    """The files of an encoder-decoder model with only the `wanted` layers, which are written unless cached. UserError if that is not possible."""
     if files.adapter:
         raise UserError(
             f"{SETTING}: student.model is an adapter, which belongs to all layers of its base; merge it first, and name that folder"
@@ -38,7 +38,7 @@ def cut_parts(files: ModelFiles, wanted: PartLayers) -> ModelFiles:
 
 
 def smaller_config(files: ModelFiles, wanted: PartLayers) -> dict:
-    """The configuration of the model that has these layers of another. UserError where they are all of them."""
+    """The configuration of the model with only the `wanted` layers. UserError if these are all of them."""
     counts, kept = {part: _count(files.config, part) for part in _COUNTS}, kept_parts(files, wanted)
     if all(len(kept[part]) == counts[part][1] for part in kept):
         raise UserError(f"{SETTING}: keeps all layers of student.model; leave it out")
@@ -47,7 +47,7 @@ def smaller_config(files: ModelFiles, wanted: PartLayers) -> dict:
 
 
 def kept_parts(files: ModelFiles, wanted: PartLayers) -> dict[str, tuple[int, ...]]:
-    """The numbers of the layers that are kept, by part."""
+    """The layers (from 0) that are kept, by part."""
     return {part: _kept(getattr(wanted, part), _count(files.config, part)[1], part) for part in _COUNTS}
 
 
@@ -70,22 +70,22 @@ def _count(config: dict, part: str) -> tuple[str, int]:
 
 
 def _kept(wanted: str | int | tuple[int, ...], count: int, part: str) -> tuple[int, ...]:
-    """The numbers of the layers of a part that are kept."""
+    """The layers (from 0) of a part that are kept."""
     if wanted == "all":
         return tuple(range(count))
     if isinstance(wanted, int):
         if wanted > count:
-            raise UserError(f"{SETTING}.{part}: found {wanted}, and the {part} of student.model has {count} layers; lower it")
+            raise UserError(f"{SETTING}.{part}: found {wanted}, but the {part} of student.model has {count} layers; lower it")
         return evenly(wanted, count)
     if beyond := [number for number in wanted if number >= count]:
-        raise UserError(f"{SETTING}.{part}: found layer {beyond[0]}, and the {part} of student.model has {count} layers, 0 to {count - 1}")
+        raise UserError(f"{SETTING}.{part}: found layer {beyond[0]}, but the {part} of student.model has {count} layers, 0 to {count - 1}")
     return wanted
 
 
 def _prefixes(files: ModelFiles, config: dict, kept: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """What the names of each part's tensors begin with in the files. UserError where a layer would not be what it was.
+    """The prefix of the tensors of each part's layers in the files. UserError if a layer would change.
 
-    Both models are built without weights: a layer that is kept has the same modules and parameters in the smaller one.
+    Both models are built without weights: a kept layer must have the same modules and parameters in the smaller one.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -118,7 +118,7 @@ def _prefixes(files: ModelFiles, config: dict, kept: dict[str, tuple[int, ...]])
 
 
 def _layers(model: nn.Module, part: str) -> tuple[str, nn.ModuleList] | None:
-    """The list of layers of a part, with its name in the model."""
+    """The name of a part's list of layers in the model, and the list; None without one."""
     module: Callable = model.get_encoder if part == "encoder" else model.get_decoder
     inside = module()
     where = next((name for name, one in model.named_modules() if one is inside), part)

@@ -1,7 +1,7 @@
-"""Dropout of LoRA whose masks follow the example: how a step is cut into micro-batches, packed rows and ranks does not change them.
+"""Dropout for LoRA whose masks depend on the example, not on how a step is split into micro-batches, packed rows and ranks.
 
-Whether an element is kept is a hash of its position's key (`View.keys`, which holds seed, step, example and position), of its module and of
-its feature. So a layer that is recomputed has its mask again, and nothing is drawn from torch's generator.
+Whether an element is kept is a hash of its position's key (`View.keys`, made from seed, step, example and position), its module and its
+feature. So a layer that is recomputed gets the same mask again, and nothing is drawn from torch's generator.
 """
 
 import hashlib
@@ -13,21 +13,27 @@ from torch import Tensor, nn
 
 from ..batch import Rows, View
 
-_LANE = 1 << 16  # one word of a hash decides two elements, each by a number of 16 bits
+_LANE = 1 << 16  # one word of a hash decides two elements, with 16 bits for each
 _GOLDEN, _FIRST, _SECOND = -0x61C88647, 0x7FEB352D, -0x7B935975  # odd int32 factors: 2^32 over the golden ratio, and Wellons' lowbias32
 
 
 @dataclass
 class _Computed:
-    """The keys of what is computed at the moment."""
+    """The keys of the current forward pass.
 
-    positions: Tensor | None = None  # [B * T] int32: all positions
-    rows: Tensor | None = None  # [N]: the view's rows, which the last layer computes alone
-    chunk: Rows | None = None  # those of the view's rows that the head computes at the moment
-    examples: Tensor | None = None  # [B] int32: one key for each, where modules have several numbers of positions, as encoder and decoder
+    positions   [B * T] int32, of all positions
+    rows        [N], of the view's rows, to which the last layer may be restricted
+    chunk       those of the view's rows that the head is computing
+    examples    [B] int32, one key for each example, if modules differ in their numbers of positions, like encoder and decoder
+    """
+
+    positions: Tensor | None = None
+    rows: Tensor | None = None
+    chunk: Rows | None = None
+    examples: Tensor | None = None
 
     def of(self, n: int) -> Tensor | None:
-        """Of a module's n rows of inputs; None where they are none of these."""
+        """The keys [n] of a module's n rows of inputs; None if they are none of these."""
         if self.examples is not None and self.chunk is None:
             return spread(self.examples, n // len(self.examples)) if n % len(self.examples) == 0 else None
         known = (self.positions, self.rows) if self.chunk is None or self.rows is None else (self.rows[self.chunk],)
@@ -37,8 +43,8 @@ class _Computed:
         return None
 
 
-#: Oddity: here and not on the modules, for the reason that `last_layer._ACTIVE` gives. What a forward pass leaves stands until the next one,
-#: since the backward pass recomputes layers.
+#: Oddity: kept here and not on the modules, for the reason that `last_layer._ACTIVE` gives. The keys of a forward pass stay until the next one,
+#: since the backward pass may recompute layers.
 _COMPUTED: dict[int, _Computed] = {}
 _NUMBERS = itertools.count()
 
@@ -46,10 +52,10 @@ _NUMBERS = itertools.count()
 class ExampleDropout(nn.Dropout):
     """Dropout of a module's inputs [..., F] by the keys of their positions.
 
-    where   the module's name, of which its masks are a function
+    where   the module's name, on which its masks depend
     number  of the model's `DropoutMasks`
 
-    Inputs that are neither all positions nor the view's rows nor a chunk of them (an expert's, say) get ordinary dropout.
+    Inputs that are neither all positions nor the view's rows nor a chunk of them, such as an expert's, get ordinary dropout.
     """
 
     def __init__(self, p: float, where: str, number: int):
@@ -65,22 +71,22 @@ class ExampleDropout(nn.Dropout):
 
 
 def drop(x: Tensor, keys: Tensor, key: int, p: float) -> Tensor:
-    """Dropout of x [..., F] by the keys [n] of its n rows and the key of a module. p is rounded to 16 bits, and the scale is that of the rounded p."""
+    """Dropout of x [..., F] by the keys [n] of its n rows and the key of a module. p is rounded to 16 bits, and the scale follows the rounded p."""
     dropped = min(round(p * _LANE), _LANE - 1)
     mask = hashed(keys, key, x.shape[-1]) < dropped - _LANE // 2
     return x.masked_fill(mask.view(x.shape), 0).mul_(_LANE / (_LANE - dropped))
 
 
 def hashed(keys: Tensor, key: int, features: int) -> Tensor:
-    """Numbers [n, F], uniform over int16: a word is that of the position, xor that of two features, mixed in the
-    manner of lowbias32: add the high bits, multiply, twice, and add them."""
+    """Numbers [n, F], uniform over int16. A word for two features is the position's key xor theirs, mixed like Wellons' lowbias32: add the high
+    bits and multiply, twice, then add the high bits."""
     pairs = torch.arange((features + 1) // 2, dtype=torch.int32, device=keys.device)
     words = keys[:, None] ^ _mix_(pairs * _GOLDEN + key)
     return _mix_(words).view(torch.int16)[:, :features]
 
 
 def spread(keys_B: Tensor, positions: int) -> Tensor:
-    """Keys of the positions of B examples [B * positions], each a function of its example's key and its number alone."""
+    """Keys [B * positions] of the positions of B examples, each a function of its example's key and its index only."""
     numbers = torch.arange(positions, dtype=torch.int32, device=keys_B.device)
     return _mix_(keys_B[:, None] ^ _mix_(numbers * _GOLDEN)).flatten()
 
@@ -94,13 +100,13 @@ def _mix_(words: Tensor) -> Tensor:
 
 
 class DropoutMasks:
-    """What a model's `ExampleDropout` modules are told before they compute."""
+    """Sets the keys of a model's `ExampleDropout` modules before each pass."""
 
     def __init__(self, number: int):
         self.number = number
 
     def begin(self, view: View) -> None:
-        """A forward pass of the view begins. Without keys it has random ones."""
+        """Called before a forward pass of the view. Without keys it gets random ones."""
         keys_BT = view.keys
         if keys_BT is None:
             keys_BT = torch.randint(-(1 << 31), 1 << 31, view.shape[:2], dtype=torch.int32, device=view.rows_N.device)
@@ -109,7 +115,7 @@ class DropoutMasks:
         computed.rows, computed.chunk, computed.examples = computed.positions[view.rows_N], None, None
 
     def begin_examples(self, view: View) -> None:
-        """The same where the view has one key for each example [B, 1], from which those of any number of positions follow."""
+        """As `begin`, for a view with one key per example, [B, 1], from which the keys of any number of positions follow."""
         keys_B1 = view.keys
         if keys_B1 is None:
             keys_B1 = torch.randint(-(1 << 31), 1 << 31, (view.B, 1), dtype=torch.int32, device=view.rows_N.device)
@@ -118,18 +124,18 @@ class DropoutMasks:
         computed.rows = spread(computed.examples, view.T)[view.rows_N]
 
     def choose(self, rows: Rows | None) -> None:
-        """The head computes those of the view's rows next; None: it is done."""
+        """Called before the head computes these rows of the view, and with None afterwards."""
         _COMPUTED[self.number].chunk = rows
 
 
 def dropout_masks_of(model: nn.Module) -> DropoutMasks | None:
-    """Those of a model with dropout in its adapters; None for another."""
+    """The masks of a model with dropout in its adapters; None for any other."""
     found = next((one for one in model.modules() if isinstance(one, ExampleDropout)), None)
     return found and DropoutMasks(found.number)
 
 
 def follow_examples(model: nn.Module) -> None:
-    """Replace the dropout of a PEFT model's adapters."""
+    """Replace the dropout of a PEFT model's adapters by `ExampleDropout`."""
     number, base = next(_NUMBERS), model.get_base_model()
     _COMPUTED[number] = _Computed()
     for where, module in base.named_modules():

@@ -1,4 +1,4 @@
-"""Encoder-decoder models of text or speech (T5, BART, Whisper and their kind): a source is encoded, and a decoder predicts the target's tokens."""
+"""Encoder-decoder models for text or speech, such as T5, BART and Whisper: a source is encoded, and a decoder predicts the target's tokens."""
 
 import dataclasses
 import inspect
@@ -26,19 +26,19 @@ DECODER_IDS = "decoder_input_ids"
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What the encoder made of B sources: states [B, S, H], and the mask [B, S'] that it was given, if any."""
+    """The encoder's states [B, S, H] of B sources, and the mask [B, S'] that it was given, if any."""
 
     states_BSH: Tensor
     mask: Tensor | None
 
 
 class EncoderDecoder(Model):
-    """An encoder-decoder model; see `Model`. Its rows are positions of the decoder, whose states its head, the output embedding, reads.
+    """An encoder-decoder model; see `Model`. Its rows are positions of the decoder; its head is the output embedding.
 
-    probe   a view of some examples, to be tried on; None where there is none
-    states  from inputs and what encodes them to states that are kept (`encoder_states.py`); None where none are
+    probe   a view of some examples for the startup checks; None without
+    states  a function of the inputs and their encoder that keeps the encoder's states (`encoder_states.py`); None: they are not kept
 
-    An encoder without a weight that trains is in eval mode, and nothing is kept for its backward pass.
+    An encoder without trainable weights is in eval mode, and keeps nothing for a backward pass.
     """
 
     probe: View | None = None
@@ -71,7 +71,7 @@ class EncoderDecoder(Model):
         return self
 
     def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
-        """Nothing inside the model is read: `taps` are to be none."""
+        """The decoder's last hidden states at the view's rows. `taps` are not supported and must be empty."""
         self.set_active_adapter()
         if self.dropout_masks:
             self.dropout_masks.begin_examples(view)
@@ -79,11 +79,11 @@ class EncoderDecoder(Model):
         return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), {}, {})
 
     def _casting(self) -> torch.autocast:
-        """In all passes, so that states that are kept are the same whichever pass has computed them."""
+        """The autocast of all passes, so that kept states do not depend on the pass that computed them."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def encoded(self, inputs: dict[str, Tensor]) -> Encoded:
-        """The encoder's states of a batch's sources; `inputs` as of a view."""
+        """The encoder's states of a batch's sources. `inputs`: as in a view."""
         read = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items() if name != DECODER_IDS}
         encoder = self.base_model.get_encoder()
         with self._casting(), torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains):
@@ -94,7 +94,7 @@ class EncoderDecoder(Model):
     def decoded(self, source: Encoded, ids_BT: Tensor, cache: Any = None, use_cache: bool = False) -> tuple[Tensor, Any]:
         """The decoder's last hidden states [B, T, H], with `own_forward` logits [B, T, V], and the cache after these tokens.
 
-        cache   of the tokens before; None for none
+        cache   keys and values of the tokens before; None if there are none
         """
         before = {"use_cache": use_cache} | ({} if cache is None else {"past_key_values": cache})
         if self.capabilities.own_forward:
@@ -117,14 +117,14 @@ class EncoderDecoder(Model):
 class EncoderDecoderKind:
     """See `ModelKind`.
 
-    auto      the name of transformers' class that loads the models
+    auto      the name of the transformers class that loads it
     tokens    entries of the tokenizer
-    examples  to be tried on; None where nothing is tried
+    examples  `data.examples.Examples` for the startup checks; None: no checks
     """
 
     auto: str
     tokens: int
-    examples: Any | None = None  # `data.examples.Examples`: models import nothing of data
+    examples: Any | None = None  # models import nothing from data
     wrapper = EncoderDecoder
     peft = "SEQ_2_SEQ_LM"
 
@@ -141,9 +141,9 @@ class EncoderDecoderKind:
         refuse_few_rows(base_of(model), vocab, setting)
 
     def checked(self, model: EncoderDecoder, setting: str, packing: int = 0, implementation: str = "auto") -> EncoderDecoder:
-        """The model with its head known, or with its own forward pass. UserError where it fails, or a token sees those after it.
+        """The model with its head, if it is known, or with its own forward pass. UserError if it fails, or a token sees later ones.
 
-        Whether padding of the source counts is said. The batch is of one example where its source has one length in any case.
+        A note says if padding of the source has an effect. The batch has one example if all sources have the same length.
         """
         if self.examples is None:
             return model
@@ -171,8 +171,8 @@ class EncoderDecoderKind:
                 known_NV = _logits(model, source, model.probe)[: len(alone.rows_N)]
                 if not (gap := largest_difference(_logits(model, model.encoded(alone.inputs), alone), known_NV)) <= limit:
                     warn(
-                        f"note: {setting}: {family} answers a source otherwise when a longer one is in its batch, by {gap:.2g} of {size:.2g}: its "
-                        "padding counts, so results depend on the micro-batches; train.group_by_length lessens it, and train.micro_batch_size: 1 ends it"
+                        f"note: {setting}: {family}'s logits for a source change when a longer one is in its batch, by {gap:.2g} of {size:.2g}: padding has "
+                        "an effect, so results depend on the micro-batches; train.group_by_length reduces it, and train.micro_batch_size: 1 removes it"
                     )
         return given.replaced(capabilities=model.capabilities)
 
@@ -181,7 +181,7 @@ class EncoderDecoderKind:
 
 
 def _with_known_head(model: EncoderDecoder, source: Encoded, own_NV: Tensor, limit: float, setting: str) -> EncoderDecoder:
-    """The model as it is where its head is known, or with its own forward pass."""
+    """The model as it is if its head is known; otherwise with its own forward pass."""
     if _gap(model, source, own_NV) <= limit:
         return model
     family = model.base_model.config.model_type
@@ -189,7 +189,7 @@ def _with_known_head(model: EncoderDecoder, source: Encoded, own_NV: Tensor, lim
     if not (gap := _gap(model, source, own_NV)) <= limit:
         raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g}; use another model")
     warn(
-        f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, which is exact, but holds the logits of a "
+        f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, which is exact but holds the logits of a "
         "whole micro-batch in memory"
     )
     return model
@@ -203,7 +203,7 @@ def _gap(model: EncoderDecoder, source: Encoded, own_NV: Tensor) -> float:
 
 
 def _refuse_looking_ahead(model: EncoderDecoder, source: Encoded, limit: float, setting: str) -> None:
-    """UserError where the decoder's states change with a token after them."""
+    """UserError if the decoder's states at a position change with a later token."""
     ids_BT, vocab = model.probe.inputs[DECODER_IDS], model.head.vocab
     other_BT = ids_BT.clone()
     other_BT[:, -1] = (other_BT[:, -1] + 1) % vocab
@@ -225,6 +225,6 @@ def _known(model: EncoderDecoder, inputs: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _called(module: nn.Module, arguments: dict[str, Any]):
-    """A module's outputs; arguments without a value are left out where it has none of that name, as a speech encoder has no mask."""
+    """Call a module; arguments that are None are left out if it has no such argument, as a speech encoder has no mask."""
     known = inspect.signature(module.forward).parameters
     return module(**{name: value for name, value in arguments.items() if name in known or value is not None})

@@ -1,4 +1,4 @@
-"""States of a frozen encoder that are kept, by what was read: computed once for all epochs, and for a teacher with the same encoder too."""
+"""Keeps the states of a frozen encoder by their inputs: they are computed once for all epochs, and for a teacher with the same encoder."""
 
 import hashlib
 from collections import OrderedDict
@@ -13,16 +13,16 @@ from .shared_weights import storage_bytes
 
 
 class EncoderStates:
-    """The states [S, H] of at most `most` examples, in the host's memory (`kept`, by `key_of`); of more, those that were used last.
+    """The states [S, H] of at most `most` examples in the host's memory (`kept`, by `key_of`); the least recently used are dropped.
 
-    An example is computed alone, so that its states do not depend, even by rounding, on what is in its batch.
+    Each example is encoded alone, so that its states do not depend, even by rounding, on the rest of its batch.
     """
 
     def __init__(self, most: int):
         self.most, self.kept = most, OrderedDict()
 
     def __call__(self, inputs: dict[str, Tensor], encode: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """States [B, S, H] of inputs that have no padding, [B, ...] each."""
+        """States [B, S, H] of inputs [B, ...] without padding."""
         names, out = sorted(inputs), []
         for b in range(len(inputs[names[0]])):
             one = {name: inputs[name][b : b + 1] for name in names}
@@ -37,14 +37,14 @@ class EncoderStates:
 
 
 def key_of(inputs: dict[str, Tensor]) -> Hashable:
-    """What was read, as a hash."""
+    """A hash of the inputs' values."""
     return hashlib.blake2b(b"".join(x.cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in inputs.values())).digest()
 
 
 def keep_states(students: Iterable[EncoderDecoder], teachers: Iterable[tuple[str, EncoderDecoder]], most: int) -> None:
-    """Let students with a frozen encoder keep its states, and teachers whose encoder consists of the same weights in memory use them too.
+    """Let students with a frozen encoder keep its states, and let teachers whose encoder has the same weights in memory use them, too.
 
-    teachers  with the names of their settings
+    teachers  (setting, teacher) of each
     """
     students = list(students)
     first, states = students[0], EncoderStates(most)
@@ -53,11 +53,11 @@ def keep_states(students: Iterable[EncoderDecoder], teachers: Iterable[tuple[str
     for setting, teacher in teachers:
         if isinstance(teacher, EncoderDecoder) and _same_encoder(first, teacher):
             teacher.states = states
-            info(f"{setting}: its encoder is the student's, and what it computes is computed once for both")
+            info(f"{setting}: its encoder is the student's, so its states are computed once for both")
 
 
 def _same_encoder(one: EncoderDecoder, other: EncoderDecoder) -> bool:
-    """Whether two frozen encoders compute the same: the same weights in memory, in the same modules."""
+    """Whether two encoders are frozen and compute the same: same weights in memory, same modules, same autocast."""
     a, b = (model.base_model.get_encoder() for model in (one, other))
     same = storage_bytes(a) == storage_bytes(b) and _modules(a) == _modules(b)
     return same and one.autocast == other.autocast and not one.encoder_trains and not other.encoder_trains

@@ -1,6 +1,6 @@
-"""Where a model family keeps its body and layers, and what it does between last hidden states and logits.
+"""The differences between model families: where they keep body and layers, and how they turn last hidden states into logits.
 
-A family that is not known here is no error: the startup checks find that the logits differ, and the model's own forward pass is used.
+A family that is unknown here is no error: the startup checks notice that its logits differ, and the model's own forward pass is used.
 """
 
 from collections.abc import Callable
@@ -25,31 +25,31 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The body: from token ids to last hidden states."""
+    """The body, which computes last hidden states from token ids."""
     decoder = model.get_decoder()
     if decoder is model.get_output_embeddings():  # ModernBERT calls its head a decoder
         return getattr(model, model.base_model_prefix)
     return getattr(model, "model", model) if decoder is model else decoder
 
 
-#: Under this name `sharding.shard` puts a method on a model that it cuts: its decoder, called through the hooks of the whole model.
+#: The name of the method that `sharding.shard` adds to a sharded model: it calls the decoder through the hooks of the whole model.
 BODY = "llmkd_body"
 
 
 def body_of(model: nn.Module) -> Callable:
-    """What computes last hidden states: the decoder, or what stands in its place."""
+    """The callable that computes last hidden states: the decoder, or the method of a sharded model in its place."""
     return getattr(model, BODY, None) or decoder_of(model)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
-    """The body's layers in their order; None where a family has no list of them."""
+    """The body's layers, in order; None for a family without a list of them."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), None)
 
 
 def non_text_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that text does not pass through, such as a vision tower's: they get no gradient from text."""
+    """Parameters that text does not pass through, such as those of a vision tower; they get no gradient from text."""
     if model.config.get_text_config() is model.config:
         return []
     used = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
@@ -57,7 +57,7 @@ def non_text_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_encoder(model: nn.Module) -> None:
-    """No weight of an encoder-decoder model's encoder requires a gradient any more; one that its decoder or head has too does not either."""
+    """Freeze the encoder of an encoder-decoder model, including weights that its decoder or head shares."""
     encoder, body = model.get_encoder(), model.get_decoder()
     encoder.requires_grad_(False)
     if any(not p.requires_grad and any(p is own for own in encoder.parameters()) for p in body.parameters()):
@@ -67,7 +67,7 @@ def freeze_encoder(model: nn.Module) -> None:
 def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
     """The head, with the scale and the soft cap of the model's configuration; padding columns past `vocab` are cut.
 
-    adapter  among several in the model, the one that this head has
+    adapter  the adapter of this head, if the model has several
     """
     config = model.config.get_text_config()
     scale = 1.0
@@ -83,7 +83,7 @@ def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
 
 
 def _without_others(module: nn.Module, adapter: str | None) -> nn.Module:
-    """The module without PEFT's wrapper, where only other adapters than this one are on it."""
+    """The module, without PEFT's wrapper if only other adapters than this one are on it."""
     for inner, kept in (("base_layer", "lora_A"), ("base_layer", "lora_embedding_A"), ("original_module", "modules_to_save")):
         if adapter and len(getattr(module, kept, ())) and adapter not in getattr(module, kept):
             return getattr(module, inner)

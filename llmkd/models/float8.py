@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit floats (e4m3), for a teacher, with one scale for each row of the weight and, computed anew, for each token.
+"""Linear layers in 8-bit floats (e4m3) for a teacher, with a scale for each row of the weight and for each token of the input.
 
 On a GPU `torch._scaled_mm` computes the product, accumulated in float32 and rounded to bfloat16. Elsewhere the same arithmetic runs in
 float32, which is slow and serves to measure the accuracy.
@@ -12,7 +12,7 @@ from .families import decoder_of
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
-#: Layers that choose experts: rounding could choose another expert.
+#: Layers that choose experts are not converted: rounding could choose another expert.
 _ROUTERS = ("gate", "router")
 
 
@@ -31,10 +31,9 @@ def to_float8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`to_float8` of a layer's inputs [..., K], once for all layers that read the same tensor (queries, keys and values): it is kept with it."""
-    if (
-        torch.compiler.is_compiling() or x.is_inference()
-    ):  # compiled code finds what is computed twice, and an inference tensor has no version
+    """`to_float8` of a layer's inputs [..., K]. The result is kept on the tensor, since queries, keys and values read the same one."""
+    # Compiled code removes repeated computations itself, and an inference tensor has no version.
+    if torch.compiler.is_compiling() or x.is_inference():
         return to_float8(x.reshape(-1, x.shape[-1]))
     version, rounded = getattr(x, "llmkd_float8", (None, None))
     if version != x._version:
@@ -79,7 +78,7 @@ def reference(x_NK: Tensor, weight_OK: Tensor, scale_N1: Tensor, scale_O1: Tenso
 def convert(model: nn.Module) -> int:
     """Convert the body's linear layers to float8 in place, and return their number.
 
-    An adapter's own matrices, embeddings, the head, routers and layers whose sizes are no multiples of 16 stay.
+    An adapter's own matrices, embeddings, the head, routers and layers whose sizes are not multiples of 16 are left as they are.
     """
     adapters, head = set(getattr(model, "peft_config", ())), {id(m) for m in model.get_output_embeddings().modules()}
     found = [
@@ -90,7 +89,7 @@ def convert(model: nn.Module) -> int:
         if not {*_ROUTERS} & {name, *path.split(".")} and layer.in_features % 16 == layer.out_features % 16 == 0
     ]
     count = len(found)
-    while found:  # one by one, so that the old weight is freed before the next layer is converted
+    while found:  # popped one by one, so that an old weight is freed before the next layer is converted
         parent, name, layer = found.pop()
         setattr(parent, name, Float8Linear(layer))
     return count

@@ -1,4 +1,4 @@
-"""Text by an encoder-decoder model: the most likely token, one after another."""
+"""Greedy decoding with an encoder-decoder model."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from .encoder_decoder import EncoderDecoder
 
 @torch.no_grad()
 def greedy(model: EncoderDecoder, inputs: dict[str, Tensor], given: Sequence[int], end: int, most: int) -> list[list[int]]:
-    """The tokens after `given` for each of B sources, without `end`, which ends them; at most `most`.
+    """The greedy tokens after `given` for each of B sources: at most `most`, up to `end`, which is left out.
 
-    inputs  as of a view, on the model's device
+    inputs  as in a view, on the model's device
 
-    Tokens that the model's generation config suppresses, always or as the first, are not chosen, as in transformers.
+    As in transformers, tokens that the model's generation config suppresses, always or at the beginning, are not chosen.
     """
     model.set_active_adapter()
     settings = getattr(model.base_model, "generation_config", None)

@@ -1,4 +1,4 @@
-"""Kinds of models: how transformers and PEFT load each, what runs it, and what is tried on it before it is used."""
+"""Kinds of models: how transformers and PEFT load each, the class that runs it, and the checks before its use."""
 
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +12,11 @@ from .model import Model
 
 
 class ModelKind(Protocol):
-    """
-    auto      the name of transformers' class that loads the models
-    peft      PEFT's name of what their adapters are for
-    wrapper   what runs them
+    """How one kind of model is loaded, checked and run.
+
+    auto      the name of the transformers class that loads it
+    peft      PEFT's task type of its adapters
+    wrapper   the class that runs it
     """
 
     auto: str
@@ -23,25 +24,25 @@ class ModelKind(Protocol):
     wrapper: type[Model]
 
     def architecture(self, vocab: int) -> dict:
-        """What the configuration of a model with new weights says, unless the recipe does."""
+        """Defaults for the configuration of a model with new weights."""
 
     def copies(self, model: nn.Module, base: Path) -> tuple[str, ...]:
-        """The modules that train in full beside an adapter, whatever the recipe says, of a model from its base's folder."""
+        """The modules that train in full next to an adapter, whatever the recipe says. `base`: the folder of the adapter's base."""
 
     def started(self, model: nn.Module, base: Path, seed: int) -> None:
-        """A student was loaded from its base's folder, and is to be trained: give what is new in it random weights by seed."""
+        """Called for a student that was loaded from its base's folder: give new parameters random weights, by `seed`."""
 
     def refuse_misfit(self, model: nn.Module, vocab: int, setting: str) -> None:
-        """UserError for a loaded model that has not so many events."""
+        """UserError for a loaded model whose outputs do not fit `vocab` entries."""
 
     def checked(self, model: Model, setting: str, packing: int = 0, implementation: str = "auto") -> Model:
-        """The model with what a small batch tells of it put to use. UserError where it cannot be used.
+        """The model, with the results of its startup checks on a small batch applied. UserError if it cannot be used.
 
         packing, implementation   see `startup_checks.check`
         """
 
     def without_gradient(self, model: Model, setting: str) -> list[str]:
-        """Trainable parameters that get no gradient from a small batch. UserError where there is no backward pass."""
+        """Trainable parameters that get no gradient from a small batch. UserError if the backward pass fails."""
 
 
 class Causal:
@@ -72,7 +73,7 @@ CAUSAL = Causal()
 
 
 def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
-    """A causal language model with what the startup checks find of it put to use; see `startup_checks.check`."""
+    """A causal language model, with the results of `startup_checks.check` applied."""
     norms.fuse(model.base_model)
     found = startup_checks.check(model, setting, packing, implementation)
     if found.packed_attention:
@@ -81,7 +82,7 @@ def checked(model: LanguageModel, setting: str, packing: int = 0, implementation
 
 
 def refuse_few_rows(model: nn.Module, tokens: int, setting: str) -> None:
-    """UserError where the tokenizer has more entries than the model's embedding has rows."""
+    """UserError if the tokenizer has more entries than the model's embedding has rows."""
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokens:
         raise UserError(f"{setting}: the tokenizer has {tokens} entries and the model's embedding {rows}; they do not belong together")

@@ -1,4 +1,4 @@
-"""The last layer computed at the target positions alone: of every other position only its keys and values are ever read."""
+"""Computes the last layer at the target positions only: of all other positions nothing but keys and values is ever read."""
 
 import contextlib
 import dataclasses
@@ -16,34 +16,34 @@ from .families import layers_of
 from .probe import hidden_and_gradients, probe_ids, relative_gap
 from .sharding import all_agree
 
-#: Modules of a layer that need a position's input for that position's output alone, [*, in] -> [*, out].
+#: Modules of a layer whose output at a position depends on the input at that position only, [*, in] -> [*, out].
 _POSITIONWISE = ("q_proj", "o_proj", "mlp")
 #: Above this share of target positions, selecting them costs more than it saves.
 _WORTH = 0.9
 
 
 class _Active:
-    """The positions that the hooks of one last layer compute at the moment; `rows_N` is None while they do nothing."""
+    """The positions to which the hooks of one last layer restrict the current pass; `rows_N` is None while they do nothing."""
 
     rows_N: Tensor | None = None
     ids_BT: Tensor | None = None
-    fill = 0.0  # what stands at the positions that are not computed
+    fill = 0.0  # the value at positions that are not computed
 
 
-#: Oddity: the hooks' state lies here, by the number of their `LastLayer`, and not on that object. torch.compile takes the value of what a
-#: hook can reach through a module or a closure for a constant, and compiled the layer anew for every batch; the entries of a module's
-#: dictionary are inputs of the compiled code. Each model has its own entry, so that models on several threads do not meet. An entry
-#: stays when its model goes, since a deep copy of the model's modules has the same hooks; it holds no tensor outside of `at`.
+#: Oddity: the hooks' state is kept here, by the number of their `LastLayer`, and not on that object. torch.compile treats values that a hook
+#: reaches through a module or a closure as constants, and would compile the layer again for every batch; entries of a global dictionary are
+#: inputs of the compiled code. Each model has its own entry, so that models on several threads do not interfere. An entry stays when its
+#: model is deleted, since a deep copy of the model's modules has the same hooks; it holds no tensor outside of `at`.
 _ACTIVE: dict[int, _Active] = {}
 _NUMBERS = itertools.count()
-#: The hooks that a transformers model has already: students on one base share them.
+#: The hooks that a transformers model already has: students on one base share them.
 _HOOKED: "weakref.WeakKeyDictionary[nn.Module, LastLayer]" = weakref.WeakKeyDictionary()
 
 
 class LastLayer:
     """Forward hooks that restrict q_proj, o_proj and the MLP of the last layer to the target positions.
 
-    They do nothing outside `with at(view)`, so students that share the modules do not interfere. Each module reads the rows alone,
+    They do nothing outside `with at(view)`, so students that share the modules do not interfere. Each module reads only these rows,
     [1, N, in]; its output [1, N, out] is scattered into zeros [B, T, out].
     """
 
@@ -65,7 +65,7 @@ class LastLayer:
 
     @contextlib.contextmanager
     def at(self, view: View) -> Iterator[None]:
-        """Inside, the last layer computes the view's rows alone, unless these are none or nearly all positions."""
+        """Inside, the last layer computes only the view's rows, unless these are none or nearly all positions."""
         ids_BT = view.inputs["input_ids"]
         if 0 < len(view.rows_N) <= _WORTH * ids_BT.numel():
             self._active.rows_N, self._active.ids_BT = view.rows_N, ids_BT
@@ -76,7 +76,7 @@ class LastLayer:
 
     @contextlib.contextmanager
     def filled_with(self, value: float) -> Iterator[None]:
-        """Inside, `value` stands at the positions that are not computed."""
+        """Inside, positions that are not computed have `value`."""
         self._active.fill = value
         try:
             yield
@@ -107,15 +107,16 @@ def _scatter(number: int, module: nn.Module, args: tuple, out_1NC: Tensor) -> Te
 
 
 def at_rows(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
+    """`last.at(view)`; without effect for None."""
     return last.at(view) if last else contextlib.nullcontext()
 
 
 def enable_if_exact(model, tolerance: float) -> LastLayer | None:
-    """Put the hooks on a `LanguageModel`'s last layer; None where the model does not compute the same with them.
+    """Put the hooks on a `LanguageModel`'s last layer; None if they change the model's results.
 
-    Compared on a small batch: hidden states, and gradients if the model trains, within `tolerance` of the largest value. To prove
-    that target positions do not depend on the skipped ones, the batch runs twice with the skipped positions filled with 0 and with 1;
-    the outputs must be bitwise equal.
+    Hidden states on a small batch, and gradients if the model trains, must agree within `tolerance` of the largest value. To prove that
+    target positions do not depend on the skipped ones, the batch runs with the skipped positions filled with 0 and with 1; the outputs must
+    be bitwise equal.
     """
     last, exact = put_on(model.base_model), False
     with contextlib.suppress(Exception):  # a module that returns a tuple, or reads another shape
@@ -124,13 +125,13 @@ def enable_if_exact(model, tolerance: float) -> LastLayer | None:
 
 
 def put_on(base: nn.Module) -> LastLayer | None:
-    """The hooks on a transformers model's last layer; None where there is nothing that they could restrict."""
+    """The hooks on a transformers model's last layer; None if they cannot be used, or have no module to restrict."""
     layers = layers_of(base)
-    in_8bit = getattr(base, "is_loaded_in_8bit", False)  # it quantises the activations of a position by what else is in the batch
-    if layers is None or in_8bit or is_recomputed(layers[-1]):  # recomputing comes in the backward pass, outside of `at`
+    in_8bit = getattr(base, "is_loaded_in_8bit", False)  # activations are quantised depending on the rest of the batch
+    if layers is None or in_8bit or is_recomputed(layers[-1]):  # a backward pass recomputes outside of `at`
         return None
     last = _HOOKED.get(base)
-    if last is None or list(map(id, last.modules)) != list(map(id, _positionwise(layers[-1]))):  # after merging an adapter, say
+    if last is None or list(map(id, last.modules)) != list(map(id, _positionwise(layers[-1]))):  # such as after merging an adapter
         if last:
             last.remove()
         last = _HOOKED[base] = LastLayer(layers[-1])

@@ -1,6 +1,6 @@
-"""Students and teachers, loaded together and checked: weights that they have in common are in memory once.
+"""Loads and checks students and teachers together, so that weights that they share are in memory once.
 
-The builder of every finished `Model`: the results of the startup checks and a teacher's settings are applied here.
+Every finished `Model` is built here, with the results of the startup checks and a teacher's settings applied.
 """
 
 import contextlib
@@ -31,7 +31,8 @@ from .model import Model
 from .offload import OFFLOAD, head_on, offload, resolve_device
 from .teacher_transforms import apply_transforms
 
-#: From (teacher, its settings, their name): a context manager round a change of the teacher, whose value is the teacher's `fidelity`.
+#: A function of (teacher, its settings, their name) that returns a context manager, to be entered around a transform of the teacher. Its value
+#: is the teacher's `fidelity`.
 AroundTransform = Callable[[Model, Teacher, str], contextlib.AbstractContextManager[dict[str, float]]]
 
 
@@ -41,16 +42,16 @@ def _unmeasured(teacher: Model, settings: Teacher, setting: str) -> contextlib.A
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What all models of a run have in common when they are loaded.
+    """The settings with which all models of a run are loaded.
 
     vocab             entries of the tokenizer; every model must have a row for each
-    device            of the students, and of the head of a teacher that is elsewhere (`teacher.device`)
-    seed              of new weights and new adapters
-    packing           packed rows of so many tokens must be safe; 0 without packing
-    around_transform  entered round a teacher's merge or conversion to fp8, to measure the change
-    sharded           of the models that are sharded (student, teacher, teacher.0, ...) the mesh of processes
-    kind              by the setting of a model what it is
-    find              the files of a student
+    device            of the students, and of the head of a teacher on another device (`teacher.device`)
+    seed              for new weights and new adapters
+    packing           the most tokens in a packed row, which the models must support; 0 without packing
+    around_transform  entered around a teacher's merge or conversion to fp8, to measure the change
+    sharded           the mesh of processes for each sharded model, by setting (student, teacher, teacher.0, ...)
+    kind              returns the kind of the model of a setting
+    find              returns the files of a student; None for new weights
     """
 
     vocab: int
@@ -63,17 +64,17 @@ class LoadContext:
     find: Callable[[Student], ModelFiles | None] = find_student
 
     def loads_mapped(self, setting: str, settings: Student | Teacher) -> bool:
-        """Whether the model's weights stay mapped from their files until they are sharded. What is merged or quantised is loaded whole."""
+        """Whether the weights stay mapped from their files until they are sharded. A merged or quantised model is loaded whole."""
         return setting in self.sharded and not settings.quantization and not getattr(settings, "is_transformed", False)
 
 
 def load_teacher(
     settings: Teacher, context: LoadContext, setting: str = "teacher", files: ModelFiles | None = None, base: nn.Module | None = None
 ) -> Model:
-    """The teacher, frozen and in eval mode: a model, or an adapter on its base, merged or not.
+    """Load the teacher, frozen and in eval mode: a model, or an adapter on its base, merged or not.
 
-    setting      the name of its settings: teacher, or teacher.0, ...
-    files, base  its files and its base, where they are located and loaded already
+    setting      teacher, or teacher.0, ...
+    files, base  its files and its base model, if they are already found and loaded
     """
     device, name, held = context.device, f"{setting}.model", resolve_device(setting, settings.device, context.device)
     kind = context.kind(name)
@@ -102,7 +103,7 @@ def load_teacher(
     if settings.is_transformed:
         with context.around_transform(teacher, settings, setting) as fidelity:
             apply_transforms(teacher, settings, files, setting)
-        last = enable_if_exact(teacher, startup_checks.tolerance(teacher))  # the teacher consists of other modules now
+        last = enable_if_exact(teacher, startup_checks.tolerance(teacher))  # again, since its modules were replaced
         teacher = teacher.replaced(fidelity=fidelity, capabilities=dataclasses.replace(teacher.capabilities, last_layer=last))
         if setting in context.sharded:
             _shard(teacher.model, setting, context)
@@ -114,12 +115,12 @@ def load_teacher(
 def load_students(
     many: list[Student], context: LoadContext, found: list[ModelFiles] | None = None, base: nn.Module | None = None
 ) -> list[Model]:
-    """Students in training mode, of which exactly the parameters that `method` names require a gradient.
+    """Load the students, in training mode; only the parameters that `method` trains require a gradient.
 
     Several students may differ only in their adapters: they share one base in memory, and each behaves as if it were alone. A single
     student may use any method.
 
-    found, base  the files of each and their base, where they are located and loaded already
+    found, base  the files of each student and their base model, if they are already found and loaded
     """
     settings, device, kind = many[0], context.device, context.kind("student.model")
     found = found or [files for one in many if (files := context.find(one))]
@@ -166,7 +167,7 @@ def load_students(
 
 
 def _cast_later(many: list[Student], found: list[ModelFiles], kind: ModelKind) -> bool:
-    """Whether the base of adapters may be cast after they are put on it: they copy none of its weights, and compute nothing from them."""
+    """Whether the base may be cast after adapters were put on it: they neither copy its weights nor compute anything from them."""
     for own, files in zip(many, found, strict=True):
         lora = own.lora or Lora()
         if files.adapter and not adapters.is_lora_alone(files, "student.model"):
@@ -178,13 +179,13 @@ def _cast_later(many: list[Student], found: list[ModelFiles], kind: ModelKind) -
 
 def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[int, torch.dtype] | None = None, **options) -> None:
     sharding.shard(model, context.sharded[setting], setting, casts, **options)
-    pretrained.own_memory(model)  # of buffers, which are whole
+    pretrained.own_memory(model)  # for its buffers, which are not sharded
 
 
 def _with_adapters(
     model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], context: LoadContext, casts: Mapping[int, torch.dtype]
 ) -> nn.Module:
-    """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
+    """Put the adapters on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
     from .lora_product import add_in_place  # loads PEFT
 
     kind = context.kind("student.model")
@@ -205,7 +206,7 @@ def _with_adapters(
 
 
 def _student(model: nn.Module, name: str | None, settings: Student, context: LoadContext) -> Model:
-    """One student of those on `model`: checked, in training mode."""
+    """One of the students on `model`: checked, and in training mode. `name`: that of its adapter."""
     autocast, kind = torch.bfloat16 if settings.mixed_precision == "bf16" else None, context.kind("student.model")
     student = kind.wrapper(model, context.vocab, name, autocast=autocast).train()
     student = kind.checked(student, "student.model", context.packing, settings.attention)
@@ -224,7 +225,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None, dtype: torch.dtype) 
 
 
 def _check_narrow(student: Model, settings: Student) -> None:
-    """LoRA's own matrices are in float32 at least; copies of modules and biases are in the base's type, and train in it."""
+    """Refuse or report parameters that would train in half precision: LoRA's matrices are float32, but copied modules have the base's dtype."""
     narrow = {name: p.dtype for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
     if settings.method == "full" or not narrow:
         return
@@ -235,13 +236,14 @@ def _check_narrow(student: Model, settings: Student) -> None:
 
 
 def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], context: LoadContext) -> tuple[list[Model], list[Model]]:
-    """The students as `load_students` returns them and the teachers as `load_teacher` does, each as it would be alone.
+    """Load students (`load_students`) and teachers (`load_teacher`); each behaves as if it were loaded alone.
 
-    teachers  with the names of their settings: teacher, or teacher.0, teacher.1, ...
+    teachers  (setting, settings) of each: teacher, or teacher.0, teacher.1, ...
 
-    A base that several of them use in the same form is loaded once; of two forms of one base, such as 16 bit for a teacher and 4 bit
-    for a student, the tensors that are equal are kept once. Sharing needs `share_base: true` and a teacher on the student's device. A
-    base that trains is never shared. A teacher that is the student's average (`ema`) is a copy of it (`average.py`). If a teacher merges its adapter or is quantised to fp8, only the tensors left unchanged are shared.
+    A base that several of them use in the same form is loaded once; if they use two forms of one base, such as 16 bit for a teacher and 4
+    bit for a student, tensors that are equal are kept once. Sharing needs `share_base: true` and a teacher on the student's device. A base
+    that trains is never shared. A teacher that is the student's moving average (`ema`) is a copy of it (`average.py`). If a teacher merges
+    its adapter or is quantised to fp8, only its unchanged tensors are shared.
     """
     for setting, teacher in teachers:
         held = resolve_device(setting, teacher.device, context.device)
@@ -261,7 +263,7 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
     bases: dict[tuple, nn.Module] = {}
 
     def base(key: tuple | None, files: ModelFiles, setting: str, settings: Student | Teacher) -> nn.Module | None:
-        """A base that several models use; None for one that a single model loads for itself."""
+        """The base `key` for one of the models that share it; None if a single model uses it and loads it itself."""
         if key not in bases:
             if waiting[key] < 2:
                 return None
@@ -298,7 +300,7 @@ def _shares_base(teacher: Teacher) -> bool:
 
 
 def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[str, Teacher]], theirs: list[ModelFiles]) -> list:
-    """The identity of the students' base (one for all) and of each teacher's; None for a base that is not shared."""
+    """The identity of the students' common base, and of each teacher's; None for a base that is not shared."""
     candidates = [
         (files, one, f"{setting}.model") if _shares_base(one) and not one.is_transformed and one.ema is None else None
         for (setting, one), files in zip(teachers, theirs, strict=True)
@@ -306,10 +308,10 @@ def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[s
     lora = bool(own) and students[0].method == "lora"
     if sum(map(bool, candidates)) + lora < 2:
         return [None] * (1 + len(teachers))
-    student_keys = (
-        {shared_weights.base_identity(files, one, "student.model") for files, one in zip(own, students, strict=True)} if lora else {None}
-    )
-    student_key = None if None in student_keys else student_keys.pop()
+    student_key = None
+    if lora:
+        student_keys = {shared_weights.base_identity(files, one, "student.model") for files, one in zip(own, students, strict=True)}
+        student_key = None if None in student_keys else student_keys.pop()
     return [student_key, *(shared_weights.base_identity(*candidate) if candidate else None for candidate in candidates)]
 
 
@@ -318,7 +320,7 @@ def _report_shared_weights(setting: str, model: Model, students: list[Model], ot
     for who, them in (("the student", students), ("the teachers before it", others)):
         if shared := sum(own[place] for place in own.keys() & shared_weights.storage_bytes(*them).keys()):
             share = shared / sum(own.values())
-            if share < 0.005:  # norms that are all ones, say
+            if share < 0.005:  # such as norms that are all ones
                 continue
             info(f"{setting}: shares {share:.0%} of its weights with {who}: {shared / 1e6:,.1f} MB are in memory once")
             return

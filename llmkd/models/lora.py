@@ -1,4 +1,4 @@
-"""New LoRA adapters on a base, by PEFT; missing modules are named before the base's weights are loaded."""
+"""New LoRA adapters, made with PEFT; modules that the base lacks are refused before its weights are loaded."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ class _MissingModule(UserError):
 def add_new_adapter(
     model: nn.Module, files: ModelFiles, settings: Student, name: str, kind: str | None = "CAUSAL_LM", copies: tuple[str, ...] = ()
 ) -> nn.Module:
-    """A student's base with the new adapter of its settings, which is saved with the base's name."""
+    """A student's base with a new adapter by its settings; the adapter's configuration names the base."""
     made = is_made_here(files.base)
     revision = None if made else settings.revision
     adapted = add_lora(model, settings.lora or Lora(), revision, name, kind, copies, settings.freeze is not None)
@@ -43,11 +43,11 @@ def add_lora(
     copies: tuple[str, ...] = (),
     without_encoder: bool = False,
 ) -> nn.Module:
-    """The base with a new LoRA adapter, which alone requires a gradient. A model that already has adapters keeps them.
+    """The base with a new LoRA adapter; only the adapter requires a gradient. A model that already has adapters keeps them.
 
-    kind             PEFT's name of what the adapter is for
-    copies           modules that train in full besides, such as a classifier's head
-    without_encoder  whether the encoder of an encoder-decoder model gets no adapter
+    kind             PEFT's task type of the adapter
+    copies           modules that train in full in addition, such as a classifier's head
+    without_encoder  put no adapter on the encoder of an encoder-decoder model
     """
     from peft import LoraConfig, PeftModel
 
@@ -75,7 +75,7 @@ def add_lora(
         adapted = _put_on(model, config, name)
     except Exception as error:
         mamba = [where for where, _ in base.named_modules() if where.endswith((".out_proj", ".conv1d"))]
-        # Oddity: which of PEFT's checks failed stands in the text of its error alone.
+        # Oddity: only the text of PEFT's error says which of its checks failed.
         if "Mamba" in str(error) and lora.target_modules == "all-linear" and not set(mamba) & set(excluded):
             warn("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
             config.exclude_modules = excluded + mamba
@@ -89,8 +89,8 @@ def add_lora(
 def refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
     """UserError for modules of `student.lora` that the model does not have, before its weights are loaded.
 
-    Names that are in the weight files are believed; others are tried on the model without weights (torch's meta device). A model that
-    cannot be made there is checked when it is loaded.
+    Names that occur in the weight files are accepted; others are tried on the model without weights (torch's meta device). A model that
+    cannot be built there is checked after loading.
     """
     lora = settings.lora
     if not lora or files.adapter or modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
@@ -105,7 +105,7 @@ def refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
             add_lora(model, dataclasses.replace(lora, dora=False), None)
     except _MissingModule:
         raise
-    except Exception:  # of a model that cannot be made without weights, or a damaged file: found again when it is loaded
+    except Exception:  # a model that cannot be built without weights, or a damaged file: loading will report it
         return
 
 
@@ -122,7 +122,7 @@ def _put_on(model: nn.Module, config, name: str) -> nn.Module:
 
 
 def _without_adapter(base: nn.Module, lora: Lora) -> list[str]:
-    """Modules without an adapter whatever `target_modules` is: those that text does not pass through, and with all-linear a family's own kinds."""
+    """Modules that get no adapter: those that text does not pass through, and with all-linear a family's own kinds of linear layers."""
     unused = {id(p) for p in non_text_parameters(base)}
     out = [where for where, module in base.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     if lora.target_modules == "all-linear" and (custom := [where for where, module in base.named_modules() if _is_custom_linear(module)]):
@@ -133,7 +133,7 @@ def _without_adapter(base: nn.Module, lora: Lora) -> list[str]:
 
 
 def _is_custom_linear(module: nn.Module) -> bool:
-    """Whether a family's own subclass of Linear returns something else, such as a router its choice: no adapter can be put on it."""
+    """Whether a module is a family's own subclass of Linear that returns something else, such as a router's choice: it takes no adapter."""
     if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
         return False
     try:
@@ -150,7 +150,7 @@ def _translated(error: Exception, lora: Lora, base: nn.Module, linear: list[str]
     if "ParamWrapper" in text:  # PEFT's way to adapt parameters that belong to no linear layer
         which = "dora" if lora.dora else "dropout"
         return UserError(
-            f"student.lora.{which}: found {getattr(lora, which)}, which PEFT does not support for experts that are no linear layers; leave it out, or "
+            f"student.lora.{which}: found {getattr(lora, which)}, which PEFT does not support for experts that are not linear layers; leave it out, or "
             "give student.lora.target_modules without the experts, such as [q_proj, k_proj, v_proj, o_proj]"
         )
     if "not found in the base model" in text:
@@ -168,7 +168,7 @@ def _missing_module(setting: str, name: str, candidates: list[str], linear: list
 
 
 def _linear_modules(base: nn.Module) -> list[str]:
-    """The last parts of the names of its linear layers, with adapters on them or not."""
+    """The last parts of the names of the base's linear layers, with or without adapters on them."""
     conv = [where for where, module in base.named_modules() if type(module).__name__ == "Conv1D"]  # GPT-2's form of a linear layer
     found = [where for where, module in base.named_modules() if isinstance(module, nn.Linear)]
     own = [where for where in found + conv if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", where)]
@@ -183,8 +183,8 @@ def _refuse_missing_copies(base: nn.Module, lora: Lora) -> None:
 
 
 def _refuse_missing_targets(adapted: nn.Module, name: str, linear: list[str]) -> None:
-    """PEFT puts adapters on the modules of a list that it finds, and is silent on the rest."""
-    targets = adapted.peft_config[name].target_modules  # less those that became parameters of experts
+    """UserError for a module in `target_modules` that the model lacks: PEFT silently skips names that it does not find."""
+    targets = adapted.peft_config[name].target_modules  # without those that PEFT turned into parameters of experts
     modules = [f".{where}" for where, _ in adapted.named_modules()]
     for target in () if isinstance(targets, str) else sorted(targets or ()):
         if not any(where.endswith(f".{target}") for where in modules):
@@ -192,7 +192,7 @@ def _refuse_missing_targets(adapted: nn.Module, name: str, linear: list[str]) ->
 
 
 def _refuse_zero_norms(adapted: nn.Module, name: str) -> None:
-    """DoRA divides each row of a weight by its norm."""
+    """UserError for weights with a row of zeros, by whose norm DoRA would divide."""
     for where, module in adapted.named_modules():
         norms = getattr(module, "lora_magnitude_vector", {})
         if name in norms and not norms[name].weight.all():

@@ -1,8 +1,8 @@
 """LoRA's products on a frozen linear layer, y = x W^T + b + s (x A^T) B^T, in one autograd function.
 
-PEFT makes two further tensors of the width of y for the factor s and the sum, and with bfloat16 weights copies of x, y and their gradients in
-float32, in which it multiplies, on a GPU at a fifteenth of the rate. Here the second product is added where y is, and float32 matrices are
-taken as two bfloat16 ones, x = high + low, which has 16 bits of each: products of bfloat16 are summed in float32.
+PEFT allocates two more tensors as large as y, for the factor s and the sum. With bfloat16 weights it also copies x, y and their gradients to
+float32 and multiplies there, on a GPU at a fifteenth of the rate. Here the second product is added to y in place, and a float32 matrix is
+written as the sum of two bfloat16 ones, x = high + low, which together have 16 bits; products of bfloat16 are summed in float32.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from . import norms
 
-#: Rows of bfloat16 from which the bytes that are saved take longer than the further launches for small matrices.
+#: With fewer rows in bfloat16, the additional kernel launches for small matrices take longer than what is saved.
 LEAST_ROWS = 2048
 
 
 class LoraLinear(Linear):
-    """PEFT's LoRA on a linear layer, whose forward pass is that of `_Adapted` where it is nothing more than one adapter on frozen weights."""
+    """PEFT's LoRA on a linear layer, which uses `_Adapted` for its forward pass if it is just one adapter on frozen weights."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name = None if args or kwargs else self._adapter(x)
@@ -28,7 +28,7 @@ class LoraLinear(Linear):
         return _Adapted.apply(*given) if torch.is_grad_enabled() else _product_of(*given)[0]
 
     def _adapter(self, x: Tensor) -> str | None:
-        """The one that is active, if `_Adapted` computes it; it sees no hooks of the modules in this one."""
+        """The name of the active adapter, if `_Adapted` can compute it; None also if an inner module has hooks, which would not be called."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or torch.is_autocast_enabled(x.device.type):
             return None
@@ -48,7 +48,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let the LoRA layers of a PEFT model compute so."""
+    """Make the LoRA layers of a PEFT model `LoraLinear`s."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = LoraLinear
@@ -57,18 +57,20 @@ def add_in_place(model: nn.Module) -> None:
 def _product_of(
     x: Tensor, dropped: Tensor | None, W_OK: Tensor, b: Tensor | None, A_rK: Tensor, B_Or: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_Adapted` returns, the rows that A reads, and the scaled products of these with A."""
+    """The output of `_Adapted`, the rows that A reads, and their scaled products with A."""
     x_NK = x.reshape(-1, x.shape[-1])
     read_NK = x_NK if dropped is None else dropped.reshape(x_NK.shape)
     y_NO = x_NK @ W_OK.T if b is None else torch.addmm(b, x_NK, W_OK.T)
     low_Nr = _narrow(read_NK, A_rK.T).mul_(scaling)
     _add_wide(y_NO, low_Nr, B_Or.T)
-    y = torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], len(W_OK)])  # autograd lets nobody write into what it knows as a view
+    y = torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], len(W_OK)])  # autograd would forbid changing an ordinary view in place
     return y, read_NK, low_Nr
 
 
 class _Adapted(torch.autograd.Function):
-    """x [..., K], W [O, K], b [O], A [r, K], B [O, r]; `dropped` is what A reads where that is not x. W and b get no gradient.
+    """y = x W^T + b + s (x A^T) B^T for x [..., K], W [O, K], b [O], A [r, K], B [O, r]. W and b get no gradient.
+
+    dropped   x after dropout, which A reads; None without dropout
 
     Shape letters: N rows, K and O features of the input and the output, r the rank.
     """
@@ -99,7 +101,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _narrow(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y for y [., r] of the same type, or x in bfloat16 and y in float32; in the type of y."""
+    """x @ y for y [., r] of the same dtype, or for x in bfloat16 and y in float32; in the dtype of y."""
     if x.dtype == y.dtype:
         return x @ y
     r = y.shape[1]
@@ -110,12 +112,12 @@ def _narrow(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """x @ y of half precision, summed and returned in a wider type."""
+    """x @ y of half-precision operands, summed and returned in `dtype`."""
     return torch.mm(x, y, out_dtype=dtype) if x.is_cuda else x.to(dtype) @ y.to(dtype)
 
 
 def _add_wide(y: Tensor, low_Nr: Tensor, right: Tensor) -> Tensor:
-    """y += low @ right [r, .], in place; both factors in the type of y, or in float32 where y is in bfloat16."""
+    """y += low @ right [r, .], in place; both factors have the dtype of y, or float32 if y is bfloat16."""
     if y.dtype == low_Nr.dtype:
         return y.addmm_(low_Nr, right)
     r = len(right)
@@ -124,9 +126,10 @@ def _add_wide(y: Tensor, low_Nr: Tensor, right: Tensor) -> Tensor:
     left[:, 2 * r :].copy_(left[:, :r])
     _split(right, of_right[:r], of_right[2 * r :])
     of_right[r : 2 * r].copy_(of_right[:r])
-    return y.addmm_(left, of_right)  # high high + low high + high low: what is left out is below 2^-16 of it
+    return y.addmm_(left, of_right)  # high high + low high + high low: low low is below 2^-16 of it
 
 
 def _split(x: Tensor, high: Tensor, low: Tensor) -> None:
+    """Write x as high + low, both in bfloat16."""
     high.copy_(x)
     low.copy_(x - high)

@@ -1,4 +1,4 @@
-"""A model as training sees it: from a view to what it computes at the view's rows, with its head, its adapter and what trains."""
+"""`Model`: a teacher or student as training uses it, with its outputs at a view's rows, its head, its adapter and its trainable parameters."""
 
 import re
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from .sharding import reshard
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the startup checks found of a model, and so how it is run. The defaults are right for every model whose head is known.
+    """The results of the startup checks, which decide how a model is run. The defaults are right for every model whose head is known.
 
-    own_forward                  the head is not known: `hidden` returns the logits of the model's own forward pass, `head` passes them on
-    packed_attention             packed rows get llmkd's variable-length attention
-    last_layer                   the hooks that compute the last layer at the target positions alone; None where that is not exact
-    parameters_without_gradient  trainable parameters that a small batch gave no gradient
+    own_forward                  the head is unknown: `hidden` returns the logits of the model's own forward pass, and `head` passes them on
+    packed_attention             packed rows use llmkd's variable-length attention
+    last_layer                   hooks that compute the last layer only at the target positions; None if that is not exact
+    parameters_without_gradient  trainable parameters that got no gradient from a small batch
     """
 
     own_forward: bool = False
@@ -33,11 +33,10 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model computed at the N rows of a view.
+    """A model's outputs at the N rows of a view.
 
-    hidden_NH   last hidden states; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut
-    layers      the hidden states [N, H] of the layers that were asked for, by number
-    attention   what the attention of the layers that were asked for computes with, by number
+    hidden_NH           last hidden states; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut
+    layers, attention   the outputs of `Taps`, by layer: hidden states [N, H], and inputs of attention
     """
 
     hidden_NH: Tensor
@@ -46,16 +45,16 @@ class ModelOutputs:
 
 
 class Model(nn.Module):
-    """A model with or without an adapter: `outputs(view)` and `head`. Its subclasses know how one kind of models is called.
+    """A model with or without an adapter: `outputs(view)` and `head`. Each subclass calls one kind of model.
 
     model         a transformers model, or PEFT's wrapper of one
-    vocab         the events of its head: the tokenizer's size, or the classes
-    adapter       its adapter's name where several students have adapters on one base; it is activated before each use
-    autocast      the dtype of the body's matrix products, where that is not the weights' own
-    input_device  where its inputs go, if that is not where its first weights are
-    head          the head, where that is not the model's own
-    capabilities  what the startup checks found
-    fidelity      how far a transformed teacher is from the loaded one (`teachers/fidelity.py`)
+    vocab         the number of the head's outputs: the tokenizer's size, or the number of classes
+    adapter       the name of its adapter, if several students have adapters on one base; it is activated before each use
+    autocast      the dtype of the body's matrix products; None for the weights' own
+    input_device  the device of its inputs; None for that of its first weights
+    head          None for the model's own
+    capabilities  the results of the startup checks
+    fidelity      how far a transformed teacher is from the original (`teachers/fidelity.py`)
     """
 
     def __init__(
@@ -84,17 +83,17 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
-        """One forward pass: what the head reads at the view's rows, and what `taps` ask for."""
+        """One forward pass: the head's inputs at the view's rows, and the tensors of `taps`."""
         raise NotImplementedError
 
     def replaced(self, **changes) -> "Model":
-        """Another one on the same modules, with other arguments than this one's for those in `changes`."""
+        """Another model on the same modules, with the constructor's arguments in `changes` replaced."""
         own = {"autocast": self.autocast, "input_device": self.input_device, "capabilities": self.capabilities, "fidelity": self.fidelity}
         own |= {} if self.capabilities.own_forward else {"head": self.head}
         return type(self)(self.model, self.head.vocab, self.adapter, **own | changes).train(self.training)
 
     def set_active_adapter(self) -> None:
-        """Of several adapters in `model`, this one alone is used and requires a gradient."""
+        """Activate this model's adapter: of several in `model`, only this one is used and requires a gradient."""
         if self.adapter and self.model.active_adapter != self.adapter:
             reshard(self.model)
             self.model.set_adapter(self.adapter)
@@ -105,7 +104,7 @@ class Model(nn.Module):
         return base_of(self.model)
 
     def replace_with(self, model: nn.Module) -> None:
-        """Use another form of the same model from now on, frozen and in eval mode, such as one with its adapter merged."""
+        """Replace the modules by another form of the same model, such as one with its adapter merged; frozen and in eval mode."""
         self.model = model.requires_grad_(False).eval()
         if not self.capabilities.own_forward:
             self.head = self.own_head(self.head.vocab)
@@ -115,13 +114,13 @@ class Model(nn.Module):
         return self.outputs(view).hidden_NH
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by the names that they have where the student is alone."""
+        """The parameters that train, under the names that they have if the student is alone."""
         self.set_active_adapter()
         reshard(self.model)
         own = re.compile(rf"\.{self.adapter}(?=\.|$)")
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def is_untouched(self) -> bool:
-        """Whether it computes what its base does, to the last bit: it trains a LoRA adapter and nothing else, and every B of it is still 0."""
+        """Whether it still computes exactly what its base does: only a LoRA adapter trains, and all its B matrices are 0."""
         trained = self.trainable()
         return bool(trained) and all(".lora_A." in name or (".lora_B." in name and not p.any()) for name, p in trained.items())

@@ -1,4 +1,4 @@
-"""Weights from a folder into transformers, with the checks that it leaves out: missing, unknown and misshapen tensors are refused."""
+"""Loads a folder with transformers, and makes the checks that it does not: missing, unknown and misshapen tensors are refused."""
 
 import bisect
 import contextlib
@@ -27,7 +27,7 @@ from .quantization import DTYPES, bitsandbytes_config, note_share
 CAUSAL_LM = "AutoModelForCausalLM"
 #: Names of float types in safetensors files.
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-#: Buffers that older versions of transformers saved with the weights and newer ones compute.
+#: Buffers that older versions of transformers saved with the weights, and that newer ones compute.
 _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 
 
@@ -42,8 +42,8 @@ def load_pretrained(
 ) -> nn.Module:
     """A model from its folder, on `device`. UserError unless every tensor fits its configuration.
 
-    auto     the name of transformers' class that loads it
-    device   None for a model that is to be sharded: its weights stay mapped from their files, as far as they are of the type that they have there
+    auto     the name of the transformers class that loads it
+    device   None for a model that is to be sharded: weights that are not cast stay mapped from their files
     """
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
@@ -54,13 +54,13 @@ def load_pretrained(
     renaming = _unwrapping(folder, setting)
     model = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, auto, key_mapping=renaming or None, **options)
     for module in model.modules():
-        # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
+        # Oddity: an attribute of bitsandbytes' modules. Without this they would repack the weights in eval mode, into a form without a gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if quantization:
         note_share(model, setting)
     if renaming:
-        # Oddity: a private attribute of transformers, without which saving would give the tensors their wrapped names back.
+        # Oddity: a private attribute of transformers. With these conversions, saving would give the tensors their wrapped names back.
         model._weight_conversions = [one for one in model._weight_conversions if one.source_patterns[0] not in renaming]
     if device is not None:
         model = model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
@@ -69,7 +69,7 @@ def load_pretrained(
 
 
 def _read(folder: Path, setting: str, dtype, attention: str, auto: str, **options) -> nn.Module:
-    """A model as transformers loads it. UserError unless every tensor fits its configuration."""
+    """A model as transformers loads it. UserError unless its tensors are exactly those of its configuration."""
     import transformers
 
     try:
@@ -104,11 +104,10 @@ def _read(folder: Path, setting: str, dtype, attention: str, auto: str, **option
 def load_as_stored(
     folder: Path, setting: str, dtype: str, attention: str, auto: str = CAUSAL_LM, adapter: bool = False
 ) -> tuple[nn.Module, dict[int, torch.dtype]]:
-    """A model to be sharded: its weights are mapped from their files, and cast later. UserError as from `load_pretrained`.
+    """A model to be sharded, with weights that are mapped from their files and cast later; and the dtypes that they are to get, by the
+    parameters' ids, or {} if they have them already. UserError as from `load_pretrained`.
 
-    Returns the types too that they are to have, by the parameters' ids; empty where that is what they have.
-
-    adapter  whether one is loaded onto it. PEFT makes that in float32, so that a model in float64 is cast as it is read
+    adapter  whether an adapter is put on it. PEFT creates adapters in float32, so a model in float64 is cast while it is loaded
     """
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
@@ -130,8 +129,8 @@ def load_as_stored(
 
 @contextlib.contextmanager
 def cast_without_values(model: nn.Module, types: Mapping[int, torch.dtype]) -> Iterator[None]:
-    """Inside, the weights of `load_as_stored` have the types that they are to have, and zeros, which take no memory, for values: what is made
-    there for them, such as a new adapter, is made as on the model that is cast. No weight may be read, copied or trained there."""
+    """Inside, the weights of `load_as_stored` have the dtypes that they are to get, with zeros as values, which take no memory. So an adapter
+    that is created there is the same as on the cast model. No weight may be read, copied or trained inside."""
     held = [(p, p.data) for p in model.parameters() if id(p) in types]
     for p, _ in held:
         p.data = torch.zeros((), dtype=types[id(p)]).expand(p.shape)
@@ -143,8 +142,8 @@ def cast_without_values(model: nn.Module, types: Mapping[int, torch.dtype]) -> I
 
 
 def _with_buffers_of(shapes: nn.Module, model: nn.Module) -> bool:
-    """Give a model the buffers that the same one has in another type, which is given on torch's meta device: families compute some, such as
-    Gemma's scale of embeddings, in the type of the weights. False where a family does not compute them by its `_init_weights`."""
+    """Give `model` the buffers that it would have in the dtype of `shapes`, the same model on torch's meta device: families compute some buffers
+    in the dtype of the weights, such as Gemma's scale of embeddings. False for a family whose `_init_weights` does not compute them."""
     for name, module in shapes.named_modules():
         held = model.get_submodule(name)._buffers
         for which, empty in module._buffers.items():
@@ -163,18 +162,18 @@ def _with_buffers_of(shapes: nn.Module, model: nn.Module) -> bool:
 
 
 def _refuse_missing_attention(folder: Path, setting: str, attention: str) -> None:
-    """UserError where config.json asks for FlashAttention and there is none: transformers would then fetch a kernel from the hub."""
+    """UserError if config.json asks for FlashAttention and it is not installed: transformers would fetch a kernel from the hub."""
     config = read_json(folder / "config.json", setting)
     wanted = [one for one in attention_of(config) if one.startswith("flash_attention")]
     if attention == "auto" and wanted and importlib.util.find_spec("flash_attn") is None:
         fix = f"set {setting.removesuffix('.model')}.attention: sdpa" if setting.endswith(".model") else "remove that line"
-        raise UserError(f"{setting}: {folder}/config.json asks for {wanted[0]}, and flash-attn is not installed; {fix}")
+        raise UserError(f"{setting}: {folder}/config.json asks for {wanted[0]}, but flash-attn is not installed; {fix}")
 
 
 def _unwrapping(folder: Path, setting: str) -> dict[str, str]:
-    """How transformers is to rename the tensors of a checkpoint that was saved under torch.compile, FSDP or DDP; empty for any other.
+    """The renaming patterns for the tensors of a checkpoint that was saved under torch.compile, FSDP or DDP; {} for any other.
 
-    UserError where two tensors would get one name.
+    UserError if two tensors would get the same name.
     """
     names = list(headers(folder, setting))
     plain = {name: without_wrappers(name) for name in names}
@@ -182,31 +181,31 @@ def _unwrapping(folder: Path, setting: str) -> dict[str, str]:
         return {}
     if len(set(plain.values())) < len(names):
         raise UserError(
-            f"{setting}: {folder} holds tensors with names of torch's wrappers, such as {wrapped[0]}, and others without; save it again by "
+            f"{setting}: {folder} holds tensors with names of torch's wrappers, such as {wrapped[0]}, and others without; save it again with "
             "the model's own save_pretrained"
         )
     _note(
         f"{setting}: {len(wrapped)} of the tensors of {folder} have names of torch's wrappers, such as {wrapped[0]}; it is read as {plain[wrapped[0]]}"
     )
     most = max(len(name.split(".")) - len(plain[name].split(".")) for name in wrapped)
-    # A pattern replaces one occurrence, and is a dict's key: each more of it is the same pattern written with one more empty group.
+    # Each pattern replaces one occurrence and is a key of a dict, so for further occurrences it is repeated with one more empty group.
     again = {"(?:)" * n + rf"(?<![^.]){one}\.": "" for n in range(most) for one in WRAPPERS if one != "module"}
     return {r"^(?:module\.)+": "", **again, r"(?:)^(?:module\.)+": ""}
 
 
 @functools.cache
 def _note(text: str) -> None:
-    """Once in a process, however often a model is loaded."""
+    """Print a line once per process, however often a model is loaded."""
     info(text)
 
 
 def own_memory(model: nn.Module) -> None:
-    """Copy the weights that are still mapped from their files, so that nothing that happens to a file changes or ends a run that uses it."""
+    """Copy the weights that are still mapped from their files, so that a change of a file neither changes nor ends the run."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
         places = [found.groups() for found in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9]", maps, re.MULTILINE)]
         mapped = sorted((int(start, 16), int(stop, 16)) for start, stop in places)
-    except OSError:  # not Linux: all of them may be
+    except OSError:  # not Linux: all may be mapped
         mapped = [(0, 1 << 64)]
     starts = [start for start, _ in mapped]
     for tensor in (*model.parameters(), *model.buffers()):
@@ -217,7 +216,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def new_model(settings: StudentSettings, implied: dict, auto: str = CAUSAL_LM) -> nn.Module:
-    """A model of `settings.architecture` with random weights. `implied`: what its configuration says besides, unless the architecture does."""
+    """A model of `settings.architecture` with random weights. `implied`: defaults for its configuration."""
     import transformers
 
     wanted = {**implied, **settings.architecture}

@@ -1,7 +1,7 @@
-"""Several models on one set of weights in memory: each has modules of its own, and some of their parameters are the same tensor.
+"""Several models that share weights in memory: each has its own modules, and some of their parameters are the same tensor.
 
-Nothing is switched between teacher and student: a mode, an adapter, a gradient or a wrapper belongs to one model's modules. Shared
-tensors are frozen, so no model changes them for the others.
+Nothing is switched between teacher and student: modes, adapters, gradients and wrappers belong to one model's modules. Shared tensors are
+frozen, so no model changes them for the others.
 """
 
 import copy
@@ -18,14 +18,14 @@ from ..model_folder.weights import read_json
 from .parts import is_part, local
 from .sharding import reshard
 
-#: Ways to initialise LoRA that do not change the base's weights, beside PEFT's default (a bool).
+#: Initialisations of LoRA that do not change the base's weights, in addition to PEFT's default (a bool).
 _LEAVE_BASE = ("gaussian", "eva", "orthogonal")
 #: Options of config.json that do not change a model's results, or that the recipe overrides.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def base_identity(files: ModelFiles, settings: Student | Teacher, setting: str) -> tuple | None:
-    """Equal for two models on the same base, with the same dtype, attention and quantisation; None where the adapter may change its base."""
+    """A key that is equal for models on the same base with the same dtype, attention and quantisation; None if the adapter may change its base."""
     if files.adapter and not _leaves_base(read_json(files.adapter / "adapter_config.json", setting)):
         return None
     config = {name: value for name, value in files.config.items() if name not in _NOT_COMPUTED}
@@ -37,15 +37,15 @@ def base_identity(files: ModelFiles, settings: Student | Teacher, setting: str) 
 def _leaves_base(adapter: dict) -> bool:
     init = adapter.get("init_lora_weights", True)
     usual = isinstance(init, bool) or init in _LEAVE_BASE
-    # Variants of LoRA have a configuration of their own; some, such as KaSA, take something out of the base.
+    # Variants of LoRA have a configuration of their own, and some, such as KaSA, change the base.
     variant = adapter.get("layer_replication") or any(value for name, value in adapter.items() if name.endswith("_config"))
     return usual and not variant and adapter.get("peft_type") == "LORA" and adapter.get("bias", "none") == "none"
 
 
 def copy_sharing_weights(module: nn.Module, trained: bool = True) -> nn.Module:
-    """A copy of a module that uses the same parameters and persistent buffers. To be made before an adapter is put on.
+    """A copy of a module that uses the same parameters and persistent buffers. Make it before an adapter is put on.
 
-    trained   whether parameters that require a gradient are shared too; else the copy has its own, with an adapter or without
+    trained   whether parameters that require a gradient are shared too. If not, the copy has its own, and there may be an adapter
     """
     for one in module.modules():
         if getattr(getattr(one, "weight", None), "CB", None) is not None and hasattr(one, "init_8bit_state"):
@@ -54,7 +54,7 @@ def copy_sharing_weights(module: nn.Module, trained: bool = True) -> nn.Module:
 
 
 def _held(module: nn.Module) -> Iterator[object]:
-    """The objects that a copy shares: tensors that come from a checkpoint, and the quantisation state of those."""
+    """The objects that a copy shares: tensors that come from a checkpoint, and their quantisation state."""
     for one in module.modules():
         state = getattr(one, "state", None)  # bitsandbytes, in 8 bit; quant_state in 4
         kept = [buffer for name, buffer in one._buffers.items() if name not in one._non_persistent_buffers_set]
@@ -65,13 +65,13 @@ def _held(module: nn.Module) -> Iterator[object]:
 def deduplicate_weights(
     models: Iterable[nn.Module], without_values: bool = False, named: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Make frozen parameters that have the same name and are bitwise equal in several models one tensor in memory.
+    """Keep frozen parameters that have the same name and equal bits in several models only once in memory.
 
-    Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
+    These are, for example, the embeddings, norms and head of a base that one model has in 16 bit and another in 4 bit.
 
     models          transformers models, with PEFT's layers in them or not
-    without_values  they are of one base, and their tensors, which have no values, are equal where they are alike
-    named           by the name of a parameter whether it is looked at
+    without_values  the models have one base and tensors without values, which count as equal if they are `alike`
+    named           whether the parameter of that name is considered
     """
     same = alike if without_values else _same
     first: dict[str, list[nn.Parameter]] = {}
@@ -82,18 +82,18 @@ def deduplicate_weights(
             other = next((one for one in first.setdefault(name, []) if same(parameter, one)), None)
             if other is None:
                 first[name].append(parameter)
-            elif is_part(parameter) or without_values:  # neither takes the data of another
+            elif is_part(parameter) or without_values:  # `.data` of neither can be assigned
                 held, replaced = nn.Parameter(other.detach(), requires_grad=False), replaced or is_part(parameter)
                 for module, own in owners[id(parameter)]:
                     module._parameters[own] = held
             else:
                 parameter.data = other.data
         if replaced:
-            model.load_state_dict({}, strict=False)  # after which FSDP2 looks for its parameters anew
+            model.load_state_dict({}, strict=False)  # makes FSDP2 look up its parameters again
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """The modules that have each parameter, and its name there."""
+    """By parameter id: the modules that have the parameter, and its name there."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -110,7 +110,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one form, and are held in the same way."""
+    """Whether two tensors agree in shape, dtype, device and sharding."""
     if (a.shape, a.dtype, a.device, is_part(a)) != (b.shape, b.dtype, b.device, is_part(b)):
         return False
     return not is_part(a) or (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
@@ -119,13 +119,13 @@ def alike(a: Tensor, b: Tensor) -> bool:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.is_meta or not alike(a, b):
         return False
-    a, b = local(a), local(b)  # each process may find its own: what a layer is gathered from has the same values either way
-    if a.dtype.itemsize == 1:  # 8-bit floats, which torch does not compare everywhere
+    a, b = local(a), local(b)  # processes need not agree on this: a layer is gathered from equal values either way
+    if a.dtype.itemsize == 1:  # torch cannot compare 8-bit floats on every device
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     return a.data_ptr() == b.data_ptr() or (torch.equal(a.flatten()[:64], b.flatten()[:64]) and torch.equal(a, b))
 
 
 def storage_bytes(*models: nn.Module) -> dict[int, int]:
-    """Bytes of each storage that the models' parameters are in, by its address: shared storages are counted once."""
+    """The bytes of each storage of the models' parameters, by its address; shared storages are counted once."""
     found = [local(p).untyped_storage() for model in models for p in model.parameters() if not p.is_meta]
     return {storage.data_ptr(): storage.nbytes() for storage in found}

@@ -248,7 +248,7 @@ def test_modules_that_the_configuration_names_as_a_larger_model_does_are_those_w
         save_file(renamed, folder / "adapter_model.safetensors")
         assert torch.equal(logits(teacher(folder)), expected)
     folder = changed(folder, tmp_path / "strange", alpha_pattern={"model.blocks.1.q_proj": 3})
-    with pytest.raises(UserError, match="alpha_pattern has model.blocks.1.q_proj, which fits no module of this base"):
+    with pytest.raises(UserError, match="alpha_pattern has model.blocks.1.q_proj, which matches no module of this base"):
         teacher(folder)
 
 
@@ -297,7 +297,7 @@ def test_a_base_that_is_elsewhere_now_and_one_with_more_tokens_say_what_to_set(t
     (name,) = (name for name in weights if "embed_tokens" in name)
     save_file(weights | {name: torch.nn.functional.pad(weights[name], (0, 0, 0, 2))}, path)
     with pytest.raises(
-        UserError, match=r"has 642 rows in .*embed_tokens.*, and its base .* has 640: 2 tokens were added .*resize_token_embeddings\(642\)"
+        UserError, match=r"has 642 rows in .*embed_tokens.*, but its base .* has 640: 2 tokens were added .*resize_token_embeddings\(642\)"
     ):
         teacher(tmp_path / "adapter")
 

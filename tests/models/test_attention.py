@@ -261,7 +261,7 @@ def test_a_row_is_no_longer_than_attention_by_place_allows():
     changes = {"attn_temperature_tuning": True, "floor_scale": 300}
     checked(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
     with pytest.raises(
-        UserError, match=r"\(llama4_text\) a packed row may hold 299 tokens, and this run's up to 300 \(train.*\); lower that, or"
+        UserError, match=r"\(llama4_text\) a packed row may hold 299 tokens, but this run's rows may have 300 \(train.*\); lower that, or"
     ):
         checked(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
 

@@ -147,7 +147,7 @@ def test_under_autocast_a_layer_is_accepted_and_explained_to_the_rounding_of_bfl
 
 
 @pytest.mark.parametrize(
-    "layers, words", [((0,), "layer 0, and .* layers 1 to 2"), ((1, 3), "layer 3, and teacher.model .llama. has layers 1 to 2")]
+    "layers, words", [((0,), "layer 0, but .* layers 1 to 2"), ((1, 3), "layer 3, but teacher.model .llama. has layers 1 to 2")]
 )
 def test_layers_that_a_model_does_not_have_are_refused(layers, words):
     with pytest.raises(UserError, match=f"loss.attention.layers: found {words}"):

@@ -82,7 +82,7 @@ def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, 
 
     monkeypatch.setattr(torch, "compile", fails)
     monkeypatch.setattr("llmkd.training.build.load_models", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"^train.compile: found true, and torch.compile fails here \(RuntimeError: no g\+\+\)"):
+    with pytest.raises(UserError, match=r"^train.compile: found true, but torch.compile fails here \(RuntimeError: no g\+\+\)"):
         run(make_recipe(train__compile=True))
 
 

@@ -134,9 +134,9 @@ def test_numbers_that_cannot_be_are_refused_by_the_configuration_alone(world):
 
     assert kept((1,)) == (1,) and kept(LayerChoice(count=1, by="even")) == (0,) and kept(LayerChoice(count=1)) is None
     for layers, said in (
-        ((0, 2), "found layer 2, and student.model has 2 layers, 0 to 1"),
+        ((0, 2), "found layer 2, but student.model has 2 layers, 0 to 1"),
         ((0, 1), "keeps all 2 layers"),
-        (LayerChoice(count=3), "student.layers.count: found 3, and student.model has 2 layers"),
+        (LayerChoice(count=3), "student.layers.count: found 3, but student.model has 2 layers"),
         (LayerChoice(count=2), "keeps all 2 layers"),
         (LayerChoice(count=2, by="even"), "keeps all 2 layers"),
     ):
@@ -210,7 +210,7 @@ def test_a_damaged_smaller_model_is_made_again(folder, caplog):
     raw = path.read_bytes()
     path.write_bytes(raw[:-8] + bytes(8))
     assert depth.cut(whole, (1, 2)).base == files.base and path.read_bytes() == raw
-    assert "has changed since llmkd wrote it" in caplog.text and "it is made again" in caplog.text
+    assert "has changed since llmkd wrote it" in caplog.text and "it is written again" in caplog.text
 
 
 def test_an_adapter_is_on_a_base_beside_it_that_plain_tools_load(world, make_recipe, tmp_path):

@@ -202,7 +202,7 @@ def test_packing_is_allowed_where_it_is_isolated(family):
 
 @pytest.mark.parametrize("family", LEAKING)
 def test_packing_is_refused_where_examples_see_one_another(family):
-    with pytest.raises(UserError, match=r"data.packing: .* see one another|data.packing: .* takes no packed rows"):
+    with pytest.raises(UserError, match=r"data.packing: .* see one another|data.packing: .* does not accept packed rows"):
         checked(language_model(family), "student.model", packing=True)
 
 

@@ -257,9 +257,11 @@ def test_a_last_layer_that_is_recomputed_is_left_whole():
 
 
 def test_a_share_is_refused_where_layers_cannot_be_chosen():
-    with pytest.raises(UserError, match="student.gradient_checkpointing: found 0.5, and of llama layers cannot be chosen; set it to true"):
+    with pytest.raises(
+        UserError, match="student.gradient_checkpointing: found 0.5, but the layers of llama cannot be chosen; set it to true"
+    ):
         activation_checkpointing.enable(tiny("llama", num_hidden_layers=1), 0.5)
     with pytest.raises(
-        UserError, match="student.gradient_checkpointing: found offload, and of llama layers cannot be chosen; set it to true"
+        UserError, match="student.gradient_checkpointing: found offload, but the layers of llama cannot be chosen; set it to true"
     ):
         activation_checkpointing.enable(tiny("llama", num_hidden_layers=1), True, offload=True)

@@ -98,7 +98,7 @@ def test_a_packed_row_is_no_longer_than_a_model_takes():
 
     for family, tokens in (("gpt_neo", 128), ("llama", 512)):
         checked(LanguageModel(tiny(family), 90), "student.model", tokens)
-    with pytest.raises(UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, and this run's up to 129 .*; lower that"):
+    with pytest.raises(UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, but this run's rows may have 129 .*; lower that"):
         checked(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)
 
 

@@ -170,11 +170,11 @@ def test_an_adapter_of_another_hand_works(world, tmp_path):
 
 
 def test_a_recipe_that_contradicts_the_adapter_is_refused(world):
-    with pytest.raises(UserError, match=r"student.lora.rank: found 7, and the adapter .* has 4; leave student.lora out"):
+    with pytest.raises(UserError, match=r"student.lora.rank: found 7, but the adapter .* has 4; leave student.lora out"):
         load(world / "adapter", lora=Lora(rank=7))
-    with pytest.raises(UserError, match=r"student.lora.target_modules: found \('q_proj',\), and the adapter .* has \["):
+    with pytest.raises(UserError, match=r"student.lora.target_modules: found \('q_proj',\), but the adapter .* has \["):
         load(world / "adapter", lora=Lora(rank=4, target_modules=("q_proj",)))
-    with pytest.raises(UserError, match=r"student.lora.rslora: found True, and the adapter .* has False"):
+    with pytest.raises(UserError, match=r"student.lora.rslora: found True, but the adapter .* has False"):
         load(world / "adapter", lora=Lora(rank=4, rslora=True))
     with pytest.raises(UserError, match="student.method: found full, and .* is an adapter"):
         load(world / "adapter", method="full")
@@ -236,7 +236,7 @@ def test_gradient_checkpointing_is_refused_where_a_family_has_none(tmp_path):
     assert not model.supports_gradient_checkpointing
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="student.gradient_checkpointing: ctrl has none"):
+    with pytest.raises(UserError, match="student.gradient_checkpointing: ctrl does not support it"):
         load(tmp_path, gradient_checkpointing=True)
 
 
@@ -344,7 +344,7 @@ def test_attention_that_would_be_fetched_from_the_hub_is_refused_before_anything
     shutil.copytree(world / "student", tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
-    with pytest.raises(UserError, match="asks for flash_attention_2, and flash-attn is not installed; set student.attention: sdpa"):
+    with pytest.raises(UserError, match="asks for flash_attention_2, but flash-attn is not installed; set student.attention: sdpa"):
         load_pretrained(tmp_path / "m", "student.model")
     load_pretrained(tmp_path / "m", "student.model", attention="sdpa")
     with pytest.raises(UserError, match="student.architecture: the architecture asks for attn_implementation: 'owner/kernel'"):

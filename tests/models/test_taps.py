@@ -162,7 +162,7 @@ def test_the_width_is_known_and_what_is_not_there_is_refused(world):
     model = LanguageModel(tiny("gpt2"), V - 6, autocast=torch.bfloat16).train()
     assert layer_widths(model, [0, 1, 2], "student.model") == {0: 32, 1: 32, 2: 32} and model.training
     for wrong in (3, -1):
-        words = rf"^teacher.model \(gpt2\) has 2 layers: layer {wrong} was asked for, and expected is 0 \(embeddings\) to 2$"
+        words = rf"^teacher.model \(gpt2\) has 2 layers: found layer {wrong}, expected 0 \(embeddings\) to 2$"
         with pytest.raises(UserError, match=words):
             layer_widths(model, [1, wrong], "teacher.model")
     with pytest.raises(UserError, match=r"^student.model \(hrm_text\) does not keep its layers in a list"):
@@ -181,5 +181,5 @@ def test_a_layer_that_hands_on_something_else_is_found():
     assert layer_widths(model, [1], "student.model") == {1: 32}
     layer.forward = lambda *args, **kwargs: (run(*args, **kwargs) * 1.001,)
     model.base_model.model.forward = lambda input_ids, **_: SimpleNamespace(hidden_states=None)
-    with pytest.raises(UserError, match=r"^student.model \(llama\) gives no hidden states of its layers"):
+    with pytest.raises(UserError, match=r"^student.model \(llama\) returns no hidden states of its layers"):
         layer_widths(model, [1], "student.model")

@@ -256,7 +256,7 @@ def test_a_model_is_tried_before_training(capsys):
         kind.refuse_misfit(model, 5, "teacher.model")
     model.register_forward_hook(lambda m, a, given, out: type(out)(logits=out.logits + given["input_ids"].shape[1]), with_kwargs=True)
     kind.checked(Classifier(model, 4), "student.model")
-    assert "answers an example otherwise when a longer one is in its batch" in capsys.readouterr().err
+    assert "logits of an example change when a longer one is in its batch" in capsys.readouterr().err
 
 
 def test_classes_are_in_the_order_of_their_numbers_and_f1_counts_weights():
