@@ -1,8 +1,8 @@
-"""Models that get a new head: a base model with the head of a classifier put on it, as files.
+"""Models with a new head: a base model on which the head of a classifier is put.
 
-Made as files, before anything is loaded, so that it is an ordinary classifier for everything after: adapters, checkpoints, resuming, and the
-tools of others. It is kept next to the token cache, and made again where it is missing or damaged. Its head's weights are drawn by the
-run's seed when the student is loaded.
+The model is written as files before anything is loaded, so that it is an ordinary classifier for everything that follows: adapters,
+checkpoints, resuming and other tools. It is cached next to the token cache, and written again if it is missing or damaged. The head's
+weights are drawn with the run's seed when the student is loaded.
 """
 
 import json
@@ -22,12 +22,12 @@ RECORD = "new_head"
 
 
 def new_modules(base: Path) -> list[str]:
-    """The names of the modules that got new weights in such a model; empty for any other."""
+    """The names of the modules with new weights in such a model; [] for any other."""
     return record_of(base).get(RECORD, [])
 
 
 def with_head(files: ModelFiles, names: tuple[str, ...], auto: str, pad: int | None, setting: str) -> ModelFiles:
-    """The files of a model with a new head for these classes, which are made if they are not there. UserError where that is no model."""
+    """The files of a model with a new head for the classes `names`, which are written unless cached. UserError if the base allows none."""
     base = files.base
     verify(base, None, setting)
     key = [fingerprint(base, setting), config_hash(base, setting), list(names), auto, pad, str(base.resolve())]
@@ -55,12 +55,12 @@ def _is_whole(folder: Path, setting: str) -> bool:
         verify(folder, None, setting)
         return bool(new_modules(folder))
     except UserError as error:
-        warn(f"warning: {error.problems[0]}; it is made again")
+        warn(f"warning: {error.problems[0]}; it is written again")
         return False
 
 
 def _write(base: Path, folder: Path, names: tuple[str, ...], auto: str, pad: int | None, setting: str) -> list[str]:
-    """Write the model, and return the names of its modules with new weights. UserError where more than a head would be new."""
+    """Write the model, and return the names of its modules with new weights. UserError if more than a head would be new."""
     import transformers
 
     try:

@@ -1,4 +1,4 @@
-"""RMS norms of half precision on a GPU in two kernels, where transformers' own take seven and keep two tensors in float32, with the same roundings."""
+"""RMS norms in half precision on a GPU, in two kernels and with the same rounding as transformers', which take seven and keep two float32 tensors."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def fuse(model: nn.Module) -> None:
-    """Let the norms w * (x / rms(x)) of a transformers model compute so, where they say the same; rms(x) is the root of the mean of x^2 and epsilon."""
+    """Replace the norms w * (x / rms(x)) of a transformers model, with rms(x) = sqrt(mean(x^2) + epsilon), if their results agree."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         named = isinstance(getattr(module, "variance_epsilon", None), float) and type(module) not in _MADE
@@ -25,8 +25,8 @@ def fuse(model: nn.Module) -> None:
 
 
 def agrees(module: nn.Module) -> bool:
-    """Whether a norm rounds the quotient before it is multiplied by w, as most families do: then all but a few numbers, whose sums were taken in
-    another order, are equal to the last bit, and otherwise a quarter are not."""
+    """Whether a norm rounds the quotient before multiplying by w, as most families do. Then nearly all numbers have equal bits, except for a few
+    whose sums were taken in another order; otherwise a quarter differ."""
     with contextlib.suppress(Exception), torch.no_grad():
         H = len(module.weight)
         x = (torch.arange(8 * H, device=module.weight.device).float().cos() * 3).view(8, H).to(module.weight.dtype)

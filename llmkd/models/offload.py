@@ -1,4 +1,4 @@
-"""A teacher that is not on the student's device: on another device, or in CPU memory and loaded to the GPU layer by layer."""
+"""Teachers that are not on the student's device: on another device, or in CPU memory and copied to the GPU layer by layer."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from .shared_weights import copy_sharing_weights
 
 
 def resolve_device(setting: str, name: str | None, student: torch.device | str) -> torch.device:
-    """The device that the weights are loaded to; `student` is the student's. UserError for a device that this machine does not have."""
+    """The device to which the teacher's weights are loaded. UserError for a device that this machine does not have. `student`: the student's."""
     if name is None or name == OFFLOAD:
         return torch.device(student if name is None else "cpu")
     try:
@@ -29,14 +29,14 @@ def resolve_device(setting: str, name: str | None, student: torch.device | str) 
 
 
 def offload(plain: nn.Module, device: torch.device | str) -> None:
-    """Keep the weights of a frozen transformers model in CPU memory; each layer's are on `device` while it runs.
+    """Keep the weights of a frozen transformers model in CPU memory; those of a layer are on `device` while it runs.
 
-    accelerate's cpu_offload would not do: a module that is passed to another (PEFT does so for DoRA) it takes for an input to be moved.
+    accelerate's cpu_offload does not work here: it treats a module that is passed to another one, as PEFT does for DoRA, as an input to move.
     """
     on_gpu = torch.device(device).type == "cuda"
     for module, parts in list(_units(plain, set(getattr(plain, "_no_split_modules", None) or ()))):
         slots = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
-        if on_gpu:  # copied without an intermediate buffer
+        if on_gpu:  # from pinned memory copies need no intermediate buffer
             for _, _, parameter in slots:
                 parameter.data = parameter.data.pin_memory()
         module.register_forward_pre_hook(functools.partial(_load_layer, slots, device))
@@ -49,8 +49,8 @@ def offload(plain: nn.Module, device: torch.device | str) -> None:
 def _units(module: nn.Module, layers: set[str]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Pairs of a module and the modules whose weights are loaded when it is called.
 
-    A layer, or a module with an adapter, is loaded as a whole, since it may use a submodule's weights without calling it; elsewhere each
-    module loads its own parameters.
+    A layer or a module with an adapter is loaded as a whole, since it may use a submodule's weights without calling it. Any other module
+    loads only its own parameters.
     """
     if type(module).__name__ in layers or hasattr(module, "base_layer"):
         yield module, list(module.modules())
@@ -72,7 +72,7 @@ def _unload_layer(slots: list[tuple[nn.Module, str, nn.Parameter]], *_) -> None:
 
 
 def head_on(head: Head, device: torch.device) -> Head:
-    """The same head on `device`. Always another module, without the original's hooks: on the same weights where these are there already."""
+    """The same head on `device`, as a new module without the original's hooks; it uses the same weights if they are there already."""
     project = head.project
     there = all(p.device == device for p in project.parameters())
     return Head(copy_sharing_weights(project) if there else copy.deepcopy(project).to(device), head.vocab, head.scale, head.softcap)

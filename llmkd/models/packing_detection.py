@@ -1,4 +1,4 @@
-"""What transformers asks of every row: whether several examples are packed in it. llmkd knows, so that no pass waits for the device."""
+"""Answers transformers' question whether a row packs several examples. llmkd knows, so no pass waits for the device to find out."""
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def no_packing_detection(view: View) -> Iterator[None]:
-    """For one forward pass: rows without position_ids hold one example each, which transformers would find by reading positions that it has
-    just made, on the device, before its first layer. Passes of other threads at the same time are not affected."""
+    """For one forward pass: rows without position_ids have one example each. transformers would find that out by reading positions that it has
+    just made on the device, before the first layer. Passes of other threads at the same time are not affected."""
     _wrap()
     token = _ONE_EXAMPLE.set("position_ids" not in view.inputs)
     try:
@@ -27,8 +27,8 @@ def no_packing_detection(view: View) -> Iterator[None]:
 
 
 def _wrap() -> None:
-    # Oddity: a function of transformers is wrapped, once. A mask in its place would keep FlashAttention from being used, and positions would be
-    # read all the same.
+    # Oddity: a function of transformers is wrapped, once. Passing a mask instead would prevent FlashAttention, and passing positions would not
+    # prevent that they are read.
     masks = sys.modules.get("transformers.masking_utils")
     with _LOCK:
         own = getattr(masks, _ASKS, None)

@@ -1,14 +1,15 @@
-"""Sharded tensors (torch's DTensor), of which each process holds a part. Of any other tensor its whole and its part are itself."""
+"""Sharded tensors (torch's DTensor), of which each process holds a part. For any other tensor these functions return the tensor itself."""
 
 from torch import Tensor
 
 
 def is_part(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it. A collective: every process must ask."""
+    """The whole tensor. A collective: every process must call it."""
     return tensor.full_tensor() if is_part(tensor) else tensor
 
 
@@ -18,7 +19,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(value: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor the part that this process has of `like`, where the two have one shape; on its device."""
+    """A whole tensor, sharded like `like` if the shapes are equal, and on its device."""
     value = value.to(like.device)
     if not is_part(like) or value.shape != like.shape:
         return value

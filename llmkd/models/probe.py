@@ -1,4 +1,4 @@
-"""The small batch on which a model is tried before it is used, and how far two results lie apart."""
+"""The small batch for the startup checks of a model, and measures of the difference of two results."""
 
 import contextlib
 import math
@@ -14,18 +14,18 @@ from .parts import local
 
 
 def probe_ids(vocab: int, device: torch.device | str = "cpu", length: int = 12) -> Tensor:
-    """Token ids [2, length], spread over the vocabulary: (7 i + 3) mod V at the i-th position of both rows together."""
+    """Token ids [2, length], spread over the vocabulary: (7 i + 3) mod V at position i, counted over both rows."""
     return (torch.arange(2 * length, device=device).reshape(2, length) * 7 + 3) % vocab
 
 
 def example_view(examples: Any, chosen: Sequence[int], setting: str, device: torch.device | str) -> View:
-    """What the model of that setting (student.model, teacher.model, ...) reads of some of `data.examples.Examples`."""
+    """The view that the model of `setting` (student.model, teacher.model, ...) has of some of `data.examples.Examples`."""
     return examples.batch(chosen).view_of(setting).each(lambda x: x.to(device))
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, and there are no gradients."""
+    """Inside, the model is in eval mode and gradients are off."""
     training = model.training
     model.eval()
     try:
@@ -36,7 +36,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors of one shape, computed in the wider of their types."""
+    """The largest absolute difference of two tensors of the same shape, computed in the wider of their dtypes."""
     wide = torch.promote_types(a.dtype, b.dtype)
     return (a.to(wide) - b.to(wide)).abs().max().item()
 
@@ -44,7 +44,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 def relative_gap(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     """The largest absolute difference between two lists of tensors, divided by the largest absolute value of the first.
 
-    Infinite where a difference is not finite, or the lists have different lengths.
+    Infinite if a difference is not finite, or the lists have different lengths.
     """
     if len(these) != len(those):
         return math.inf
@@ -54,13 +54,13 @@ def relative_gap(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
 
 
 def hidden_and_gradients(model, view: View) -> list[Tensor]:
-    """Hidden states [N, H] of a `LanguageModel` at the view's rows, and, where it trains, the gradients of the sum of their cosines: of sharded
-    parameters this process's parts, those without a row left out. Gradients from before are not counted, and none is left behind."""
+    """Hidden states [N, H] of a `LanguageModel` at the view's rows; if it trains, also the gradients of the sum of their cosines. For sharded
+    parameters these are this process's parts, without empty ones. Earlier gradients are dropped, and none remain afterwards."""
     parameters = list(model.trainable().values())
     model.zero_grad(set_to_none=True)
     with torch.set_grad_enabled(bool(parameters)):
         hidden_NH = model.hidden(view)
-        if parameters:  # sharded ones are no leaves of the graph, and get their gradients by a whole backward pass alone
+        if parameters:  # sharded ones are not leaves of the graph, so torch.autograd.grad would not reach them
             widen(hidden_NH).cos().sum().backward()
         grads = [p.grad for p in parameters if p.grad is not None]
         model.zero_grad(set_to_none=True)

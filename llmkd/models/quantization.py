@@ -1,4 +1,4 @@
-"""The base of a student or teacher in 4 or 8 bit."""
+"""Quantisation of the base of a student or teacher to 4 or 8 bit, with bitsandbytes."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def note_share(model: nn.Module, setting: str) -> None:
-    """A note where little of a model is quantised: only linear layers are, and a mixture of experts may keep most weights in others."""
+    """Print a note if little of a model is quantised: only linear layers are, and a mixture of experts may have most weights elsewhere."""
     size = {p: p.numel() * p.element_size() for p in model.parameters()}
     quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn))
     if quantised < 0.2 * (total := sum(size.values())):
         warn(
             f"note: {setting}: quantised linear layers are {quantised / total:.0%} of its memory; embeddings, head and "
-            "experts that are no linear layers are not quantised"
+            "experts that are not linear layers are not quantised"
         )
 
 

@@ -1,4 +1,4 @@
-"""A trained student on disk, in Hugging Face's form: written, located in a run's folder, and described for loading."""
+"""Trained students on disk, in Hugging Face's format: saving them, and the settings to load them again."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from .model import Model
 
 
 def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
-    """Settings that load a trained student for an evaluation: its adapter on the base in the dtype and quantisation of the training."""
+    """Settings that load a trained student for evaluation: its adapter on the base, in the dtype and quantisation of training."""
     record = record_of(folder)
     quantization = record.get("quantization")
     return TeacherSettings(
@@ -27,10 +27,10 @@ def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
 
 
 def save(model: Model, folder: Path, settings: StudentSettings, generation: dict | None) -> None:
-    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with this generation config, if it has one.
+    """Write the student in Hugging Face's format: an adapter (PEFT) or a whole model, with a generation config unless that is None.
 
-    Beside it, llmkd.json holds the hashes of the folder's files, so its tokenizer is to be there already. For an adapter it also names
-    the base's fingerprint, dtype and quantisation; `as_trained` reads them.
+    llmkd.json in the same folder holds the hashes of its files, so the tokenizer must be there already. For an adapter it also records the
+    base's fingerprint, dtype and quantisation; `as_trained` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
@@ -51,7 +51,7 @@ def save(model: Model, folder: Path, settings: StudentSettings, generation: dict
 
 
 def save_whole(model: nn.Module, folder: Path, generation: dict | None) -> None:
-    """Write a plain transformers model, with this generation config, if it has one."""
+    """Write a plain transformers model, with a generation config unless that is None."""
     if generation is None:
         model.save_pretrained(folder)
         return

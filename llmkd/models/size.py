@@ -1,4 +1,4 @@
-"""The number and the memory of a model's parameters, from its files alone: nothing is loaded."""
+"""The number and the memory of a model's parameters, read from its files without loading it."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers that determine the cost of a step: weights outside embedding and head, vocabulary size, hidden size, layers."""
+    """The numbers that determine the cost of a step: weights outside embedding and head (`body`), vocabulary size, hidden size, layers."""
 
     body: int
     vocab: int
@@ -27,7 +27,7 @@ class ModelSize:
 
 
 def model_size(files: ModelFiles, kept: int | None = None) -> ModelSize:
-    """The size of a model, read from the headers of its weight files; or that of `kept` of its layers, which are alike."""
+    """The size of a model, read from the headers of its weight files; with `kept` that of a model with so many of its layers, which are alike."""
     config = files.config.get("text_config", files.config)
     sizes = {name: int(np.prod(t["shape"])) for name, t in headers(files.base, "plan").items()}
     hidden = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
@@ -45,13 +45,13 @@ def _layers(config: dict) -> int:
 
 
 def _of_layers(sizes: dict[str, int], layers: int, kept: int | None) -> int:
-    """The sum of tensors' sizes, without those of the layers that are not kept."""
+    """The sum of the tensors' sizes, without those of the layers that are not kept."""
     in_layers = sum(size for name, size in sizes.items() if NUMBERED.fullmatch(name))
     return sum(sizes.values()) - (layers - (kept or layers)) * in_layers // layers
 
 
 def adapter_parameters(files: ModelFiles, lora: Lora, kept: int | None = None) -> int:
-    """The parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix that it is put on. `kept` as in `model_size`."""
+    """The number of parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix with an adapter. `kept`: see `model_size`."""
     sizes, named = {}, lora.target_modules if isinstance(lora.target_modules, tuple) else None
     for name, t in headers(files.base, "plan").items():
         module = name.removesuffix(".weight").rpartition(".")[2]
@@ -61,7 +61,7 @@ def adapter_parameters(files: ModelFiles, lora: Lora, kept: int | None = None) -
 
 
 def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
-    """Bytes of memory for each weight, in a dtype of the recipe or a quantisation."""
+    """Bytes of memory per weight, in a dtype of the recipe or a quantisation."""
     if quantization:
         return _BYTES[quantization.type]
     return {"float64": 8, "float32": 4}.get(loaded_dtype(files.config, dtype), 2)

@@ -1,4 +1,4 @@
-"""Changes of a loaded teacher that make it faster: its adapter merged, its linear layers in 8-bit floats."""
+"""Transforms of a loaded teacher that make it faster: its adapter merged, its linear layers in 8-bit floats."""
 
 import torch
 
@@ -13,13 +13,13 @@ from .quantization import note_share
 
 @torch.no_grad()
 def apply_transforms(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
-    """Merge the adapter of a `Model` and convert it to fp8, if its settings have these, in place. UserError if it fails afterwards."""
+    """Merge a teacher's adapter and convert the teacher to fp8, as its settings say, in place. UserError if it fails afterwards."""
     if settings.merge_adapter:
         teacher.replace_with(merge_adapter_(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
     if settings.float8:
         if not float8.convert(teacher.base_model):
             raise UserError(
-                f"{setting}.quantization.type: found fp8, and {files.base} has no linear layers whose sizes are multiples of 16; leave it out"
+                f"{setting}.quantization.type: found fp8, but {files.base} has no linear layers whose sizes are multiples of 16; leave it out"
             )
         note_share(teacher.base_model, f"{setting}.model")
         _refuse_failure(teacher, setting)

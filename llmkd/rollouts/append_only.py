@@ -1,4 +1,4 @@
-"""A file of JSON lines that is only added to, so that a kill leaves all that was written before. No torch."""
+"""Append-only files of JSON lines: a kill leaves all lines that were written before. No torch."""
 
 import contextlib
 import json
@@ -13,14 +13,14 @@ from ..files import FileLocked, append, lock_file, sync
 
 
 class AppendOnly:
-    """One file. `setting`: what names it, in messages."""
+    """One append-only file. `setting`: the setting or option that names it, for messages."""
 
     def __init__(self, path: Path, setting: str):
         self.path, self.setting = path, setting
 
     @contextlib.contextmanager
     def held(self, fix: str = "name another file") -> Iterator[None]:
-        """The file for this process alone, made where there is none. UserError where another process writes to it."""
+        """Lock the file for this process, creating it if needed. UserError if another process writes to it. `fix`: for the message."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock = lock_file(self.path)
@@ -32,16 +32,16 @@ class AppendOnly:
             yield
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number, from 1, and content of every whole line."""
+        """Number (from 1) and content of every finished line."""
         raw = self.path.read_bytes()
         yield from enumerate(raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1], 1)
 
     def remove_unfinished(self) -> None:
-        """Remove a part of a last line, which a kill left, with a word."""
+        """Remove an unfinished last line, left by a kill, and say so."""
         raw = self.path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         if whole < len(raw):
-            info(f"{self.path}: {len(raw) - whole:,} bytes of a last line that is not finished are removed; its answer is written again")
+            info(f"{self.path}: {len(raw) - whole:,} bytes of an unfinished last line are removed; its answer is written again")
             os.truncate(self.path, whole)
             sync(self.path)
 

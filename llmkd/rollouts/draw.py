@@ -1,4 +1,4 @@
-"""Draws tokens: from the whole distribution, or from its most likely part."""
+"""Samples tokens, from the whole distribution or from its most likely part."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def mixed(logits_BV: Tensor, other_BV: Tensor, share: float) -> Tensor:
 
 
 def together(logits: Sequence[Tensor], weights: Sequence[float], geometric: bool = False) -> Tensor:
-    """Log-probabilities of several models' distributions as one, float64 [B, V], by weights that sum to one: of sum w_i p_i, or with
-    `geometric` of exp sum w_i log p_i, normalised. As `teachers.mixture` combines what they say of a text."""
+    """Log-probabilities of a mixture of several models' distributions, float64 [B, V], with weights that sum to one: of sum w_i p_i, or with
+    `geometric` of exp(sum w_i log p_i), normalised; as `teachers.mixture` combines teachers."""
     each = [torch.log_softmax(z_BV.double(), -1) for z_BV in logits]
     if geometric:
         return torch.log_softmax(sum(w * log_p_BV for w, log_p_BV in zip(weights, each, strict=True)), -1)
@@ -33,12 +33,12 @@ def together(logits: Sequence[Tensor], weights: Sequence[float], geometric: bool
 
 
 def with_share(logits: Sequence[Tensor], share: float, weights: Sequence[float], geometric: bool = False) -> Tensor:
-    """`mixed` of the first model's distribution and a share of the others' together."""
+    """`mixed`, with the others' distributions combined as p."""
     return mixed(logits[0], together(logits[1:], weights, geometric), share)
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """What tokens are drawn from, float64 [B, V]: not renormalised, 0 where a token is cut off."""
+    """The distribution that tokens are drawn from, float64 [B, V]: 0 for tokens that are cut off, and not renormalised."""
     p_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)
     if sampling.top_k is not None or sampling.top_p < 1:
         sorted_BV, order_BV = torch.sort(p_BV, dim=-1, descending=True, stable=True)
@@ -51,7 +51,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Of each row the first token by whose end more than that share of its probability has gone by, int64 [B]; never one of probability 0."""
+    """For each row the first token at which the cumulated probability exceeds `uniform_B` of the total, int64 [B]; never one of probability 0."""
     passed_BV = p_BV.cumsum(-1)
     total_B1 = passed_BV[:, -1:].contiguous()
     found_B1 = torch.searchsorted(passed_BV, uniform_B[:, None] * total_B1, right=True)
@@ -59,6 +59,6 @@ def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def entropy(logits_BV: Tensor) -> Tensor:
-    """Of softmax(logits), in nats, [B]."""
+    """The entropy of softmax(logits), in nats, [B]."""
     log_p_BV = torch.log_softmax(logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV, -1)
     return -torch.where(log_p_BV == -math.inf, 0.0, log_p_BV.exp() * log_p_BV).sum(-1)

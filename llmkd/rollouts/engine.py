@@ -1,6 +1,6 @@
-"""A server that writes in training: a `Writer` whose model is the student's base at the server, with the adapter that is pushed to it.
+"""A server that writes during training: a `Writer` whose model is the student's base on the server, with the adapter that is pushed to it.
 
-What it writes is compared with the student's own log-probabilities: those of the same weights differ by rounding alone.
+The log-probabilities of its answers are compared with the student's own: those of equal weights differ by rounding only.
 """
 
 import contextlib
@@ -24,15 +24,14 @@ from .pushed_adapter import SETTING, PushedAdapter
 from .sampling import Sampling
 from .server_writer import ServerWriter
 
-WATCHED = 8  # answers of each process and step that are compared with the student
+WATCHED = 8  # answers that each process compares with the student in a step
 PROBED, PROBED_TOKENS = 8, 32  # answers, and tokens of each, that are compared before the first step
-_MOVED = 5.0  # by how many times the tolerance the adapter is changed to see whether the server follows
+_MOVED = 5.0  # the adapter is changed by so many times the tolerance, to see whether the server uses it
 
 
 class EngineWriter(ServerWriter):
-    """Writes with the adapter that was pushed last.
+    """Writes with the adapter that was pushed last. The first process saves and pushes it; each process compares the student with the server.
 
-    student      it is saved and pushed by the first process, and compared with the server by each
     base         the student's base, as the server has it
     accelerator  of the run's processes
     batch_size   answers whose log-probabilities the student computes at a time
@@ -53,7 +52,7 @@ class EngineWriter(ServerWriter):
     ):
         super().__init__(adapter.server, base, SETTING, end_ids, vocab, settings.requests, stop_asked, log_probs=True)
         self.settings, self.adapter, self.base, self.accelerator, self.batch_size = settings, adapter, base, accelerator, batch_size
-        self.step, self.pushed = 0, None  # the step that is written, and after which step the adapter was pushed
+        self.step, self.pushed = 0, None  # the current step, and the step after which the adapter was pushed
 
     @property
     def student(self) -> LanguageModel:
@@ -65,17 +64,18 @@ class EngineWriter(ServerWriter):
         return self.step - 1 - self.pushed
 
     def start_step(self, step: int) -> None:
-        """Before the answers of a step are written, on all ranks: push the adapter where it is due."""
+        """Called on all ranks before the answers of a step are written: push the adapter if that is due."""
         self.step = step
         if self.pushed is None or self.staleness >= self.settings.push_every:
             self.push(step - 1)
 
     def push(self, after: int) -> None:
-        """Push the adapter as it is after so many steps."""
+        """Push the adapter, which has trained for `after` steps."""
         self.adapter.name = on_main_process(self.accelerator, lambda: self.adapter.push(lambda load: self.at_once([load])))
         self.model, self.pushed = self.adapter.served(self.base), after
 
     def close(self) -> None:
+        """Remove the adapter from the server."""
         if self.accelerator.is_main_process:
             self.adapter.close()
 
@@ -86,14 +86,14 @@ class EngineWriter(ServerWriter):
         gap = _mean_gap(list(compared.values()))
         if self.staleness == 0 and not gap <= self.settings.tolerance:
             raise UserError(
-                f"{SETTING}.server: {self.server.address} gives what it has written other log-probabilities than the student, by {gap:.3g} nats on average "
+                f"{SETTING}.server: {self.server.address} gives its answers other log-probabilities than the student, by {gap:.3g} nats on average "
                 f"({SETTING}.tolerance: {self.settings.tolerance:g}): serve the student's own base, in its dtype and quantisation, with "
-                "--logprobs-mode raw_logprobs and nothing before it that answers from a cache; or raise the tolerance"
+                "--logprobs-mode raw_logprobs and without a proxy that answers from a cache; or raise the tolerance"
             )
         return [compared.get(i, one) for i, one in enumerate(found)]
 
     def _compared(self, prompts: Sequence[Sequence[int]], found: list[Completion], chosen: list[int]) -> dict[int, Completion]:
-        """Some of the answers, by their indices, with what the student says of them."""
+        """The `chosen` answers, by index, with the student's entropy, the difference of log-probabilities and the importance weights."""
         own = scores(self.student, [prompts[i] for i in chosen], [found[i].ids for i in chosen], self.batch_size)
         compared = {}
         for i, mine in zip(chosen, own, strict=True):
@@ -115,9 +115,9 @@ class EngineWriter(ServerWriter):
         return complete(self.server, self.model, prompt, self.end_ids, seed, settings, log_probs=True)
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling, done: int) -> None:
-        """Before the first step, by the first process: UserError where the server does not write as the student would, or not with its adapter.
+        """Before the first step, on the first process: UserError if the server does not write like the student with its adapter.
 
-        An untrained adapter changes nothing, and so would not be missed: one whose values are changed at random is pushed too.
+        An untrained adapter changes nothing, so a server without it would go unnoticed. So an adapter with random changes is pushed, too.
         """
         few = replace(
             sampling, temperature=1.0, top_p=1.0, top_k=None, min_p=0.0, max_new_tokens=min(sampling.max_new_tokens, PROBED_TOKENS)
@@ -137,8 +137,8 @@ class EngineWriter(ServerWriter):
                     if f"{SETTING}.tolerance" not in str(error):
                         raise
                     raise UserError(
-                        f"{SETTING}.server: {self.server.address} does not write with the adapter that is pushed to it: with a changed one it wrote as if it "
-                        "were unchanged, or changed otherwise; is it vLLM with --enable-lora, and the student's own base?"
+                        f"{SETTING}.server: {self.server.address} does not write with the adapter that is pushed to it: after a change of the adapter, its "
+                        "answers did not change, or in another way; is it vLLM with --enable-lora, and the student's own base?"
                     ) from None
         finally:
             self.adapter.close()
@@ -151,34 +151,34 @@ class EngineWriter(ServerWriter):
 
 
 class _Alone:
-    """What stands for the accelerator while the first process works by itself."""
+    """Replaces the accelerator while the first process works by itself."""
 
     is_main_process, num_processes = True, 1
 
 
 def prefix_weights(log_ratio_T: np.ndarray, most: float) -> tuple[float, ...]:
-    """The importance weight of each target of an answer: the product of the ratios of the tokens before it, and `most` at most.
+    """The importance weight of each target of an answer: the product of the ratios of the tokens before it, at most `most`.
 
-    log_ratio_T   of each token the log-probability of the student that learns, minus that of the one that wrote
+    log_ratio_T   for each token the log-probability under the student that learns, minus that under the one that wrote
 
-    The divergence at a target is a function of the tokens before it alone, so its expectation over the student's own text is that over the other's
-    with the ratio of the probabilities of these tokens: E_q[D(y_<t)] = E_w[prod_{s<t} q(y_s) / w(y_s) D(y_<t)]. The ratio of the target's own token
-    is no part of it, as it is in a policy gradient. `most` trades that exactness for a bound on the variance.
+    The divergence at a target depends only on the tokens before it. So its expectation over the student's own text q is its expectation over
+    the writer's text w, weighted by the ratio of the probabilities of these tokens: E_q[D(y_<t)] = E_w[prod_{s<t} q(y_s) / w(y_s) D(y_<t)].
+    Unlike in a policy gradient, the ratio of the target's own token is not part of it. `most` bounds the variance, at the cost of exactness.
     """
     before_T = np.concatenate([[0.0], np.cumsum(log_ratio_T)[:-1]])
     return tuple(np.exp(np.minimum(before_T, np.log(most))).tolist())
 
 
 def _mean_gap(compared: Sequence[Completion]) -> float:
-    """The mean size of the difference of log-probabilities over all tokens of some answers that were compared; 0 without one."""
+    """The mean absolute difference of log-probabilities over all tokens of answers that were compared; 0 without answers."""
     tokens = sum(len(one.ids) for one in compared)
     return sum(one.apart * len(one.ids) for one in compared) / max(1, tokens)
 
 
 @contextlib.contextmanager
 def moved(student: LanguageModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]], least: float, batch_size: int) -> Iterator[None]:
-    """The student with other values in its adapter for the `with` block: so far from its own that the log-probabilities of the answers in `texts`
-    (prompt, answer) differ by `least` nats on average."""
+    """Inside, the student's adapter has random changes, large enough that the log-probabilities of the answers in `texts` (prompt, answer) differ
+    by at least `least` nats on average."""
     names = ("lora_B", "lora_embedding_B")
     held = {p: p.detach().clone() for name, p in student.trainable().items() if any(f".{one}." in f".{name}." for one in names)}
     generator = torch.Generator().manual_seed(0)

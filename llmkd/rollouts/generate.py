@@ -1,4 +1,4 @@
-"""Text that a model writes: the most likely tokens, or tokens whose draw depends on nothing but the seed, the text's key and the position."""
+"""Generates text: the most likely tokens, or sampled ones, whose random numbers depend only on the seed, the text's key and the position."""
 
 import contextlib
 import itertools
@@ -20,17 +20,17 @@ from .way import Inputs, way_of
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt.
+    """The text after a prompt, as token ids.
 
-    finished  its last token is an end token; else it was cut off, by `max_new_tokens` or the model's positions
-    entropy   of the model's distribution at temperature 1, mean over the tokens, in nats; None where it is not known
+    finished  whether the last token is an end token; if not, `max_new_tokens` or the model's positions cut the text off
+    entropy   of the model's distribution at temperature 1, averaged over the tokens, in nats; None if unknown
 
-    Of one that a server wrote:
+    If a server wrote it:
 
-    log_p      of each token, as the server says it
-    apart      mean size of the difference between those and the student's own; None where they were not compared
-    weights    of each token in the loss, which make up for it that the server's student is another one; None: all 1
-    staleness  optimizer steps since the server's student was the one that trains
+    log_p      of each token, as the server reports it
+    apart      mean absolute difference between these and the student's own log-probabilities; None if they were not compared
+    weights    importance weights of the tokens in the loss, since the server's student is an older one; None: all 1
+    staleness  the age of the server's student, in optimizer steps
     """
 
     ids: tuple[int, ...]
@@ -44,10 +44,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Mix:
-    """Other models that have a say in every token, after the same prompt.
+    """Other models that write together with a model, after the same prompt.
 
-    combine  gives log-probabilities of the next token, float64 [B, V], from the logits of the model that writes and of these
-    whole    the entropy of a completion is that of all of them together; else of the model that writes
+    combine  returns log-probabilities of the next token, float64 [B, V], from the logits of the model and of these others
+    whole    whether the entropy of a completion is that of the combined distribution; if not, that of the model
     """
 
     models: tuple[LanguageModel, ...]
@@ -56,7 +56,7 @@ class Mix:
 
 
 def stops_of(model: LanguageModel) -> set[int]:
-    """The ids at which the model's own generation config ends a text."""
+    """The end tokens of the model's own generation config."""
     config = model.base_model.generation_config
     return set(stops_at(config.to_dict())) if config else set()
 
@@ -72,16 +72,16 @@ def generate(
     keys: Sequence[int] | None = None,
     mix: Mix | None = None,
 ) -> list[Completion]:
-    """A completion of each prompt, in the model's eval mode; its training mode and torch's random state are as before.
+    """A completion of each prompt, with the model in eval mode; its training mode and torch's random state are left as they were.
 
     prompts   token ids, at least one each
     end_ids   a completion ends with the first of these
     progress  wraps the list of batches
-    keys      a number from 0 to 2^64 - 1 of each prompt, on which its sample depends; None: their indices
-    mix       other models that have a say in every token
+    keys      for each prompt a number from 0 to 2^64 - 1, on which its sample depends; None: its index
+    mix       other models that write together with this one
 
-    Prompts of like lengths share a batch, as far as the model can take that (`way.py`). Which ones share it changes a completion by rounding alone: what is drawn is a
-    function of (seed, key, position in the completion).
+    Prompts of similar length share a batch, if the model supports that (`way.py`). The others in a batch change a completion by rounding only:
+    the random numbers are a function of (seed, key, position in the completion).
     """
     keys = range(len(prompts)) if keys is None else keys
     if len(keys) != len(prompts):
@@ -103,7 +103,7 @@ def generate(
 
 
 def _batches(lengths: list[int], size: int, padded: bool) -> list[list[int]]:
-    """Indices of prompts of like lengths; without `padded` of equal ones. The longest come first: what does not fit into memory shows at once."""
+    """Batches of indices of prompts of similar length; without `padded` of equal length. The longest come first, to run out of memory at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups = [order] if padded else [list(group) for _, group in itertools.groupby(order, key=lambda i: lengths[i])]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
@@ -111,49 +111,51 @@ def _batches(lengths: list[int], size: int, padded: bool) -> list[list[int]]:
 
 @contextlib.contextmanager
 def eval_mode(model: LanguageModel) -> Iterator[None]:
-    """The model in eval mode and not compiled for the `with` block; then in the mode that it was in."""
+    """Inside, the model is in eval mode and not compiled; afterwards it is in its former mode."""
     training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # every new length would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # else each new length would be compiled
             yield
     finally:
         model.train(training)
 
 
 class _Together:
-    """Keeps processes in step that hold parts of a model: all make equally many passes, those with nothing left to write of one token."""
+    """Keeps processes that share a sharded model in step: all make equally many passes; one with nothing left to write passes a single token."""
 
     def __init__(self, models: list[LanguageModel]):
         self.models, self.sharded = models, next((one.model for one in models if is_sharded(one.model)), None)
 
     def goes_on(self, here: bool) -> bool:
-        """Before each pass: whether this process, or any other, has something to write."""
+        """Called before each pass. Whether this process (`here`) or any other has something to write."""
         return here if self.sharded is None else not all_agree(self.sharded, not here)
 
     def finish(self) -> None:
+        """Take part in the other processes' passes until all are done."""
         while self.goes_on(False):
             for one in self.models:
                 one.next_logits(Inputs.of([[0]], one.device).columns(slice(None)), use_cache=False)
 
 
 class _Text:
-    """Prompts and what was written to them so far, as one model reads them."""
+    """Prompts and their completions so far, as inputs of one model."""
 
     def __init__(self, model: LanguageModel, prompts: list[Sequence[int]], cached: bool):
         self.model, self.cached, self.positions = model, cached, positions(model.base_model.config.to_dict())
         self.inputs, self.cache = Inputs.of(prompts, model.device), None
 
     def logits(self) -> Tensor:
-        """Those of the next token of each, [B, V]."""
+        """The logits of each text's next token, [B, V]."""
         new = slice(None) if self.cache is None else slice(-1, None)
         logits_BV, self.cache = self.model.next_logits(self.inputs.columns(new), self.cache, self.cached)
         if logits_BV.isnan().any():
             where = self.model.base_model.config._name_or_path or self.model.base_model.config.model_type
-            raise UserError(f"{where}: its logits are NaN, so it can write no text; check its weights, or load it in another dtype")
+            raise UserError(f"{where}: its logits are NaN, so it cannot write text; check its weights, or load it in another dtype")
         return logits_BV
 
     def add(self, token_B: Tensor) -> None:
+        """Append a token to each text."""
         self.inputs = self.inputs.with_next(token_B.to(self.model.device), self.positions)
 
 
@@ -166,9 +168,9 @@ def _completions(
     sampling: Sampling,
     end_ids: frozenset[int],
 ) -> dict[int, Completion]:
-    """Completions of a batch of prompts, by their indices. Rows that have ended stay in the batch, and what they go on with is not read.
+    """Completions of a batch of prompts, by index. Rows that have ended stay in the batch, and their further tokens are ignored.
 
-    texts  of the model that writes, and of those of `mix`
+    texts  of the model that writes, and of the models of `mix`
     """
     most = min((text.positions for text in texts if text.positions is not None), default=None)
     room = {i: sampling.max_new_tokens if most is None else min(sampling.max_new_tokens, most - len(ids)) for i, ids in prompts.items()}

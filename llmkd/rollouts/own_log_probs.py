@@ -1,4 +1,4 @@
-"""What a model itself says of answers: the log-probability of each token at temperature 1, and the entropy of its distribution there."""
+"""A model's log-probabilities of the tokens of given answers at temperature 1, and the entropy of its distribution there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .generate import eval_mode
 
 @dataclass(frozen=True)
 class Scores:
-    """Of an answer's T tokens: log-probabilities and entropies in nats, float64 [T]."""
+    """Log-probabilities and entropies at an answer's T tokens, in nats, float64 [T]."""
 
     log_p_T: np.ndarray
     entropy_T: np.ndarray
@@ -23,7 +23,7 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int = 8) -> list[Scores]:
-    """Of each answer, of one token or more, after its prompt, in the model's eval mode; its training mode is as before."""
+    """The scores of each answer (one token or more) after its prompt, with the model in eval mode; its training mode is left as it was."""
     if not answers:
         return []
     texts = [np.array([*prompt, *answer], np.int32) for prompt, answer in zip(prompts, answers, strict=True)]

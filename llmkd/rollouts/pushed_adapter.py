@@ -1,4 +1,4 @@
-"""The student's adapter on a server: saved in a folder that the server sees, loaded there under a name of its own, and taken away again."""
+"""The student's adapter on a server: saved to a folder that the server sees, loaded there under a unique name, and removed again."""
 
 import contextlib
 import hashlib
@@ -20,18 +20,18 @@ SETTING = "on_policy.engine"
 
 
 class PushedAdapter:
-    """The adapter of one run's student. Every push has a new name, so that nothing that a server keeps for a name is taken for another's.
+    """The adapter of one run's student. Every push has a new name, so that a server's caches for a name are never those of another adapter.
 
     folder   where it is saved; the server must see it under the same path
-    run      what tells this run's adapters from those of others on the server, such as its own folder's path
+    run      distinguishes this run's adapters from others on the server, such as the path of the run's folder
 
-    `push` and `close` are for one process; the others say what it has pushed (`name`, `path`).
+    Only one process calls `push` and `close`; `name` and `path` describe what was pushed last.
     """
 
     def __init__(self, server: Server, student: LanguageModel, folder: Path, run: str):
         self.server, self.student, self.folder = server, student, folder.absolute()
         self.prefix = f"llmkd-{hashlib.blake2b(run.encode(), digest_size=4).hexdigest()}-"
-        self._token, self._pushes = secrets.token_hex(3), 0  # the same steps of another process may have other weights
+        self._token, self._pushes = secrets.token_hex(3), 0  # another process may have other weights at the same step
         self._lock = threading.Lock()
         self.name: str | None = None
 
@@ -41,14 +41,14 @@ class PushedAdapter:
 
     @property
     def rank(self) -> int:
-        """Of the adapter's matrices, the largest."""
+        """The largest rank of the adapter's matrices."""
         config = self.student.model.peft_config[self.student.adapter or "default"]
         return max([config.r, *(config.rank_pattern or {}).values()])
 
     def push(self, ask: Callable[[Callable[[], None]], None]) -> str:
-        """Save the adapter as it is now and load it at the server; the one before is unloaded and removed. Returns its name there.
+        """Save the current adapter and load it on the server; unload and remove the previous one. Returns its name on the server.
 
-        ask   calls a function that asks the server
+        ask   calls a function that makes a request
         """
         before, self._pushes = self.name, self._pushes + 1
         if before is None:
@@ -62,18 +62,18 @@ class PushedAdapter:
         return self.name
 
     def again(self) -> None:
-        """Load it once more, where the server was started anew and has it no longer. Several threads may ask for it at once."""
+        """Load the adapter again if the server has lost it, since it was restarted. Several threads may call this at once."""
         with self._lock:
             if self.name in self._served():
                 return
-            warn(f"note: {SETTING}.server: {self.server.address} has lost the adapter, so it was started anew; it is pushed again")
+            warn(f"note: {SETTING}.server: {self.server.address} has lost the adapter, probably by a restart; it is pushed again")
             self._load()
 
     def _load(self) -> None:
         load_adapter(self.server, self.name, str(self.path), self.rank, SETTING)
 
     def remove_others(self) -> None:
-        """Take away what a process of this run that was killed has left, at the server and in the folder."""
+        """Remove what a killed process of this run has left on the server and in the folder."""
         for name in self._served():
             if name.startswith(self.prefix):
                 unload_adapter(self.server, name)
@@ -81,11 +81,11 @@ class PushedAdapter:
             shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Take the adapter away. A server that does not answer keeps it until the run is started again."""
+        """Remove the adapter. A server that does not answer keeps it until the run is started again."""
         if self.name is not None:
             self._remove(self.name)
             self.name = None
-            with contextlib.suppress(OSError):  # others use the folder too
+            with contextlib.suppress(OSError):  # other runs may use the folder
                 self.folder.rmdir()
 
     def _remove(self, name: str) -> None:

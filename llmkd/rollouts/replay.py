@@ -1,7 +1,7 @@
-"""Answers that a student wrote in earlier steps, from which later ones are drawn instead of being written anew.
+"""Replay: answers that the student wrote in earlier steps are drawn again instead of being written anew.
 
-DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.2): writing is what on-policy distillation spends its time on, and an answer of some
-steps ago is nearly one of now.
+DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.2): on-policy distillation spends most of its time on writing, and an answer from a few
+steps ago is nearly as good as a new one.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from ..config.schedule import value_at
 from ..data.examples import TokenExamples
 from .sampling import uniform
 
-#: The share of fresh answers that the setting "decreasing" stands for.
+#: The share of fresh answers with the setting "decreasing".
 DECREASING = {"from": 1.0, "to": 0.0}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a student wrote in a step: token ids, one or more, after the prompt of an example of the data.
+    """An answer that the student wrote in a step after an example's prompt: one or more token ids.
 
-    weights   see `Completion`; of an answer that is kept in the buffer None
+    weights   see `Completion`; None for an answer from the buffer
     """
 
     step: int
@@ -32,10 +32,10 @@ class Answer:
 
 
 class ReplayBuffer:
-    """The newest `capacity` answers, first in, first out. A function of what was written, in which steps; equal on all ranks.
+    """The newest `capacity` answers, first in, first out. It depends only on the answers and their steps, and is equal on all ranks.
 
-    Until it is full every answer is fresh. From then on one is fresh with the probability of that step, and enters the buffer when its step
-    is over; else it is drawn from the buffer, each of its answers alike. The draws are by seed and key alone.
+    Until it is full, every answer is fresh. From then on an answer is fresh with a probability that may depend on the step, and enters the
+    buffer after its step; otherwise it is drawn uniformly from the buffer. The draws depend only on seed and key.
 
     settings   None: no buffer, and every answer is fresh
     """
@@ -44,10 +44,10 @@ class ReplayBuffer:
         self.capacity, self.seed, self.total_steps = settings.capacity if settings else 0, seed, total_steps
         ratio = settings.ratio if settings else 1.0
         self.ratio = DECREASING if ratio == "decreasing" else ratio
-        self.answers: list[Answer] = []  # those of the newest step are in addition to the capacity: a checkpoint may be of the step before
+        self.answers: list[Answer] = []  # may exceed the capacity by the newest step's: a checkpoint may need the state before that step
 
     def draw(self, step: int, keys: Sequence[int]) -> list[Answer | None]:
-        """For the answer of each key in that step an earlier one in its place; None: it is to be written."""
+        """For each key an earlier answer to use in this step, or None for one that is to be written."""
         self.answers = self._newest(self.answers)
         if len(self.answers) < self.capacity:
             return [None] * len(keys)
@@ -58,15 +58,15 @@ class ReplayBuffer:
         ]
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Those that were written in the step of the last `draw`, in the order of their keys."""
+        """Add the answers that were written in the step of the last `draw`, in the order of their keys."""
         self.answers += answers if self.capacity else []
 
     def _newest(self, answers: list[Answer]) -> list[Answer]:
         return answers[max(0, len(answers) - self.capacity) :]
 
     def state(self, step: int, examples: TokenExamples) -> dict[str, np.ndarray]:
-        """The buffer after a step, the newest or the one before, as a checkpoint keeps it: ids one after another, and of each answer where it
-        begins, its step, and its example by number and by content. Empty without a buffer."""
+        """The buffer after the newest step or the one before, as arrays for a checkpoint: all ids, and for each answer its offset, its step, and its
+        example by index and by content. {} without a buffer."""
         kept = self._newest([one for one in self.answers if one.step <= step])
         found = {
             "ids": np.array([token for one in kept for token in one.ids], np.int32),
@@ -78,28 +78,28 @@ class ReplayBuffer:
         return {f"replay.{name}": array for name, array in found.items()} if self.capacity else {}
 
     def restore(self, state: dict, examples: TokenExamples, vocab: int, longest: int) -> None:
-        """Take what `state` gave, from a checkpoint that has its `step` too. ValueError, in a few words, where it is not of this run: of these
-        examples, of ids below `vocab`, and of answers of up to `longest` tokens."""
+        """Restore what `state` returned, from a checkpoint that also has its `step`. ValueError if it does not fit this run: the examples, ids below
+        `vocab`, and answers of up to `longest` tokens."""
         if not self.capacity:
             return
         kinds = {"ids": "int32", "offsets": "int64", "steps": "int64", "examples": "int64", "hashes": "|S16"}
         arrays = [state.get(f"replay.{name}") for name in kinds]
         if any(one is None for one in arrays):
-            raise ValueError("there is no replay buffer in it")
+            raise ValueError("it has no replay buffer")
         if [(str(one.dtype), one.ndim) for one in arrays] != [(kind, 1) for kind in kinds.values()]:
             raise ValueError("its replay buffer has other arrays")
         ids, offsets, steps, chosen, hashes = arrays
         lengths, count = np.diff(offsets), len(steps)
         if not (len(lengths) == count == len(chosen) == len(hashes) and offsets[0] == 0 and offsets[-1] == len(ids)):
-            raise ValueError("the arrays of its replay buffer have lengths that do not fit together")
+            raise ValueError("the arrays of its replay buffer have inconsistent lengths")
         if count > self.capacity:
-            raise ValueError(f"its replay buffer holds {count} answers, and on_policy.replay.capacity is {self.capacity}")
+            raise ValueError(f"its replay buffer holds {count} answers, but on_policy.replay.capacity is {self.capacity}")
         if count and (lengths.min() < 1 or lengths.max() > longest or ids.min() < 0 or ids.max() >= vocab):
             raise ValueError(f"its replay buffer holds an answer that is not of 1 to {longest} tokens of the vocabulary")
         if count and ((np.diff(steps) < 0).any() or steps[0] < 1 or steps[-1] > state["step"]):
-            raise ValueError("its replay buffer holds answers of steps that were not yet, or in another order")
+            raise ValueError("its replay buffer holds answers of later steps, or in another order")
         for example, known in zip(chosen.tolist(), hashes.tolist(), strict=True):
             if not 0 <= example < len(examples) or examples.content_hash(example).encode() != known:
-                raise ValueError(f"its replay buffer holds an answer to example {example}, which is another one in this data")
+                raise ValueError(f"its replay buffer holds an answer to example {example}, which is a different one in this data")
         parts = [tuple(ids[start:end].tolist()) for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
         self.answers = [Answer(*of) for of in zip(steps.tolist(), chosen.tolist(), parts, strict=True)]

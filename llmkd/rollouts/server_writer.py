@@ -1,4 +1,4 @@
-"""A writer that is a server: it is asked for the ids that follow each prompt."""
+"""A writer on a server, which returns the token ids that follow each prompt."""
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
@@ -13,14 +13,14 @@ from .sampling import Sampling
 
 
 class ServerWriter:
-    """A `Writer` on a vLLM server. The key of each text is sent as the seed of its request: unlike a model's in this process, a text depends
-    also on the server's arithmetic, and so on what it computes at the same time.
+    """A `Writer` on a vLLM server. The key of each text is sent as the seed of its request. Unlike with a model in this process, a text also
+    depends on the server's arithmetic, and so on its other requests at the time.
 
     setting      names the teacher, for messages
     end_ids      a completion ends with the first of these, or where the model's own generation config ends it
-    requests     most at one time
-    stop_asked   whether the command was asked to stop: then nobody waits for the server
-    log_probs    also ask for the tokens' log-probabilities
+    requests     the most requests at a time
+    stop_asked   whether the command was asked to stop; then it no longer waits for the server
+    log_probs    also request the tokens' log-probabilities
     """
 
     resume = "the same command goes on"
@@ -45,7 +45,7 @@ class ServerWriter:
         )
 
     def at_once(self, work: Sequence[Callable]) -> list:
-        """The results of several functions that ask the server, called at the same time. Stopped, where the command is asked to stop meanwhile."""
+        """The results of several functions that make requests, called at the same time. Stopped if the command is asked to stop meanwhile."""
         started = [self._workers.submit(one) for one in work]
         try:
             for one in started:
@@ -72,7 +72,7 @@ class ServerWriter:
         try:
             ids, finished, log_p = self._ask([int(one) for one in prompt], seed, settings)
             if ids and max(ids) >= self.vocab:
-                raise WrongAnswer(f"wrote token {max(ids)}, and the student's vocabulary has {self.vocab} entries")
+                raise WrongAnswer(f"wrote token {max(ids)}, but the student's vocabulary has {self.vocab} entries")
         except WrongAnswer as error:
             raise UserError(f"{self.setting}.server: {self.server.address} {error}") from None
         except Refused as error:

@@ -1,4 +1,4 @@
-"""The share of a step's examples that the student writes: a number, a schedule, or one that rises where held-out rows get worse."""
+"""The share of a step's examples that the student writes: a number, a schedule, or adaptive, rising when held-out rows get worse."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from ..console import info
 class Share:
     """The share by step.
 
-    An adaptive one (DistiLLM, Ko et al. 2024, arXiv 2402.03898, algorithm 1, as its program has it) is told of every validation: where the
-    cross-entropy is as much as `tolerance` above the one it compares with, it rises by `step`, and from then on compares with that one. It
-    compares first with that of the first validation. It never falls.
+    An adaptive share follows DistiLLM (Ko et al. 2024, arXiv 2402.03898, algorithm 1, as in its code). When a validation's cross-entropy is at
+    least `tolerance` above a reference, the share rises by `step`, and that cross-entropy becomes the reference. The first reference is that
+    of the first validation. The share never falls.
 
-    most   of an adaptive one
+    most   the upper bound of an adaptive share
     """
 
     def __init__(self, setting: float | dict[str, Any] | AdaptiveShare, total_steps: int, most: float = 1.0):
@@ -23,6 +23,7 @@ class Share:
         self.rises, self.before = 0, None
 
     def at(self, step: int) -> float:
+        """The share in a step."""
         if self.adaptive:
             return self._after(self.rises)
         return value_at(self.setting, step, self.total_steps)
@@ -35,7 +36,7 @@ class Share:
         return self.adaptive is not None or isinstance(self.setting, dict)
 
     def validated(self, ce: float) -> None:
-        """Held-out rows have that cross-entropy, in nats a token."""
+        """Called after each validation with the cross-entropy of held-out rows, in nats per token."""
         if not self.adaptive:
             return
         if self.before is None:
@@ -47,11 +48,11 @@ class Share:
             self.rises, self.before = self.rises + 1, ce
 
     def state(self) -> dict:
-        """What a checkpoint keeps, as JSON."""
+        """The state for a checkpoint, as JSON values."""
         return {"share": {"rises": self.rises, "before": self.before}} if self.adaptive else {}
 
     def restore(self, state: dict) -> None:
-        """Take what `state` gave. ValueError if it is no such thing."""
+        """Restore what `state` returned. ValueError if it is missing or malformed."""
         if not self.adaptive:
             return
         try:

@@ -1,6 +1,6 @@
-"""On-policy distillation as a batch source: planned data, some of whose answers the student writes itself with the weights of that step.
+"""On-policy distillation as a batch source: planned data, in which the student writes some answers itself with the weights of that step.
 
-GKD (Agarwal et al., arXiv 2306.13649): with probability lambda an example's answer is a sample of the student, and no gradient passes through
+GKD (Agarwal et al., arXiv 2306.13649): with probability lambda an example's answer is a sample from the student, and no gradient flows through
 the sampling.
 """
 
@@ -30,20 +30,20 @@ from .writer import Writer, text_key, write_on_all_ranks
 if TYPE_CHECKING:
     from ..batch import Batch
 
-RECORDED = 20  # steps of a run whose answers are kept for people
+RECORDED = 20  # steps of a run from which answers are recorded in samples.jsonl
 
 
 class OnPolicySource(ExampleSource):
-    """The steps of planned data, built one by one, since each depends on the weights that the one before it left.
+    """The steps of planned data, built one by one, since each depends on the weights after the one before.
 
-    Which examples are written, and what, is a function of (weights, seed, step, example): each rank writes a part of them, all ranks learn
-    all of it, and split the step as if it had been planned.
+    Which answers are written, and their text, is a function of (weights, seed, step, example). Each rank writes some of them; then all ranks
+    have all answers, and split the step as if it had been planned.
 
-    before_writing   is called with each step's number before its answers are written, on all ranks
-    at_end           is called once, after the last step or when training ends before it
+    before_writing   called on all ranks with each step's number, before its answers are written
+    at_end           called once, after the last step or when training ends earlier
     """
 
-    reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
+    reads_while_training = True  # weights that are not finite cannot write the next step's answers
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class OnPolicySource(ExampleSource):
         vocab: int,
         teachers: Mapping[int, Writer] = MappingProxyType({}),
     ):
-        """`teachers`: write the answers of `settings.teacher_writes`, each of the examples with that `teacher_index`."""
+        """`teachers`: by an example's `teacher_index`, the writers of the answers of `settings.teacher_writes`."""
         if settings.long_horizon:
             planned = copy.copy(planned)
             planned.examples = of_written(planned.examples)
@@ -68,7 +68,7 @@ class OnPolicySource(ExampleSource):
         self.watch, self.vocab = Watch(settings.max_new_tokens, vocab, float(fits.mean()) if len(fits) else 0.0), vocab
         self.share, self.newest = Share(settings.share, planned.total_steps, 1 - settings.teacher_writes), 0.0
         self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
-        self.recorded: tuple[int, list[WrittenText]] = 0, []  # the newest step whose answers are kept for people, and those answers
+        self.recorded: tuple[int, list[WrittenText]] = 0, []  # the newest step with recorded answers, and these answers
         self.before_writing: Callable[[int], None] = lambda step: None
         self.at_end: Callable[[], None] = lambda: None
 
@@ -88,19 +88,24 @@ class OnPolicySource(ExampleSource):
             yield self._written(planned, own, theirs, names) if own or theirs else self.resplit(planned)
 
     def _drawn(self, planned: Step, names: list[tuple], share: float) -> tuple[list[int], list[int]]:
-        """The step's examples, by their places in it, whose answers the student writes, and those that the teacher writes."""
+        """The step's examples whose answers the student writes, and those whose answers the teacher writes, by their places in the step."""
         own, theirs, too_long = [], [], 0
         for n, (i, name) in enumerate(zip(planned.examples, names, strict=True)):
             draw = uniform(self.seed, text_key(*name, "is written"), 0)
-            found = own if draw < share else theirs if draw >= 1 - self.settings.teacher_writes else None
-            if found is not None and self.prompts.may[i]:
-                found.append(n)
-            too_long += found is not None and bool(self.prompts.too_long[i])
+            if draw < share:
+                chosen = own
+            elif draw >= 1 - self.settings.teacher_writes:
+                chosen = theirs
+            else:
+                continue
+            if self.prompts.may[i]:
+                chosen.append(n)
+            too_long += bool(self.prompts.too_long[i])
         self.statistics.counts["written_prompts_too_long"] += too_long
         return own, theirs
 
     def _written(self, planned: Step, own: list[int], theirs: list[int], names: list[tuple]) -> Step:
-        """The step with the answers of some of its examples in place of the data's; see `_drawn`."""
+        """The step with new answers to some of its examples in place of the data's; see `_drawn`."""
         asked = self._asked(planned, own, names)
         again = self.replay.draw(planned.number, [text_key(*name, "is fresh") for _, name in asked])
         fresh = [one for one, earlier in zip(asked, again, strict=True) if earlier is None]
@@ -118,11 +123,11 @@ class OnPolicySource(ExampleSource):
         return self._step(planned, parts, places)
 
     def _asked(self, planned: Step, chosen: list[int], names: list[tuple]) -> list[tuple[int, tuple]]:
-        """The answers that are asked for, each as its example and the name of its text."""
+        """The answers to write to the `chosen` examples: for each its example, and the name of its text."""
         return [(planned.examples[n], (*names[n], sample)) for n in chosen for sample in range(self.settings.samples)]
 
     def _write(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
-        """Answers by the student's present weights."""
+        """Answers that the student writes with its current weights."""
         found = self._ask(
             self.writer, self.prompts.ids(self.examples, [i for i, _ in asked]), asked, self.statistics, lambda: self.before_writing(step)
         )
@@ -136,7 +141,7 @@ class OnPolicySource(ExampleSource):
         return answers
 
     def _write_as_teacher(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
-        """Answers by the teacher of each example, or by all of them together."""
+        """Answers that each example's teacher writes, or all teachers together."""
         found: dict[tuple, Completion] = {}
         for writer in dict.fromkeys(self.teachers.values()):  # in the same order on all ranks
             mine = [(i, name) for i, name in asked if self.teachers[int(self.examples.teacher_index[i])] is writer]
@@ -175,7 +180,7 @@ class OnPolicySource(ExampleSource):
         return self.resplit(Step(planned.number, planned.epoch, int(data.num_targets.sum()), data.weighted(every), every, [], data, places))
 
     def longest(self, count: int) -> TokenExamples:
-        """Each of the prompts whose answers could be longest, with as many answers as are written, all as long as they may be."""
+        """The examples that could become longest, with as many answers as are written to each, all of maximal length."""
         room, prompts = self.settings.max_new_tokens, self.prompts
         most = np.where(prompts.may, np.maximum(prompts.own, prompts.theirs) + room, 0)
         lengths = np.maximum(self.examples.max_lengths, most)
@@ -213,12 +218,12 @@ def sampling_of(settings: OnPolicy, seed: int) -> Sampling:
 
 
 def recorded_steps(total: int) -> set[int]:
-    """The steps of a run of `total` steps whose answers are kept for people: RECORDED of them, evenly, the first and the last among them."""
+    """The steps of a run of `total` steps from which answers are recorded: RECORDED of them, evenly spaced, including the first and the last."""
     return {1 + round(n * (total - 1) / (RECORDED - 1)) for n in range(RECORDED)}
 
 
 def _identities(step: int, hashes: Sequence[str]) -> list[tuple]:
-    """What the texts of a step's examples are known by, whatever their order and their numbers: (step, content hash, how many like it came before)."""
+    """The names of the texts of a step's examples, which do not depend on their order: (step, content hash, number of equal ones before it)."""
     before: Counter = Counter()
     names = []
     for one in hashes:

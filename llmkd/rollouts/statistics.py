@@ -1,4 +1,4 @@
-"""What a student has written while it trains, in numbers, and warnings where it is of little use."""
+"""Statistics of what an on-policy student writes during training, and warnings if its text is of little use."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from .generate import Completion
 
 @dataclass
 class Statistics:
-    """Counts answers until they are read, and what else is counted by name. `name`: that of the answers."""
+    """Collects answers until they are read, and further counts by name. `name`: the prefix of the metrics."""
 
     name: str = "written"
     answers: list[Completion] = field(default_factory=list)
@@ -22,10 +22,9 @@ class Statistics:
         self.seconds += seconds
 
     def read(self) -> dict[str, float]:
-        """Of the answers since the last time: their number, how many were cut off or are empty (the end token alone, or nothing), the share
-        that ended by itself, the mean length in tokens, the entropy at the tokens and the tokens a second; the seconds that they took. Of answers
-        of a server also how old its student was, in steps, how far its log-probabilities are from the student's own, and the mean weight. Without
-        an answer only the counts by name."""
+        """Metrics of the answers since the last call: their number, how many were cut off or are empty (only an end token, or nothing), the share
+        that ended by itself, mean length in tokens, mean entropy, tokens per second, and seconds. For a server's answers also the age of its
+        student in steps, the difference of log-probabilities from the student's own, and the mean weight. Without answers only the counts."""
         answers, seconds, counts = self.answers, self.seconds, self.counts
         self.answers, self.seconds, self.counts = [], 0.0, Counter()
         if not answers:
@@ -50,34 +49,34 @@ class Statistics:
         return {f"{self.name}{what}": value for what, value in found.items()} | counts
 
 
-WINDOW = 64  # answers that a warning looks at
-UNKNOWN = math.log(2)  # nats a token of the data's answers that a student may be behind its teacher at the start
-LOOP, PERIOD = 24, 8  # an answer loops whose last so many tokens repeat so few
-RANDOM = 0.75  # of the entropy of a text in which all tokens are equally likely
-DRIFT, LEAST = 2.0, 4  # lengths that differ by this factor, and by so many tokens
+WINDOW = 64  # answers on which a warning is based
+UNKNOWN = math.log(2)  # nats per token by which a student's cross-entropy on the data may exceed its teacher's at the start
+LOOP, PERIOD = 24, 8  # an answer loops if its last LOOP tokens repeat at most PERIOD tokens
+RANDOM = 0.75  # of the entropy of the uniform distribution
+DRIFT, LEAST = 2.0, 4  # lengths drift if they differ by this factor and by so many tokens
 
 
 class Watch:
-    """Notices, once each, that what a student writes is of little use: sentences that begin with "warning:", each with what to do.
+    """Notices if a student's text is of little use. Returns each warning once: a line that begins with "warning:" and says what to do.
 
-    room   tokens of the longest answer
+    room   the most tokens in an answer
     fits   the share of the data's answers that are not longer
     """
 
     def __init__(self, room: int, vocab: int, fits: float = 1.0):
         self.room, self.vocab, self.fits = room, vocab, fits
-        self.behind: float | None = None  # nats a token of the data's answers, before the first step
+        self.behind: float | None = None  # the student's cross-entropy minus the teacher's before the first step, in nats per token
         self.first: float | None = None  # mean length of the first window
         self.window: list[Completion] = []
         self.said: set[str] = set()
 
     def checked(self, ce: float, teacher_ce: float) -> None:
-        """Before the first step the student and the teacher have these cross-entropies on training examples."""
+        """Called before the first step with the cross-entropies of student and teacher on training examples."""
         self.behind = ce - teacher_ce
 
     def validated(self, metrics: dict[str, float]) -> list[str]:
-        """What to say after a validation; nothing where answers have been trained on before it. The teacher's cross-entropy of what the student
-        writes is the student's entropy and KL(q || p), each of a token."""
+        """The warnings after a validation; none once answers have been trained on. The teacher's cross-entropy on the student's text is the student's
+        entropy plus KL(q || p), per token."""
         if self.first is not None or self.window or "unlikely" in self.said or not {"own_entropy", "own_reverse_kl"} <= metrics.keys():
             return []
         unlikely, most = metrics["own_entropy"] + metrics["own_reverse_kl"], math.log(self.vocab)
@@ -85,12 +84,12 @@ class Watch:
             return []
         self.said |= {"unlikely", "random"}
         return [
-            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({unlikely:.2f} nats a token; "
-            f"if all were alike {most:.2f}), and at such prefixes it says little; train the student on the data first, or let on_policy.share grow from 0"
+            f"warning: on_policy: at the start the student's text is almost as unlikely to the teacher as random tokens ({unlikely:.2f} nats per token; random "
+            f"ones have {most:.2f}), and after such prefixes it teaches little; train the student on the data first, or let on_policy.share grow from 0"
         ]
 
     def add(self, answers: Sequence[Completion]) -> list[str]:
-        """What to say after these answers, in the order in which they were written."""
+        """The warnings after these answers, which are in the order in which they were written."""
         found = []
         for one in answers:
             self.window.append(one)
@@ -110,14 +109,14 @@ class Watch:
         known, most = [one.entropy for one in self.window if one.entropy is not None], math.log(self.vocab)
         if self.first is None and known and (spread := sum(known) / len(known)) > RANDOM * most:
             found["random"] = (
-                f"warning: on_policy: at the start the student writes almost at random (entropy {spread:.2f} of at most {most:.2f} nats a token), and at such "
-                "prefixes a teacher says little; train it on the data first, or let on_policy.share grow from 0"
+                f"warning: on_policy: at the start the student writes almost at random (entropy {spread:.2f} of at most {most:.2f} nats per token), and after "
+                "such prefixes a teacher teaches little; train it on the data first, or let on_policy.share grow from 0"
             )
         useful = sum(one.finished and len(one.ids) > 1 for one in self.window) / WINDOW
         if self.first is None and not found and self.behind is not None and self.behind > UNKNOWN and useful < self.fits / 2:
             found["untuned"] = (
                 f"warning: on_policy: at the start the student does not know the task: {useful:.0%} of its first {WINDOW} answers say something and end within "
-                f"on_policy.max_new_tokens ({self.room}), where {self.fits:.0%} of the data's do, and on the data's its cross-entropy is {self.behind:.2f} nats a token above the "
+                f"on_policy.max_new_tokens ({self.room}), where {self.fits:.0%} of the data's do, and on the data's its cross-entropy is {self.behind:.2f} nats per token above the "
                 "teacher's; train it on the data first, or let on_policy.share grow from 0"
             )
         elif not any(one.finished for one in self.window):
@@ -133,12 +132,12 @@ class Watch:
         if self.first and abs(length - self.first) >= LEAST and not 1 / DRIFT < length / self.first < DRIFT:
             found["drift"] = (
                 f"warning: on_policy: the answers have become {'longer' if length > self.first else 'shorter'}: {length:.0f} tokens on average, and {self.first:.0f} at "
-                "first; where that is not meant, lower optim.lr or on_policy.share, or use another divergence"
+                "first; if that is not intended, lower optim.lr or on_policy.share, or use another divergence"
             )
         return found
 
 
 def loops(ids: Sequence[int]) -> bool:
-    """Whether a text ends in the same few tokens over and over."""
+    """Whether a text ends with the same few tokens over and over."""
     tail = ids[-LOOP:]
     return len(tail) == LOOP and any(tail[n:] == tail[:-n] for n in range(1, PERIOD + 1))

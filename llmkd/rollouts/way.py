@@ -1,4 +1,4 @@
-"""How a model can be run to write text, found by trying it: whether prompts may be padded, and whether it keeps keys and values."""
+"""Finds out by trial how a model can generate text: whether prompts may be padded, and whether it can cache keys and values."""
 
 import contextlib
 import weakref
@@ -16,20 +16,24 @@ from ..models.startup_checks import tolerance
 
 @dataclass(frozen=True)
 class Way:
-    """padded: prompts of several lengths may share a batch, padded on the left. cached: a step computes the newest token alone."""
+    """A way to generate text.
+
+    padded   prompts of different lengths may share a batch, padded on the left
+    cached   keys and values are cached, so that a pass computes the newest token only
+    """
 
     padded: bool
     cached: bool
 
 
-#: The best first. The last needs nothing of a model.
+#: The best first. The last works for every model.
 _WAYS = (Way(True, True), Way(False, True), Way(True, False), Way(False, False))
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, Way]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
 def way_of(model: LanguageModel) -> Way:
-    """The best way in which the model's logits are those of each prompt alone, computed whole, up to rounding. The model is in eval mode."""
+    """The best way for a model in eval mode in which its logits equal, up to rounding, those of each prompt alone without a cache."""
     base = model.base_model
     if base not in _KNOWN:
         long, short = probe_ids(model.head.vocab).tolist()
@@ -47,7 +51,7 @@ def _is_right(model: LanguageModel, way: Way, prompts: list[list[int]], right_BV
 
 
 def _logits(model: LanguageModel, prompts: list[list[int]], cached: bool) -> Tensor:
-    """Logits [B, V] of the token after each prompt; with `cached` the last token is given after the others."""
+    """Logits [B, V] of the token after each prompt; with `cached` the last token is passed after the others."""
     text = Inputs.of(prompts, model.device)
     if not cached:
         return model.next_logits(text.columns(slice(None)), use_cache=False)[0]
@@ -57,7 +61,7 @@ def _logits(model: LanguageModel, prompts: list[list[int]], cached: bool) -> Ten
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows of tokens, padded on the left: ids, the mask of those that are no padding, and their positions, all int64 [B, T]."""
+    """Rows of tokens, padded on the left: ids, the attention mask (0 for padding), and positions, all int64 [B, T]."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -74,11 +78,11 @@ class Inputs:
         return cls(ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0))
 
     def columns(self, new: slice) -> dict[str, Tensor]:
-        """What `LanguageModel.next_logits` takes, for some of the columns: the mask is that of all."""
+        """The inputs of `LanguageModel.next_logits` for some of the columns, with the mask of all columns."""
         return {"input_ids": self.ids_BT[:, new], "attention_mask": self.mask_BT, "position_ids": self.position_BT[:, new]}
 
     def with_next(self, token_B: Tensor, positions: int | None) -> "Inputs":
-        """The rows with one more token each; `positions`: the most that the model has, at the last of which a row stays."""
+        """The rows with one more token each. `positions`: the model's number of positions; a row stays at the last one."""
         ids_BT, mask_BT = torch.cat([self.ids_BT, token_B[:, None]], -1), torch.cat([self.mask_BT, torch.ones_like(token_B[:, None])], -1)
         next_B1 = (self.position_BT[:, -1:] + 1).clamp(max=(positions or 1 << 60) - 1)
         return Inputs(ids_BT, mask_BT, torch.cat([self.position_BT, next_B1], -1))

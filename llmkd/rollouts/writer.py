@@ -1,4 +1,4 @@
-"""Writers: what goes on from prompts. A model in this process here; the training's sources and `llmkd` commands take any."""
+"""Writers, which complete prompts: the protocol, and a model in this process. Batch sources and commands accept any writer."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -13,23 +13,23 @@ from .sampling import Sampling
 
 
 class Writer(Protocol):
-    """Writes an answer to each of some prompts, with the weights that its model has at that moment."""
+    """Writes answers to prompts, with the current weights of its model."""
 
     def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling) -> list[Completion]:
-        """A completion of each prompt, in their order.
+        """A completion of each prompt, in order.
 
         prompts  token ids, at least one each
-        keys     a number from 0 to 2^64 - 1 of each, see `text_key`: a completion is a function of (weights, prompt, key, sampling), and of
-                 nothing else, such as the other prompts
+        keys     for each prompt a number from 0 to 2^64 - 1, see `text_key`. A completion is a function of (weights, prompt, key, sampling),
+                 and of nothing else, such as the other prompts
         """
 
 
 class LocalWriter:
-    """A model in this process, in eval mode and without gradients, with the keys and values of earlier tokens kept; then it is as before.
+    """A model in this process. It writes in eval mode and without gradients, and is in its former mode afterwards.
 
     end_ids     a completion ends with the first of these
-    batch_size  prompts at a time. It changes speed and memory, not the text (in float32 up to rounding): out of memory halves it
-    mix         other models that have a say in every token
+    batch_size  prompts at a time. It changes speed and memory, not the text (in float32, up to rounding); running out of memory halves it
+    mix         other models that write together with this one
     """
 
     def __init__(self, model: LanguageModel, end_ids: Collection[int], batch_size: int = 32, mix: Mix | None = None):
@@ -40,18 +40,20 @@ class LocalWriter:
             try:
                 return generate(self.model, prompts, sampling, self.end_ids, self.batch_size, keys=keys, mix=self.mix)
             except Exception as error:
+                # With a sharded model the other processes are in the middle of the pass that failed here.
                 sharded = any(is_sharded(one.model) for one in (self.model, *(self.mix.models if self.mix else ())))
-                if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2 or sharded:  # others are in the midst of a pass
+                if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2 or sharded:
                     raise
-            self.batch_size = min(self.batch_size, len(prompts)) // 2  # here, where the exception no longer holds on to what it interrupted
+            # After the `except` block, which keeps the tensors of the failed pass alive.
+            self.batch_size = min(self.batch_size, len(prompts)) // 2
 
 
 def write_on_all_ranks(
     writer: Writer, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling, rank: int, ranks: int
 ) -> list[Completion]:
-    """What `writer.write` gives, on every rank all of it: the prompts, longest first, are dealt to the ranks, each of which writes its own.
+    """`writer.write` with the prompts distributed over the ranks, longest first; every rank gets all completions.
 
-    A UserError of one rank is raised on all.
+    A UserError on one rank is raised on all.
     """
     order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
     mine, found = order[rank::ranks], []
@@ -73,5 +75,5 @@ def write_on_all_ranks(
 
 
 def text_key(*parts: int | str) -> int:
-    """The key of a text, from what it is known by: (step, identity of the example, number of the sample), say. 0 to 2^64 - 1."""
+    """The key of a text, 0 to 2^64 - 1, from the parts of its name, such as (step, content hash of the example, number of the sample)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")

@@ -213,7 +213,7 @@ def test_who_cannot_write_is_refused(make_recipe, tmp_path, writer, change, word
 def test_what_needs_no_model_is_refused_before_one_is_looked_for(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_source", lambda *_: pytest.fail("a model is looked for"))
     (tmp_path / "r.jsonl").write_text("something else\n")
-    with pytest.raises(UserError, match="^--to: .*r.jsonl holds something else than answers of llmkd roll"):
+    with pytest.raises(UserError, match="^--to: .*r.jsonl was not written by llmkd roll"):
         roll("student", make_recipe(), tmp_path / "r.jsonl", DRAWN)
     with pytest.raises(UserError, match="^data.streaming: found true"):
         roll("student", make_recipe(data__streaming=True, train__epochs=None, train__max_steps=2), tmp_path / "new.jsonl", DRAWN)

@@ -82,5 +82,5 @@ def test_what_cannot_be_merged_is_refused_by_name(on, config, options, said):
 
 def test_a_merge_that_moves_the_logits_is_refused(world, monkeypatch):
     monkeypatch.setattr(merging, "largest_difference", lambda a, b: 2e-3 * b.abs().max().item())
-    with pytest.raises(UserError, match="moved its logits by .*; use the adapter unmerged"):
+    with pytest.raises(UserError, match="changes its logits by .*; use the adapter unmerged"):
         merge(find(str(world / "adapter"), "export"), 640)

@@ -46,7 +46,7 @@ def test_a_part_of_a_last_line_is_removed_also_where_it_is_a_whole_object(file, 
         again = AnswerFile(file.path, SETTINGS, ABOUT)
         with again.open(["a", "b"]):
             assert list(again.written) == ["a"] and file.path.read_bytes() == whole
-        assert f"a.jsonl: {len(part)} bytes of a last line that is not finished are removed" in capsys.readouterr().err
+        assert f"a.jsonl: {len(part)} bytes of an unfinished last line are removed" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(file):
@@ -69,13 +69,13 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(file):
         file.path.write_bytes(lines[0].replace(b'": ' + now, b'": ' + other) + lines[1])
         refused(r"a.jsonl:1 is damaged; delete the line")
     file.path.write_bytes(lines[0] + lines[0])
-    refused(r"a.jsonl:2 has the answer of an earlier line")
+    refused(r"a.jsonl:2 repeats the answer of an earlier line")
     file.path.write_bytes(b'{"key": "a"}\n' + lines[1] + b"{")
     refused(r"a.jsonl:1 is damaged; delete the line")
     about_path(file.path).write_text("{}")
     refused("roll.json: is damaged or cannot be read")
     about_path(file.path).unlink()
-    refused("holds something else than answers of llmkd roll")
+    refused("was not written by llmkd roll")
 
 
 def test_a_pipe_of_its_name_is_refused(file):

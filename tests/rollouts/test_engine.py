@@ -131,7 +131,7 @@ def warmer(models):
 
 
 BEFORE = {
-    "gives what it has written other log-probabilities than the student": lambda s: (
+    "gives its answers other log-probabilities than the student": lambda s: (
         s.models.update(base=warmer(s.models["base"])) or setattr(s, "load", lambda path, load=s.load: warmer(load(path)))
     ),
     "does not write with the adapter that is pushed to it": lambda s: setattr(s, "load", lambda path: s.models["base"]),

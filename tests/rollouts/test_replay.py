@@ -95,15 +95,15 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_answers(make_recipe, tmp_
 
 
 FOREIGN = {
-    "missing": ({"replay.ids": None}, "there is no replay buffer in it"),
+    "missing": ({"replay.ids": None}, "it has no replay buffer"),
     "other numbers": ({"replay.ids": np.zeros(3)}, "its replay buffer has other arrays"),
-    "cut": ({"replay.ids": np.zeros(3, np.int32)}, "lengths that do not fit together"),
-    "one step less": ({"replay.steps": np.ones(6, np.int64)}, "lengths that do not fit together"),
+    "cut": ({"replay.ids": np.zeros(3, np.int32)}, "inconsistent lengths"),
+    "one step less": ({"replay.steps": np.ones(6, np.int64)}, "inconsistent lengths"),
     "of another tokenizer": ({"replay.ids": lambda ids: ids + (1 << 20)}, "not of 1 to 12 tokens of the vocabulary"),
-    "of later steps": ({"step": 1}, "of steps that were not yet"),
+    "of later steps": ({"step": 1}, "answers of later steps"),
     "in another order": ({"replay.steps": lambda steps: steps - np.arange(7)}, "or in another order"),
-    "of other data": ({"replay.examples": lambda examples: (examples + 1) % 37}, "which is another one in this data"),
-    "of more data": ({"replay.examples": lambda examples: examples + 37}, "which is another one in this data"),
+    "of other data": ({"replay.examples": lambda examples: (examples + 1) % 37}, "which is a different one in this data"),
+    "of more data": ({"replay.examples": lambda examples: examples + 37}, "which is a different one in this data"),
 }
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_such_a_buffer_is_named(state, tmp_path):
     learnt = checkpoint.Snapshot({"w": torch.zeros(1)}, {})
     held = {"best": None, "validated": None, **whole, "replay.examples": whole["replay.examples"][::-1].copy()}
     folder = SimpleNamespace(checkpoints=tmp_path, path=tmp_path, run={})
-    for kept, said in ((held, "in this data"), ({"best": None, "validated": None}, "there is no replay buffer in it")):
+    for kept, said in ((held, "in this data"), ({"best": None, "validated": None}, "it has no replay buffer")):
         checkpoint.save(tmp_path, 3, learnt, {k: v for k, v in kept.items() if k != "step"}, {})
         with pytest.raises(
             UserError, match=f"^{tmp_path}/step-3: .*{said}; resume with the recipe and the data that wrote it, or start again"
@@ -144,7 +144,7 @@ def test_a_checkpoint_with_such_a_buffer_is_named(state, tmp_path):
 def test_a_larger_buffer_than_was_set_is_refused(state):
     source, whole = state
     buffer = ReplayBuffer(Replay(capacity=6), 0, 9)
-    with pytest.raises(ValueError, match="holds 7 answers, and on_policy.replay.capacity is 6"):
+    with pytest.raises(ValueError, match="holds 7 answers, but on_policy.replay.capacity is 6"):
         buffer.restore(whole, source.examples, 1 << 20, 12)
 
 

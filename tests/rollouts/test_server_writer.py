@@ -88,7 +88,7 @@ def test_how_a_text_ended(server, changes, ids, finished):
         ({"token_ids": [7], "finish_reason": "abort"}, "for the reason 'abort'"),
         ({"token_ids": [7], "finish_reason": "stop", "stop_reason": "###"}, "ended a text with token 7, which is no end token"),
         ({"token_ids": [7, 8, 9, 7], "finish_reason": "length"}, "wrote 4 tokens, and 3 were asked for at most"),
-        ({"token_ids": [7, 640], "finish_reason": "length"}, "wrote token 640, and the student's vocabulary has 640 entries"),
+        ({"token_ids": [7, 640], "finish_reason": "length"}, "wrote token 640, but the student's vocabulary has 640 entries"),
     ],
 )
 def test_what_is_no_right_answer_is_said(server, changes, said):

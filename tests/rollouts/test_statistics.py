@@ -45,7 +45,7 @@ def said(watch: Watch, *windows: list[Completion]) -> list[list[str]]:
 def test_a_student_that_knows_nothing_is_warned_of_at_the_start_alone():
     at_random = answers(*[5] * WINDOW, entropy=0.8 * math.log(100))
     assert said(Watch(50, 100), at_random, at_random) == [
-        ["at the start the student writes almost at random (entropy 3.68 of at most 4.61 nats a token)"],
+        ["at the start the student writes almost at random (entropy 3.68 of at most 4.61 nats per token)"],
         [],
     ]
     assert said(Watch(50, 100), answers(*[5] * WINDOW), at_random) == [[], []]
@@ -80,9 +80,7 @@ def test_text_that_the_teacher_finds_as_unlikely_as_random_tokens_is_warned_of()
     watch = Watch(50, 100)
     assert watch.validated({"ce": 1.0}) == watch.validated({"own_entropy": sure} | likely) == []
     (text,) = watch.validated({"own_entropy": sure} | unlikely)
-    assert (
-        "the teacher finds what the student writes almost as unlikely as random tokens (3.68 nats a token; if all were alike 4.61)" in text
-    )
+    assert "the student's text is almost as unlikely to the teacher as random tokens (3.68 nats per token; random ones have 4.61)" in text
     assert watch.validated({"own_entropy": sure} | unlikely) == [], "once"
     watch = Watch(50, 100)
     watch.add(answers(5))

@@ -259,7 +259,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/rollouts/source.py",
-        ("always-written", "every example is written", "own if draw < share else", "own if share > 0 else", IDS),
+        ("always-written", "every example is written", "if draw < share:", "if share > 0:", IDS),
         (
             "teacher-by-the-share",
             "which examples the teacher writes depends on what the student writes",

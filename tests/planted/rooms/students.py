@@ -235,8 +235,8 @@ FAULTS = [
         (
             "merge-stays-wide",
             "an export is in float32 whatever the base was in",
-            "have a wider type than the rest, such as the bias of a router\n        t.data = t.data.to(held[name])\n",
-            "have a wider type than the rest, such as the bias of a router\n        pass\n",
+            "have a wider dtype than the rest, such as the bias of a router\n        t.data = t.data.to(held[name])\n",
+            "have a wider dtype than the rest, such as the bias of a router\n        pass\n",
             "models/test_adapters.py::test_parameters_that_are_held_wider_than_the_rest_stay_so_when_merged",
         ),
         (
