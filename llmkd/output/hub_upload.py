@@ -1,4 +1,4 @@
-"""Uploads a finished student to the hub. What cannot work is refused at the start, and a failed upload never costs the run."""
+"""Uploads a finished student to the hub. An upload that cannot work is refused before the run, and a failed upload never costs the run."""
 
 import shlex
 from pathlib import Path
@@ -28,7 +28,7 @@ def check(settings: PushToHub | None) -> None:
         problems.append("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave push_to_hub out for now")
     elif not get_token():
         problems.append(
-            "push_to_hub: there is no token for the hub; log in by hf auth login or set HF_TOKEN, or leave push_to_hub out for now"
+            "push_to_hub: there is no token for the hub; log in with hf auth login or set HF_TOKEN, or leave push_to_hub out for now"
         )
     if problems:
         raise UserError(*problems)
@@ -45,14 +45,14 @@ def publish(settings: PushToHub | None, folder: RunFolder) -> dict:
 
 
 def upload(settings: PushToHub, student: Path) -> str:
-    """Create the repository where there is none, and upload the folder as one commit; the repository's address."""
+    """Create the repository if needed, and upload the folder as one commit. Returns the repository's address. UserError if that fails."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="llmkd", library_version=__version__)
     try:
         repo = api.create_repo(settings.repo, private=settings.private, exist_ok=True)
         if settings.private and not api.model_info(repo.repo_id).private:
-            raise UserError("it is public, and push_to_hub.private is true; set it to false, or choose another repository")
+            raise UserError("it is public, but push_to_hub.private is true; set it to false, or choose another repository")
         api.upload_folder(repo_id=repo.repo_id, folder_path=student, commit_message=f"Trained with llmkd {__version__}")
     except Exception as error:
         reason = " ".join(str(error).split())

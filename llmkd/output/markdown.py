@@ -1,23 +1,23 @@
-"""Text from users inside Markdown: escaped, as a code span, or as a block of code."""
+"""Puts users' text into Markdown: escaped, as a code span, or as a code block."""
 
 import re
 
 
 def escape(text: str) -> str:
-    """Text that Markdown and the HTML in it show as it is, on one line. A bar is left alone: only a table gives it a meaning."""
+    """The text on one line, escaped so that Markdown and its HTML show it unchanged; except for bars, which matter in tables only."""
     text = re.sub(r"([\\`*\[\]<>&~#])", r"\\\1", re.sub(r"\s+", " ", text))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
 def code_span(text: str) -> str:
-    """A code span. Its fence is longer than any run of backticks in the text. Nothing for an empty text."""
+    """A code span, whose fence is longer than any run of backticks in the text; "" for an empty text."""
     text = re.sub(r"\s+", " ", text)
     fence = "`" * (1 + _longest_run(text))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}" if text else ""
 
 
 def code_block(text: str, language: str) -> str:
-    """A fenced block. Its fence is longer than any run of backticks in the text."""
+    """A code block, whose fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + _longest_run(text))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 

@@ -1,4 +1,4 @@
-"""The model card beside a trained adapter or model: what it is, how it was made, what was measured, with the hub's metadata.
+"""The model card of a trained adapter or model: what it is, how it was made and what was measured, with the hub's metadata.
 
 Names and paths come from users. Whatever characters they contain, the metadata stays valid YAML and the text valid Markdown.
 """
@@ -26,7 +26,7 @@ from ..model_folder.layers import layer_words
 from ..teachers.resolve import TeacherSource
 from . import markdown
 
-#: Validation metrics by the names that the hub's metrics have, where they have one, and what they are.
+#: For each validation metric its type on the hub, if it has one there, and its description.
 METRICS = {
     "ce": ("cross_entropy", "cross-entropy, nats per token"),
     "perplexity": ("perplexity", "perplexity"),
@@ -42,9 +42,9 @@ METRICS = {
 #: Metrics that need a teacher.
 TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
-#: The pipeline of transformers that writes text, and what others read, as an example.
+#: transformers' pipeline for text generation, the hub's task without a pipeline, and example inputs of other pipelines.
 GENERATION = "text-generation"
-TEXT_TO_TEXT = "text2text-generation"  # the hub's name of what transformers has no pipeline for
+TEXT_TO_TEXT = "text2text-generation"
 EXAMPLES = {
     "text-classification": "A text in the form of the training data.",
     "audio-classification": "clip.wav",
@@ -52,15 +52,15 @@ EXAMPLES = {
     "automatic-speech-recognition": "clip.wav",
 }
 
-#: The end of both snippets.
+#: The end of both snippets for causal language models.
 GENERATE = """
 inputs = tokenizer("Write the prompt in the format of the training data.", return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
-#: What `pretrained.load_pretrained` does too.
+#: As in `pretrained.load_pretrained`.
 REPACKING = (
-    "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
+    "for module in base.modules():  # else bitsandbytes may repack weights on a CPU into a form that supports neither DoRA nor gradients\n"
     "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
     "        module.support_avx512bf16_for_cpu = False\n"
 )
@@ -68,25 +68,25 @@ REPACKING = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of data, and what was found when it was read: path, name, split, resolved revision, rows."""
+    """A data source, and what was found when it was read: path, name, split, resolved revision, rows."""
 
     source: Source
     found: dict
 
     @property
     def hub(self) -> bool:
-        """Whether it was had from the hub: `owner/name` or `name`, and nothing of the kind here."""
+        """Whether it came from the hub: its path has the form `owner/name` or `name`, and no local file has that name."""
         path = Path(self.source.path)
         a_file = path.exists() or path.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv")
         return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source.path)) and not a_file
 
     @property
     def revision(self) -> str | None:
-        """The commit that was read, if known, else the recipe's revision."""
+        """The commit that was read, if known; else the recipe's revision."""
         return self.found.get("revision") or self.source.revision
 
     def __str__(self) -> str:
-        """In one line of Markdown."""
+        """The source in one line of Markdown."""
         s, rows = self.source, self.found.get("rows")
         dropped = rows - self.found.get("used", rows) if rows else 0
         drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
@@ -116,10 +116,12 @@ def model_card(
     end_tokens: Sequence[str] | None = (),
     pipeline: str = GENERATION,
 ) -> str:
-    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s; `end_tokens` close the answers, None
-    where the model writes none. `pipeline`: the name of transformers' pipeline that uses the model.
+    """The card's Markdown. It takes the whole recipe because the card shows it.
 
-    It takes the whole recipe because it prints it.
+    student            None for new weights
+    teachers, origins  as in `Prepared`
+    end_tokens         the tokens that end answers; None if the model writes no text
+    pipeline           the name of transformers' pipeline for the model
     """
     data = sources_by_purpose(recipe.data, origins)
     if not distils(recipe):
@@ -149,29 +151,29 @@ def model_card(
 
 
 def drop_teacher_metrics(summary: dict) -> dict:
-    """Without the metrics that need a teacher. A sweep measures them also of students that did not learn from one."""
+    """The summary without metrics that need a teacher, which a sweep measures also for students that do not distil."""
     return summary | {
         part: {k: v for k, v in summary.get(part, {}).items() if k not in TEACHER_METRICS} for part in ("before", "validation")
     }
 
 
 def merged_card(text: str, folder: Path, drift: dict | None) -> str:
-    """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured.
+    """The card of a merged model, made from the adapter's card. `drift`: the result of `export.drift`.
 
-    ValueError for a text that is no card of llmkd's.
+    ValueError if `text` is not a card of llmkd.
     """
     card = ModelCard(text)
     card.data.library_name = "transformers"
     if card.data.base_model:
         card.data.base_model_relation = "finetune"
-    if drift:  # the metrics are those of the adapter on its quantised base
+    if drift:  # the card's metrics belong to the adapter on its quantised base
         card.data.eval_results = None
     notes = ["The adapter described here, merged into its base.\n"]
     if drift:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
         notes.append(
-            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out metrics below are of the model as it was "
-            f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| metric | value |\n|---|---|\n{rows}"
+            f"The adapter was trained on a quantised base and merged into the {drift['merged_into']} one. The held-out metrics below are those of the model as "
+            f"trained. The merged model differs from it by, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| metric | value |\n|---|---|\n{rows}"
         )
     head, _, rest = card.text.partition("\n## Use\n")
     fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
@@ -182,7 +184,7 @@ def merged_card(text: str, folder: Path, drift: dict | None) -> str:
 
 
 def sources_by_purpose(settings: Data, origins: dict[str, list[dict]]) -> dict[str, list[DataSource]]:
-    """The sources of the data by what they were for."""
+    """The data sources by purpose."""
     out = {}
     for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
         given = as_tuple(getattr(settings, name))
@@ -199,7 +201,7 @@ def card_data(
     data: dict[str, list[DataSource]],
     pipeline: str = GENERATION,
 ) -> ModelCardData:
-    """The metadata that the hub reads. Names of local folders and files are left out: they mean nothing there."""
+    """The metadata for the hub. Names of local folders and files are left out, since they mean nothing there."""
     base = student and hub_origin(student.base)
     lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
     held_out = data["held out"] or data["trained on"]
@@ -224,9 +226,9 @@ def card_data(
 
 
 def eval_result(name: str, value: float, rows: list[DataSource], task: str) -> EvalResult:
-    """A metric with the rows it was measured on. A data set's type is an id of the hub, or "custom".
+    """A metric with the rows on which it was measured. A data set's type is an id on the hub, or "custom".
 
-    Questions have a task of their own: results of one task, type, configuration, split and revision get the name of the first's data.
+    Questions have their own task: the hub gives results of the same task, type, configuration, split and revision the data name of the first.
     """
     hub = rows[0] if len(rows) == 1 and rows[0].hub else None
     names = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
@@ -247,7 +249,7 @@ def eval_result(name: str, value: float, rows: list[DataSource], task: str) -> E
 def introduction(
     settings: Student, loss: Loss, mixture: Mixture, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]
 ) -> list[str]:
-    """A sentence each on the student, its base and licence, and the teacher."""
+    """Sentences on the student, its base and licence, and the teachers."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
     terms = f", hidden states {in_words(loss.features.weight)}" if loss.features else ""
     terms += f", attention {loss.attention.what} {in_words(loss.attention.weight)}" if loss.attention else ""
@@ -283,7 +285,7 @@ def introduction(
 
 
 def stopping(end_tokens: Sequence[str]) -> list[str]:
-    """A sentence on where generation stops."""
+    """A sentence on the tokens at which generation stops."""
     if not end_tokens:
         return ["- No answer of the training data ends with an end token: generation may not stop by itself."]
     listed = " or ".join(map(markdown.code_span, end_tokens))
@@ -291,7 +293,7 @@ def stopping(end_tokens: Sequence[str]) -> list[str]:
 
 
 def describe_teacher(teacher: TeacherSource) -> str:
-    """A teacher in one line of Markdown: its model, how it was loaded or cached, its weight."""
+    """A teacher in one line of Markdown: its model, how it was loaded or cached, and its weight."""
     one, files, parts = teacher.settings, teacher.files, []
     if files:
         parts.append((f"the adapter {model_name(files.adapter)} on " if files.adapter else "") + model_name(files.base))
@@ -311,7 +313,7 @@ def describe_teacher(teacher: TeacherSource) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """A model's name on the hub with its commit, or its folder; of some layers of a model also their numbers."""
+    """A model's name on the hub with its commit, or its folder; for some layers of another model also which ones."""
     record = record_of(folder)
     if "headed_from" in record:
         return f"{markdown.code_span(record['headed_from'])} with a new head"
@@ -322,7 +324,7 @@ def model_name(folder: Path) -> str:
 
 
 def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GENERATION) -> str:
-    """Python that loads the student as it was trained."""
+    """Python code that loads the student as it was trained."""
     lora, push = recipe.student.method == "lora", recipe.push_to_hub
     here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
     top = f"{here!r}  # this folder, or its id on the hub"
@@ -358,6 +360,7 @@ def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GE
 
 
 def full_model_snippet(here: str) -> str:
+    """Python code that loads and runs a whole model from `here`."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"here = {here}\n"
@@ -367,7 +370,7 @@ def full_model_snippet(here: str) -> str:
 
 
 def bitsandbytes_config(q: Quantization, dtype: str, config: dict) -> str:
-    """The BitsAndBytesConfig of a setting, as Python."""
+    """The BitsAndBytesConfig of a quantisation, as Python code."""
     if q.type == "int8":
         return "BitsAndBytesConfig(load_in_8bit=True)"
     compute = loaded_dtype(config, dtype) if q.compute_dtype == "auto" else q.compute_dtype
@@ -378,7 +381,7 @@ def bitsandbytes_config(q: Quantization, dtype: str, config: dict) -> str:
 
 
 def metrics_table(summary: dict) -> list[str]:
-    """A table of every held-out metric, before and after."""
+    """A table of all held-out metrics, before and after training."""
     before, after = summary.get("before", {}), summary["validation"]
     if not after:
         return ["None were measured."]

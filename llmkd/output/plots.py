@@ -7,11 +7,11 @@ from pathlib import Path
 from ..files import write_atomic
 from . import metrics
 
-_COLOURS = {"loss": "#333333", "ce": "#1f6fb4", "kd": "#d1495b"}  # others take matplotlib's
+_COLOURS = {"loss": "#333333", "ce": "#1f6fb4", "kd": "#d1495b"}  # other terms have matplotlib's
 
 
 def plot_losses(folder: Path) -> None:
-    """loss.png from metrics.jsonl: the loss and its terms, and below them the validation metrics, and what the student has written."""
+    """Draw loss.png from metrics.jsonl: the loss and its terms, and below them validation metrics and statistics of the student's text."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -54,7 +54,7 @@ def plot_losses(folder: Path) -> None:
 
 
 def _answers(axis, records: list[dict]) -> None:
-    """The length of the answers that were trained on, and the share of them that ended by itself."""
+    """Draw the length of the answers on which the student trained, and the share of them that ended by itself."""
     share = axis.twinx()
     shown = ((axis, "written_length", "length", "#2a9d8f"), (share, "written_finished", "ended by itself", "#888888"))
     for place, name, label, colour in shown:
@@ -74,9 +74,9 @@ def _lines(axis, records: list[dict], series) -> None:
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours, in a centred window of a twentieth of all values; at the ends, of those that exist.
+    """The mean of each value and its neighbours, in a centred window of a twentieth of all values, cut off at the ends.
 
-    Centred, so that the line has no lag: an exponential mean of the same width trails a falling loss by the whole window.
+    A centred window has no lag: an exponential mean of the same width lags behind a falling loss by the whole window.
     """
     half = round(len(values) / 20) // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
@@ -84,7 +84,7 @@ def moving_average(values: Sequence[float]) -> list[float]:
 
 
 def plot_speeds(path: Path, title: str, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Tokens a second by the number of GPUs, {how the models are held: [(GPUs, tokens a second)]}, and as many times one GPU's as there are."""
+    """Draw tokens per second over the number of GPUs, and perfect scaling. `lines`: by sharding, [(GPUs, tokens per second)]."""
     import matplotlib
 
     matplotlib.use("Agg")

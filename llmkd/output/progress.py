@@ -1,4 +1,4 @@
-"""Progress of a run on the console: a bar on a terminal, a line now and then in a log file."""
+"""Progress of a run on the console: a bar on a terminal, a line every ten seconds or more in a log file."""
 
 import statistics
 import sys
@@ -7,19 +7,19 @@ import time
 from ..console import info
 from .metrics import peak_memory
 
-FIRST = 5  # speeds whose median is that of the beginning
-SLOWER, IN_A_ROW = 3.0, 3  # a run that is so much slower than that, so many times in a row, says so
+FIRST = 5  # the median of so many speeds is the speed at the beginning
+SLOWER, IN_A_ROW = 3.0, 3  # a note is printed if the run is SLOWER times slower, IN_A_ROW times in a row
 
 
 class Slowdown:
-    """Notices, once, that training has become far slower than it was at its beginning."""
+    """Notices, once, that training has become far slower than at its beginning."""
 
     def __init__(self):
         self.first: list[float] = []
         self.slow: list[float] = []
 
     def __call__(self, speed: float) -> str | None:
-        """What to say after the next targets per second; None if nothing."""
+        """The note after another speed, in targets per second; None if there is nothing to report."""
         if len(self.first) < FIRST:
             self.first.append(speed)
             return None
@@ -29,14 +29,14 @@ class Slowdown:
             if len(self.slow) == IN_A_ROW:
                 now = statistics.median(self.slow)
                 return (
-                    f"note: {now:.0f} targets/s, and {before:.0f} at the beginning: other programs may use the same cores or GPU, or it throttles "
+                    f"note: {now:.0f} targets/s, but {before:.0f} at the beginning: other programs may use the same cores or GPU, or it throttles "
                     "(top, nvidia-smi)"
                 )
         return None
 
 
 class ProgressDisplay:
-    """How far training is, on stderr: a bar on a terminal, a line now and then in a file. Silent on every rank but the first."""
+    """Shows the progress of training on stderr: a bar on a terminal, lines in a file. Silent on every rank but the first."""
 
     def __init__(self, total_steps: int, done: int, main: bool):
         from tqdm import tqdm
@@ -56,12 +56,12 @@ class ProgressDisplay:
         self.slowdown = Slowdown()
 
     def count(self, targets: int) -> None:
-        """A step is done."""
+        """Count a finished step with so many targets."""
         self.targets_since += targets
         self.bar.update()
 
     def speed(self, without: float = 0.0) -> float:
-        """Targets per second since the last call, `without` some seconds of that time. `seconds`: the others."""
+        """Targets per second since the last call, excluding `without` seconds. Sets `seconds` to the time that counts."""
         now = time.monotonic()
         self.seconds = max(now - self.time_since - without, 1e-9)
         speed = self.targets_since / self.seconds
@@ -69,6 +69,7 @@ class ProgressDisplay:
         return speed
 
     def show(self, step: int, shown: dict[str, str], speed: float) -> None:
+        """Show metrics of a step: in the bar, or as a line if the last one is ten seconds old."""
         if text := self.slowdown(speed):
             self.info(text)
         shown = shown | {"targets/s": f"{speed:.0f}", "mem": f"{peak_memory() / 2**30:.1f}G"}

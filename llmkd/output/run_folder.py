@@ -1,4 +1,4 @@
-"""The folder of a run: locked by one run at a time, never silently overwritten, and resumed only by the same recipe, data and models."""
+"""The folder of a run: locked by one run at a time, never silently overwritten, and resumed only with the same recipe, data and models."""
 
 import errno
 import os
@@ -24,9 +24,9 @@ from .run_files import (
 
 
 class RunFolder:
-    """`check()` refuses, and leaves nothing behind, before the costly part; `claim()` creates and locks.
+    """The folder of a run. `check()` refuses early and leaves nothing behind; `claim()` creates and locks the folder.
 
-    run   which run this is, see `run_files.run_of`; known when the folder is claimed
+    run   the identity of the run, see `run_files.run_of`; known after `claim`
     """
 
     def __init__(self, recipe: Recipe, resume: bool):
@@ -53,6 +53,7 @@ class RunFolder:
         return (self.path / RECIPE).exists() or (self.path / IDENTITY).exists()
 
     def check(self) -> None:
+        """UserError if the folder cannot be used, or holds something else than the run that is to be resumed."""
         refuse_unwritable(self.path, "output_dir")
         if self.path.is_dir() and not self.started and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
@@ -66,12 +67,12 @@ class RunFolder:
 
     def _compare_settings(self) -> None:
         """UserError for each setting that a resumed run may not change."""
-        path, fix = self.path / RECIPE, f"put it back as it was, or delete it: --resume then goes by {IDENTITY}"
+        path, fix = self.path / RECIPE, f"restore it, or delete it: --resume then compares with {IDENTITY}"
         if not path.exists():
             if other_settings(self.path, self.recipe):
                 raise UserError(
-                    f"output_dir: the settings differ from those that the run in {self.path} was started with, and {path}, which holds "
-                    "those, is missing; give the settings as they were, or choose another output_dir"
+                    f"output_dir: the settings differ from those with which the run in {self.path} was started, and {path}, which lists "
+                    "those, is missing; use the former settings, or choose another output_dir"
                 )
             return
         try:
@@ -87,19 +88,20 @@ class RunFolder:
         if changed:
             raise UserError(
                 *(
-                    f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir"
+                    f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; use the former value, or choose another output_dir"
                     for k in changed
                 )
             )
 
     def _foreign(self):
-        """What lies in the folder beyond a lock and what a kill may leave of the very first writes."""
+        """The entries of the folder other than a lock and leftovers of a kill during the first writes."""
         return (p for p in self.path.iterdir() if p.name != ".lock" and not is_leftover(p))
 
     def claim(self, identity: dict[str, str]) -> dict[str, str]:
-        """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer). Returns `run`."""
+        """Create the folder, lock it until `release` or the end of the process, and compare `identity` (hashes of data, models, tokenizer). Returns
+        `run`. UserError if it belongs to another run."""
         self._lock = lock_folder(self.path)
-        self.check()  # another run may have come and gone meanwhile
+        self.check()  # another run may have used the folder meanwhile
         for folder in (self.path, self.checkpoints, self.path / "trackers"):
             remove_leftovers(folder)
         if (self.path / IDENTITY).exists():
@@ -112,18 +114,18 @@ class RunFolder:
             for what in (*identity, *sorted(before.keys() - identity.keys() - OF_THE_RUN)):
                 if before.get(what) != identity.get(what):
                     raise UserError(
-                        f"{what} {'has changed' if what in identity else 'is gone'} since the run in {self.path} was started; restore what it was, or choose another output_dir"
+                        f"{what} {'has changed' if what in identity else 'is gone'} since the run in {self.path} was started; restore it, or choose another output_dir"
                     )
-            identity = before  # with the settings' hash, which a later version may make otherwise
-        # the recipe first: it marks the folder as a run's, so that a kill here can be resumed
+            identity = before  # with the hash of the settings, which a later version may compute differently
+        # the recipe first: it marks the folder as that of a run, so that a run killed here can be resumed
         write_atomic(self.path / RECIPE, dump(self.recipe, self.path))
         self.run = write_identity(self.path, self.recipe, identity)
         return self.run
 
     def check_there(self) -> None:
-        """OSError if the folder was moved or removed since it was claimed, or is another run's by now: then nothing may be written to it.
+        """OSError if the folder was moved, removed or taken by another run since it was claimed: then nothing may be written to it.
 
-        By the lock's content, since inodes are not lasting on every network drive.
+        It compares the lock's content, since inodes may change on network drives.
         """
         path = self.path / ".lock"
         self._lock.seek(0)
@@ -137,7 +139,7 @@ class RunFolder:
 
 
 def refuse_unwritable(path: Path, setting: str) -> None:
-    """UserError unless a folder can be made at that path, or is there and can be written to. Nothing is left behind."""
+    """UserError unless there is a writable folder at `path`, or one can be created. Nothing is left behind."""
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{setting}: {path} is a {'file' if path.exists() else 'link that leads nowhere'}; name a folder")
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -147,11 +149,11 @@ def refuse_unwritable(path: Path, setting: str) -> None:
         try:
             try_to_make_in(nearest)
         except OSError as error:
-            raise UserError(f"{setting}: {path} cannot be made ({error.strerror}); choose another folder") from error
+            raise UserError(f"{setting}: {path} cannot be created ({error.strerror}); choose another folder") from error
 
 
 def lock_folder(folder: Path, setting: str = "output_dir"):
-    """Create the folder and lock it: for one process at a time, until the file that is returned is closed."""
+    """Create the folder and lock it for one process, until the returned file is closed. UserError if another process holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,6 +165,6 @@ def lock_folder(folder: Path, setting: str = "output_dir"):
     except OSError as error:
         raise UserError(f"{setting}: {folder} cannot be locked ({error.strerror}); choose a folder on another file system") from error
     held.truncate(0)
-    held.write(f"process {os.getpid()} on {socket.gethostname()}".encode(errors="replace").decode())  # a name may be no UTF-8
+    held.write(f"process {os.getpid()} on {socket.gethostname()}".encode(errors="replace").decode())  # a host name may not be UTF-8
     held.flush()
     return held

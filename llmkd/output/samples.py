@@ -1,7 +1,7 @@
-"""samples.jsonl: what a student has written, at validations (`validation.samples`) and in on-policy training (`on_policy.record`).
+"""samples.jsonl: answers that a student wrote, at validations (`validation.samples`) and in on-policy training (`on_policy.record`).
 
-A line holds step, place, prompt, reference (the data's answer), text (without its end token), tokens, and whether it finished by itself; of an answer
-that was trained on also `"training": true`.
+A line holds step, place, prompt, reference (the data's answer), text (without its end token), tokens, and whether the answer ended by itself; for
+an answer on which the student trained also `"training": true`.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ _KEYS = {"step": int, "place": str, "prompt": str, "reference": str, "text": str
 
 
 def in_training(record: dict) -> bool:
-    """Whether it is an answer that was written in training, and trained on."""
+    """Whether a record is an answer on which the student trained."""
     return record.get("training") is True
 
 
 def add_samples(folder: Path, step: int, records: Sequence[dict]) -> str:
-    """Write answers of that step, all of validation or all of training, behind those of the steps before it. Answers of a later step, or of this one
-    and written after those, are another attempt's, and are replaced. Returns the file's hash."""
+    """Write a step's answers, all from validation or all from training, after those of earlier steps. Later answers in the file come from another
+    attempt and are dropped. Returns the file's hash."""
     own = [*map(in_training, records)] == [True] * len(records)
     before = [one for one in read_samples(folder, warn) if one["step"] < step or (one["step"] == step and in_training(one) and not own)]
     content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [*before, *records])
@@ -31,7 +31,7 @@ def add_samples(folder: Path, step: int, records: Sequence[dict]) -> str:
 
 
 def read_samples(folder: Path, note: Callable[[str], None] = lambda text: None) -> list[dict]:
-    """The answers that a run recorded, step by step; none where it recorded none. Lines that are damaged are left out and `note`d."""
+    """The answers that a run recorded, in the order of steps. Damaged lines are left out, and `note` is called with a line about them."""
     path, found = folder / "samples.jsonl", []
     if not path.exists():
         return found
@@ -40,7 +40,7 @@ def read_samples(folder: Path, note: Callable[[str], None] = lambda text: None) 
         if all(isinstance(record.get(key), kind) for key, kind in _KEYS.items()):
             found.append(record)
         else:
-            bad.append("a line that is no sample is left out")
+            bad.append("a line that is not a sample is left out")
     if bad:
         note(f"warning: {path}: {bad[0]}" + (f", and {len(bad) - 1} more" if bad[1:] else ""))
     return found

@@ -1,6 +1,6 @@
-"""Sends what goes into metrics.jsonl to Accelerate's trackers too: tensorboard, wandb, trackio, mlflow.
+"""Sends the records of metrics.jsonl to Accelerate's trackers: tensorboard, wandb, trackio, mlflow.
 
-metrics.jsonl is the record; a tracker that fails is left out with one note, and the run goes on.
+metrics.jsonl stays the complete record; a tracker that fails is dropped with a note, and the run continues.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ def check(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, started.
+    """The running trackers of a run.
 
-    names           of `report_to`
+    names           the trackers in `report_to`
     run             the run's name in the trackers
     configuration   the recipe's settings, see `configuration`
     done            the step after which a resumed run continues
@@ -40,7 +40,7 @@ class Trackers:
             self._try(name, self._start, name, run, configuration, folder / "trackers", done)
 
     def log(self, record: dict) -> None:
-        """A record of metrics.jsonl."""
+        """Send a record of metrics.jsonl."""
         group = next((name for name in ("validation", "teacher_check", "fidelity", "unexplained") if name in record), "train")
         values = record.get(group, record)
         metrics = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
@@ -66,15 +66,15 @@ class Trackers:
             self.running.pop(name, None)
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             self.info(
-                f"note: {name} failed ({type(error).__name__}: {reason}); the run goes on without it, and metrics.jsonl has everything"
+                f"note: {name} failed ({type(error).__name__}: {reason}); the run continues without it, and metrics.jsonl has everything"
             )
 
 
 def make_tracker(name: str, run: str, folder: Path, done: int):
-    """One of Accelerate's trackers. A resumed run goes on in the same curve, except in mlflow, where it is a second run of the name."""
+    """One of Accelerate's trackers. A resumed run continues the same curve, except in mlflow, where it is a second run of the same name."""
     from accelerate import tracking
 
-    if name == "tensorboard":  # what was logged after the checkpoint is dropped, as it is in metrics.jsonl
+    if name == "tensorboard":  # records after the checkpoint are dropped, as in metrics.jsonl
         return tracking.TensorBoardTracker("tensorboard", folder, purge_step=done + 1 if done else 0)
     if name == "mlflow":
         return tracking.MLflowTracker("llmkd", run_name=run)
@@ -88,6 +88,6 @@ def make_tracker(name: str, run: str, folder: Path, done: int):
 
 
 def configuration(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """The resolved recipe by dotted path, in the types that every tracker takes."""
+    """The resolved recipe by dotted path, in types that every tracker accepts."""
     plain = flatten(json.loads(json.dumps(dataclasses.asdict(recipe))))
     return {path: value if isinstance(value, bool | int | float | str) else json.dumps(value) for path, value in plain.items()}

@@ -1,17 +1,17 @@
-"""Says so where a run ended worse than it began, with the likely reasons."""
+"""Warnings if a run ended worse than it began, with the likely reasons."""
 
 from collections.abc import Iterator, Sequence
 
 from ..config.recipe import Loss, Optim
 from ..console import count
 
-#: Held-out metrics that a run should not raise, and their names in sentences.
+#: Held-out metrics that training should lower, and their names in sentences.
 LOWER_IS_BETTER = {"ce": "CE", "forward_kl": "KL to the teacher"}
-_FEW = 10  # steps
+_FEW = 10  # fewer steps do not show a reason
 
 
 def worsened(before: dict, after: dict, loss: Loss) -> list[str]:
-    """The held-out metrics that are higher after the run than before it. KL counts where the student learned from the teacher."""
+    """The held-out metrics that are higher after the run than before. KL is considered only if the student distils."""
     names = [name for name in LOWER_IS_BETTER if name == "ce" or loss.kd_ratio]
     return [name for name in names if name in before and name in after and not after[name] <= before[name]]
 
@@ -19,7 +19,7 @@ def worsened(before: dict, after: dict, loss: Loss) -> list[str]:
 def sentences(records: Sequence[dict], loss: Loss, optim: Optim) -> Iterator[str]:
     """One line for each metric that became worse. `records`: those of metrics.jsonl."""
     held_out = [(record["step"], record["validation"]) for record in records if "validation" in record]
-    if len(held_out) < 2 or held_out[0][0] != 0:  # the first one is lost
+    if len(held_out) < 2 or held_out[0][0] != 0:  # the record of step 0 may be lost
         return
     before, after = held_out[0][1], held_out[-1][1]
     for name in worsened(before, after, loss):
@@ -31,7 +31,7 @@ def _reasons(name: str, held_out: list[tuple[int, dict]], losses: list[float], l
     (_, before), (_, after) = held_out[0], held_out[-1]
     step, best = min(((step, values[name]) for step, values in held_out if name in values), key=lambda one: one[1])
     if (last := held_out[-1][0]) < _FEW:
-        yield f"{count(last, 'step')} are too few to tell why; train for more, and if it rises still, lower the learning rate ({optim.lr:g})"
+        yield f"{count(last, 'step')} are too few to tell why; train for more, and if it still rises, lower the learning rate ({optim.lr:g})"
         return
     tenth = -(-len(losses) // 10)
     rose = sum(losses[-tenth:]) >= sum(losses[:tenth])

@@ -1,4 +1,4 @@
-"""The end of a process that reads a memory-mapped file which was cut short, or whose disk fails: the system sends SIGBUS, and that ends in silence."""
+"""Reports SIGBUS, which ends a process without a message when it reads a memory-mapped file that was cut short, or whose disk fails."""
 
 import contextlib
 import ctypes
@@ -10,14 +10,14 @@ _held: list = []  # the handler, which must outlive the call
 
 
 def report_bus_errors() -> None:
-    """From now on SIGBUS ends the process with one line on stderr and exit code 1. Nothing happens on systems without that signal.
+    """From now on SIGBUS ends the process with one line on stderr and exit code 1. Without effect on systems without that signal.
 
-    Python's own handlers run after the instruction that failed, and that one never ends; this one is called by the C library at once. It
-    only reads /proc and writes, since the process may be anywhere.
+    Python runs its own handlers only after the failing instruction, which never completes; the C library calls this one at once. It only
+    reads /proc and writes a line, since it may interrupt any code.
     """
     if not hasattr(signal, "SIGBUS"):
         return
-    with contextlib.suppress(Exception):  # a system that forbids code made at run time
+    with contextlib.suppress(Exception):  # some systems forbid code that is generated at run time
         library = ctypes.CDLL(None)
         handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
         library.signal.argtypes, library.signal.restype = [ctypes.c_int, type(handler)], ctypes.c_void_p
@@ -36,7 +36,7 @@ def _end(number: int) -> None:
 
 
 def _cut_short() -> str | None:
-    """The name of a mapped file that is shorter than its mapping."""
+    """The path of a mapped file that is shorter than its mapping; None without one."""
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
             if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s+(/.*)", line):

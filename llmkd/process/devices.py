@@ -1,4 +1,4 @@
-"""Which devices this machine may have, as far as files and variables tell it. No torch."""
+"""The devices that this machine may have, as far as files and environment variables show it. No torch."""
 
 import difflib
 import importlib.util
@@ -12,9 +12,9 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def why_missing(name: str) -> str | None:
-    """Why this machine has no device of that name (cpu, cuda:1, ...); None where it has one, and where only torch can tell."""
+    """Why this machine has no device of that name (cpu, cuda:1, ...); None if it may have one: then only torch can tell."""
     if not (found := re.fullmatch(r"([a-z_]+)(?::(\d+))?", name)):
-        return "is no name of a device"
+        return "is not the name of a device"
     kind, number = found[1], int(found[2] or 0)
     if kind == "meta":
         return "holds no weights"
@@ -24,27 +24,27 @@ def why_missing(name: str) -> str | None:
         return _without_gpu(number)
     if kind == "gpu" or kind not in _KINDS and difflib.get_close_matches(kind, _KINDS, 1, 0.7):
         near = "cuda" if kind == "gpu" else difflib.get_close_matches(kind, _KINDS, 1, 0.7)[0]
-        return f"is no name of a device (did you mean {near}?)"
+        return f"is not the name of a device (did you mean {near}?)"
     return None
 
 
 def _without_gpu(number: int) -> str | None:
     if _torch_is_built_for_cpus():
-        return "needs a GPU, and the torch that is installed was built for CPUs alone"
+        return "needs a GPU, but the installed torch was built for CPUs only"
     counts = [len(list(_DRIVER.iterdir()))] if _DRIVER.is_dir() else []
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         counts.append(0 if shown.strip() in ("", "-1", "NoDevFiles") else len(shown.split(",")))
     if not counts or number < min(counts):
         return None
-    hides = " (CUDA_VISIBLE_DEVICES says which are seen)" if shown is not None else ""
-    return (
-        f"is one GPU too many: this process sees {min(counts)}{hides}" if min(counts) else f"needs a GPU, and this process sees none{hides}"
-    )
+    hides = " (see CUDA_VISIBLE_DEVICES)" if shown is not None else ""
+    if not min(counts):
+        return f"needs a GPU, but this process sees none{hides}"
+    return f"is one GPU too many: this process sees {min(counts)}{hides}"
 
 
 def _torch_is_built_for_cpus() -> bool:
-    """By torch's own record of how it was built; False where that cannot be read."""
+    """Whether torch's record of its own build says so; False if that cannot be read."""
     try:
         folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
         record = (folder / "version.py").read_text(encoding="utf-8")

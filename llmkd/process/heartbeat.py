@@ -1,7 +1,7 @@
-"""Where each process of a launch is, as the others see it: which of them stands still while the rest wait for it. No torch.
+"""Heartbeats of the processes of a launch, which show the one that stands still while the others wait for it. No torch.
 
-A process says where it is (`at`); a thread of its own tells the others, with a beat, by the launcher's key-value server. A process that was
-stopped, or whose machine is gone, beats no more; one that hangs beats, and does not come to where the others are.
+A process records where it is (`at`); a thread sends that record and a beat to the others, through the launcher's key-value server. A process
+that was stopped, or whose machine is gone, sends no beats; one that hangs sends beats, but does not reach the place where the others are.
 """
 
 import dataclasses
@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 
 #: Seconds for which a process may stand still (`train.timeout`).
 TIMEOUT = 600.0
-#: The same of what one process may do while the others wait: load a model, hash its files, write a checkpoint, ask a server.
+#: The same at places where one process works while the others wait: loading a model, hashing its files, writing a checkpoint, asking a server.
 PATIENT = 7200.0
 
 
-_LEFT = 0  # the beat of a process that has nothing left to do with the others
-_NONE = -1  # of one that has not begun: it may still be importing
+_LEFT = 0  # the beat of a process that the others need not wait for any more
+_NONE = -1  # the beat of a process that has not begun: it may still be importing
 
 
 @dataclass
 class Place:
-    """number  counts the places to which all processes come alike
-    text     for people
+    """Where a process is.
+
+    number   counts the places, to which all processes come in the same order
+    text     its description, for messages
     patient  whether a process may stay there for `PATIENT` seconds
-    signs    counts what happens there
+    signs    counts signs of progress there
     """
 
     number: int = 0
@@ -37,7 +39,7 @@ class Place:
 
 @dataclass
 class Seen:
-    """What a process knows of one: its last record, and for how many seconds it has sent no other and has not moved."""
+    """What a process knows of another: its last record, and for how many seconds it has sent no new beat (`silent`) and not moved (`still`)."""
 
     beat: int = _NONE
     place: Place = field(default_factory=lambda: Place(-1, "nothing: it has not begun"))
@@ -50,30 +52,31 @@ _here, _timeout = Place(), TIMEOUT
 
 
 def at(text: str, patient: bool = False) -> None:
-    """This process is at a place to which all processes of the launch come. `patient`: see `Place`."""
+    """Record that this process is at a place to which all processes of the launch come. `patient`: see `Place`."""
     global _here
     _here = Place(_here.number + 1, text, patient)
 
 
 def going_on() -> None:
-    """This process is still where it was, and something happens there."""
+    """Record that this process makes progress at the place where it is."""
     _here.signs += 1
 
 
 def timeout() -> float:
+    """Seconds for which a process may stand still."""
     return _timeout
 
 
 def expect_within(seconds: float) -> None:
-    """For how long a process may stand still from now on."""
+    """Set the seconds for which a process may stand still from now on."""
     global _timeout
     _timeout = seconds
 
 
 class Heartbeats:
-    """Sends this process's records and reads those of all, by a server with set, check and multi_get, such as torch's TCPStore.
+    """Sends this process's records and reads those of all, through a server with set, check and multi_get, such as torch's TCPStore.
 
-    key  the server's name of a name
+    key  returns the key on the server for a name
     """
 
     def __init__(self, key: Callable[[str], str], rank: int, ranks: int):
@@ -81,9 +84,9 @@ class Heartbeats:
         self._beat, self._unread, self._seen = _LEFT, 0.0, [Seen() for _ in range(ranks)]
 
     def look(self, server, seconds: float) -> str | None:
-        """Send a record and, ten times within the timeout, read those of all. Returns the sentence on who stands still, if any does.
+        """Send a record and, ten times within the timeout, read those of all. Returns a sentence on the process that stands still, or None.
 
-        seconds  since the last call, without the time for which this process itself was stopped
+        seconds  since the last call, without the time for which this process itself was suspended
         """
         self._beat, self._unread = self._beat + 1, self._unread + seconds
         self._send(server, self._beat)
@@ -113,7 +116,7 @@ class Heartbeats:
 
 
 def _verdict(seen: list[Seen]) -> str | None:
-    """Who sends nothing; or, where all stand still, who has sent nothing for half of the time, or else is behind the others."""
+    """A sentence on the process that sends nothing; if all stand still, on one that has been silent for half of the time, or else is behind; or None."""
     present = {rank: one for rank, one in enumerate(seen) if one.beat != _LEFT}
     if len(present) < 2:
         return None
@@ -130,7 +133,7 @@ def _verdict(seen: list[Seen]) -> str | None:
 
 
 def _names(seen: list[Seen], ranks: list[int]) -> str:
-    """The first of them with where it runs, and how many more there are."""
+    """The first of `ranks` with the machine it runs on, and the number of the others."""
     runs_on = f"; {seen[ranks[0]].runs_on}" if seen[ranks[0]].runs_on else ""
     more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
     return f"process {ranks[0]} (of 0 to {len(seen) - 1}{runs_on}){more}"

@@ -1,4 +1,4 @@
-"""Errors of the machine: which of them an exception is, whichever library met it, and what to do. No torch."""
+"""Errors of the machine: recognises them in exceptions of any library, with advice on what to do. No torch."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ class MachineError:
 
     name       what happened, in a few words
     advice     what to do about it
-    errnos     numbers of the system's errors
-    text       a pattern of what libraries say that have no number
-    types      a pattern of the names of exception types
-    certain    whether it is the machine's also where it happened while a user's file was read
-    exit_code  1, or 2 for what the user has named
+    errnos     error numbers of the system
+    text       a pattern for messages of libraries without an error number
+    types      a pattern for the names of exception types
+    certain    whether the machine is at fault even if it happened while a user's file was read
+    exit_code  1; 2 if it concerns something that the user has named
     """
 
     name: str
@@ -42,7 +42,7 @@ OUT_OF_MEMORY = MachineError(
     r"|(CUDA|HIP)( error:)? out of memory|std::bad_alloc",
     r".*OutOfMemory.*|.*MemoryError",
 )
-#: The first that fits counts.
+#: The first that fits applies.
 MACHINE_ERRORS = (
     MachineError(
         "shared memory is full",
@@ -149,7 +149,7 @@ DEAD_PEER = MachineError(
 
 
 def machine_error(error: BaseException | None) -> MachineError | None:
-    """What of the machine failed, by the exception or by the one that it was raised from; None for any other exception."""
+    """The kind of machine error of an exception, or of an exception that it was raised from; None for any other exception."""
     seen: list[BaseException] = []
     kinds = (*MACHINE_ERRORS, *((DEAD_PEER,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()), NETWORK)
     while error is not None and error not in seen:
@@ -163,7 +163,7 @@ def machine_error(error: BaseException | None) -> MachineError | None:
 
 
 def number_of(error: BaseException) -> int | None:
-    """The number of the system's error: of an OSError, or as Rust and Python write it into another exception's text."""
+    """The system's error number, from an OSError or from the text of another exception as Rust and Python write it; None without one."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))

@@ -1,7 +1,7 @@
-"""An error that several processes of a launch meet is said once, and by a process that met it; what one meets ends the others too.
+"""Errors in a launch of several processes: the same error is printed once, by a process that met it, and one process's error ends the others.
 
-They agree by the key-value server of their launcher (torchrun, or accelerate launch with several processes), which outlives each of them. No
-torch without a launch.
+The processes coordinate through the key-value server of their launcher (torchrun, or accelerate launch with several processes), which
+outlives each of them. No torch without a launch.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from . import heartbeat
 from .heartbeat import Heartbeats
 from .machine_errors import DEAD_PEER, machine_error
 
-_SECONDS = 3  # for the server to answer, and for the process that died first to say why
-_PATIENCE = 10  # seconds that a process has, after another has failed, to end by itself
-_LOOKS = 1.0  # seconds between two looks at whether another has
-_AGAIN = "; train.timeout sets the time, and llmkd train and sweep go on with --resume"
+_SECONDS = 3  # for the server to answer, and for the process that failed first to print its error
+_PATIENCE = 10  # seconds for a process to end by itself after another has failed
+_LOOKS = 1.0  # seconds between two checks whether another has failed
+_AGAIN = "; train.timeout sets the time; continue llmkd train and sweep with --resume"
 
 #: Whether this process ends with others that fail or stand still.
 watched = False
 
 
 def is_first_to_say(text: str, error: BaseException) -> bool:
-    """Whether this process prints `text`, the line of `error`: no other process has said the same.
+    """Whether this process should print `text`, the line of `error`: true if no other process has printed it.
 
-    That another process is lost is said only where no process has said anything. Without a server every process prints.
+    The loss of another process is printed only if no process has printed any error. Without a server every process prints.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    with contextlib.suppress(Exception):  # the launcher may be gone: better twice than never
+    with contextlib.suppress(Exception):  # the launcher may be gone: better to print twice than never
         server, lost = connect(), machine_error(error) is DEAD_PEER
         if lost:
-            with contextlib.suppress(KeyboardInterrupt):  # the launcher ends the processes that are left: say it now
+            with contextlib.suppress(KeyboardInterrupt):  # the launcher is ending the remaining processes: print now
                 for _ in range(round(10 * _SECONDS)):
                     if server.add(_key("count"), 0):
                         return False
@@ -49,12 +49,12 @@ def is_first_to_say(text: str, error: BaseException) -> bool:
 
 
 def _key(name: str) -> str:
-    """Of the launcher's server, which outlives a launch that is started anew."""
+    """A key on the launcher's server, with the number of the restart, since the server survives restarts of the launch."""
     return f"llmkd/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
 def which_process() -> str:
-    """This process among those of its launch, once they have met; empty before, and for one alone."""
+    """This process's number in its launch, in words; "" before the process group is initialised, and for a single process."""
     group = sys.modules.get("torch.distributed")
     if not (group and group.is_available() and group.is_initialized() and group.get_world_size() > 1):
         return ""
@@ -62,7 +62,7 @@ def which_process() -> str:
 
 
 def tell_launcher(text: str) -> None:
-    """Write the error that ends this process where torchrun reads it, for its own report of the processes that failed."""
+    """Write the error that ends this process where torchrun reads it, for torchrun's report of failed processes."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
@@ -71,8 +71,8 @@ def tell_launcher(text: str) -> None:
 
 @contextlib.contextmanager
 def ending_with_others() -> Iterator[None]:
-    """Inside, this process ends where it may wait for another one of its launch for as long as the group's timeout: some seconds after that one
-    has said its error, and when it stands still (`heartbeat`). Nothing happens without the launcher's server."""
+    """Inside, this process ends some seconds after another process of its launch has printed an error, and when one stands still (`heartbeat`),
+    instead of waiting for the process group's timeout. Without effect if the launcher has no server."""
     global watched
     closed, answered, launched = threading.Event(), threading.Event(), has_server()
     threads = [threading.Thread(target=one, args=(closed, answered), name=one.__name__, daemon=True) for one in (_watch, _watch_server)]
@@ -89,15 +89,15 @@ def ending_with_others() -> Iterator[None]:
 
 
 def _watch(closed: threading.Event, answered: threading.Event) -> None:
-    """Look at the others, until `closed`. Sets `answered` whenever the server has."""
+    """Watch the other processes until `closed`. Sets `answered` whenever the server answers."""
     heartbeats, failed = Heartbeats(_key, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), 0.0
     while not closed.is_set():
-        with contextlib.suppress(Exception):  # without its server: then once more
+        with contextlib.suppress(Exception):  # the server did not answer: connect again
             server = connect()
             for seconds in _looks(closed):
                 failed += seconds if server.add(_key("count"), 0) else 0.0
                 if failed > _PATIENCE:
-                    _end(f"{which_process() or 'this process'} waits for one that has failed, and ends")
+                    _end(f"{which_process() or 'this process'} ends, since it waits for one that has failed")
                 if not failed and (found := heartbeats.look(server, seconds)):
                     tell_launcher(found + _AGAIN)
                     first = server.add(_key("stands"), 1) == 1
@@ -108,10 +108,10 @@ def _watch(closed: threading.Event, answered: threading.Event) -> None:
 
 
 def _watch_server(closed: threading.Event, answered: threading.Event) -> None:
-    """End this process where the launcher's server is on another machine, and does not answer for as long as a process may stand still."""
+    """End this process if the launcher's server is on another machine and does not answer within the timeout."""
     silent, elsewhere = 0.0, int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     while not (closed.is_set() or answered.wait(_LOOKS)):
-        pass  # this process is still importing torch, by which it asks
+        pass  # this process is still importing torch, with which it asks the server
     for seconds in _looks(closed) if elsewhere else ():
         silent = 0.0 if answered.is_set() else silent + seconds
         answered.clear()
@@ -120,7 +120,7 @@ def _watch_server(closed: threading.Event, answered: threading.Event) -> None:
 
 
 def _looks(closed: threading.Event) -> Iterator[float]:
-    """Every second or so, until `closed`, the seconds since the last time, but for those for which this process itself was stopped."""
+    """Yields about every second, until `closed`, the seconds since the last time, without those for which this process itself was suspended."""
     last = time.monotonic()
     while not closed.wait(_LOOKS):
         before, last = last, time.monotonic()
@@ -134,12 +134,12 @@ def _end(text: str) -> None:
 
 
 def has_server() -> bool:
-    """Whether the launcher of several processes has a key-value server for them."""
+    """Whether the launcher of several processes has a key-value server."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
 
 
 def connect():
-    """A connection to the launcher's server. RuntimeError where there is none."""
+    """A connection to the launcher's server. RuntimeError if there is none."""
     if not has_server():
         raise RuntimeError("the launcher has no key-value server")
     from datetime import timedelta

@@ -106,7 +106,7 @@ def test_refusals_come_before_a_model_is_loaded(base, tmp_path, tasks_dir, capsy
         ([tmp_path / "nowhere", "--tasks", "hellaswag", "--tasks_dir", tasks_dir], "there is no folder"),
         ([tmp_path / "unfinished", "--tasks", "hellaswag", "--tasks_dir", tasks_dir], "is the run finished?"),
         ([base, "--tasks", "hellaswag", "--tasks_dir", tasks_dir, "--out", base / "config.json"], "is a file; name a folder"),
-        ([base, "--tasks", "hellaswag", "--tasks_dir", tasks_dir, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be made"),
+        ([base, "--tasks", "hellaswag", "--tasks_dir", tasks_dir, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be created"),
         ([base, "--tasks", "hellaswag", "--limit", "0"], "--limit: found 0, expected a whole number >= 1"),
         ([base, "--tasks", "hellaswag", "--batch_size", "big"], "--batch_size: found 'big'"),
         ([base, "--tasks", "hellaswag", "--shots", "1"], "--shots: eval has no such option"),

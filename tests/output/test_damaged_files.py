@@ -215,7 +215,7 @@ def test_the_summary_of_another_run_is_not_taken_for_this_ones(call, runs, tmp_p
         write_sealed(victim / "summary.json", content)
 
     code, lines = call(command, foreign)
-    assert code == 2 and "summary.json: is of another run (that had another recipe.yaml);" in lines[-1]
+    assert code == 2 and "summary.json: belongs to another run (with another recipe.yaml);" in lines[-1]
 
 
 def test_the_list_of_another_sweep_is_not_taken_for_this_ones(call):

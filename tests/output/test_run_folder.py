@@ -31,7 +31,7 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves
     with pytest.raises(UserError, match="output_dir: .*link is a link that leads nowhere; name a folder"):
         RunFolder(SimpleNamespace(output_dir=str(tmp_path / "link")), False).check()
     for name in ("/proc/nowhere/run", "/proc/nowhere"):
-        with pytest.raises(UserError, match=f"output_dir: {name} cannot be made"):
+        with pytest.raises(UserError, match=f"output_dir: {name} cannot be created"):
             RunFolder(SimpleNamespace(output_dir=name), False).check()
 
 
@@ -89,7 +89,7 @@ def test_metrics_that_are_gone_end_a_run_after_a_checkpoint(command, tmp_path, m
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-3"]
     capsys.readouterr()
     assert main(["train", "--config", str(tmp_path / "r.yaml"), "--resume"]) == 0
-    assert "metrics.jsonl is missing: what was recorded so far is lost" in said(capsys)
+    assert "metrics.jsonl is missing, so loss.png and the report lack" in said(capsys)
     summary = read_sealed(tmp_path / "out/summary.json")
     assert summary["before"] == {} and "kd" in summary["train"]
 
@@ -150,7 +150,7 @@ def test_a_file_that_is_gone_since_a_run_was_started_is_missed(make_recipe):
     folder, named = RunFolder(make_recipe(), True), "the student's base (generation_config.json)"
     before = folder.claim({"the training data": "1", named: "2"})
     folder.release()
-    with pytest.raises(UserError, match=rf"^{re.escape(named)} is gone since the run in .* was started; restore what it was"):
+    with pytest.raises(UserError, match=rf"^{re.escape(named)} is gone since the run in .* was started; restore it"):
         folder.claim({"the training data": "1"})
     folder.release()
     assert folder.claim({"the training data": "1", named: "2"}) == before

@@ -87,7 +87,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_note(make_recipe, tmp_path, c
     run(make_recipe(report_to=["tensorboard"], train__max_steps=3))
     said = [line for line in capsys.readouterr().err.splitlines() if "tensorboard" in line]
     assert said == [
-        "note: tensorboard failed (ConnectionError: no route to host); the run goes on without it, and metrics.jsonl has everything"
+        "note: tensorboard failed (ConnectionError: no route to host); the run continues without it, and metrics.jsonl has everything"
     ]
     assert (
         len([record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in record]) == 3

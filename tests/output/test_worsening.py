@@ -40,7 +40,7 @@ def test_a_rise_is_said_with_a_reason(given, words):
 def test_of_a_few_steps_no_reason_is_given():
     held_out = [{"step": step, "validation": {"ce": ce}} for step, ce in ((0, 2.0), (2, 3.0))]
     (line,) = sentences([*held_out, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}], Loss(kd_ratio=0.0), Optim(lr=0.5))
-    assert line.endswith("to 3.0000: 2 steps are too few to tell why; train for more, and if it rises still, lower the learning rate (0.5)")
+    assert line.endswith("to 3.0000: 2 steps are too few to tell why; train for more, and if it still rises, lower the learning rate (0.5)")
 
 
 def test_nothing_is_said_where_the_validation_before_training_is_lost():

@@ -54,8 +54,8 @@ def first(world, tmp_path, capsys, monkeypatch):
             {"student": {"architecture": {"model_type": "lama"}, "method": "full", "tokenizer": "builtin:skills"}, "teacher": None},
             "student.architecture.model_type: found lama, which transformers does not know; did you mean llama?",
         ),
-        ({"teacher.device": "gpu"}, "teacher.device: found gpu, which is no name of a device (did you mean cuda?); name one"),
-        ({"teacher.device": "cuda:-1"}, "teacher.device: found cuda:-1, which is no name of a device; name one"),
+        ({"teacher.device": "gpu"}, "teacher.device: found gpu, which is not the name of a device (did you mean cuda?); name a device"),
+        ({"teacher.device": "cuda:-1"}, "teacher.device: found cuda:-1, which is not the name of a device; name a device"),
         ({"loss.features": {"layers": [[3, 1]]}}, "loss.features.layers: found layer 3 of the student, which has 2 layers"),
         ({"loss.features": {"projection": "none"}}, "loss.features.projection: found none, and the student's states are 16 wide"),
         ({"loss.attention": {"layers": [[1, 9]]}}, "loss.attention.layers: found layer 9 of the teacher, which has 2 layers"),
@@ -98,11 +98,11 @@ def test_what_a_models_own_configuration_says(first, world, tmp_path):
 @pytest.mark.parametrize(
     ("cpus", "gpus", "shown", "name", "why"),
     [
-        (True, None, None, "cuda", "built for CPUs alone"),
-        (False, 0, None, "cuda", "needs a GPU, and this process sees none"),
+        (True, None, None, "cuda", "built for CPUs only"),
+        (False, 0, None, "cuda", "needs a GPU, but this process sees none"),
         (False, 2, None, "cuda:2", "this process sees 2"),
         (False, 2, None, "cuda:1", None),
-        (False, 2, "0", "cuda:1", "this process sees 1 (CUDA_VISIBLE_DEVICES says which are seen)"),
+        (False, 2, "0", "cuda:1", "this process sees 1 (see CUDA_VISIBLE_DEVICES)"),
         (False, None, "", "cuda", "sees none (CUDA_VISIBLE_DEVICES"),
         (False, None, None, "cuda:7", None),  # no driver's folder, as in some containers: torch will tell
         (False, 8, None, "npu:0", None),

@@ -216,5 +216,8 @@ def test_deterministic_algorithms_are_said_and_change_nothing_here(make_recipe, 
 def test_a_launch_by_mpi_alone_is_refused_before_anything_waits(name, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match=f"^{name}: found 2, and Accelerate would wait .*; start with accelerate launch or torchrun"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{name}: found 2 \(mpirun or srun has set it\), and Accelerate would wait .*; start with accelerate launch or torchrun",
+    ):
         launch.start()
