@@ -1,4 +1,4 @@
-"""Examples of classifiers and encoder-decoder models in place of those that are not here: all as long as may be."""
+"""Assumed examples for classifiers and encoder-decoder models whose data is not on this machine: all of maximal length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Alike:
-    """Examples of which each is the same sound or image: `one`, a model's inputs of it, [1, ...] each. As `data.inputs.Inputs`."""
+    """Inputs (as `data.inputs.Inputs`) of examples that are all the same sound or image. `one`: a model's inputs for it, [1, ...] each."""
 
     one: "dict[str, Tensor]"
     lengths: np.ndarray
@@ -41,7 +41,7 @@ class Alike:
 
 
 def assumed_of(processor: Any, data: Data, count: int) -> Examples:
-    """So many examples as a task's `Processor` would make them. UserError where a model reads sounds of any length."""
+    """`count` examples like those that a task's `Processor` makes. UserError for a model that reads sounds of any length."""
     targets, given = 1, 0
     if isinstance(processor, SequenceProcessor):
         given = len(processor.frame.given)
@@ -77,5 +77,5 @@ def _inputs(reader: Reader, data: Data, count: int, targets: int) -> Inputs:
     rate = reader.reader.sampling_rate
     samples = limit_of(reader.reader, rate)
     if samples is None:
-        raise UserError("data.train: its sounds are not on this machine, and the model reads sounds of any length; put them in place")
+        raise UserError("data.train: its sounds are not on this machine, but the model reads sounds of any length; put them in place")
     return Alike(inputs_of(reader.reader, [np.zeros(samples, np.float32)], rate), np.full(count, samples * 100 // rate))

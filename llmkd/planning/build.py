@@ -1,4 +1,4 @@
-"""Students and teacher as the training loop has them, without values: for a step on fake tensors."""
+"""Builds students and teacher without values, as the training loop takes them, for a step on fake tensors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,10 +33,13 @@ def build(
     gpu: bool,
     accelerator: OneProcess = ON_CPU,
 ) -> Ready:
-    """Students and teacher without values, in a fake mode: as `training.build.build_setup` makes them.
+    """Students and teacher without values, in a fake mode, like those of `training.build.build_setup`.
 
-    gpu          with a GPU's chunks of the head
-    accelerator  with the device of the fake tensors, and the other ranks
+    depth        layers of the students
+    of_teachers  layers of each live teacher; None for all
+    memory       bytes of the device, for the head's chunks; None: enough
+    gpu          whether the head has a GPU's chunks
+    accelerator  has the device of the fake tensors, and the other ranks
     """
     recipe, device = recipes[0], accelerator.device
     packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
@@ -92,13 +95,13 @@ def _terms(recipe: Recipe, student: Model, live: dict[str, Model]) -> list[Term]
 
 
 def work_steps(recipe: Recipe) -> int:
-    """Steps enough for every schedule: which step it is changes no shape."""
+    """A number of steps that is enough for every schedule; shapes do not depend on it."""
     return recipe.train.max_steps or 1_000_000
 
 
 def _share_bases(found: Found, student: Model, live: dict[str, Model]) -> None:
-    """Hold what is equal in models of one base once, as a run does, quantised weights with their scales. A merged adapter has changed its base: such
-    a teacher is counted whole."""
+    """Keep equal weights of models of the same base once, as a run does, quantised ones with their scales. A teacher with a merged adapter has
+    other weights than its base, and is counted as a whole."""
     base = found.student.cut_from or found.student.base
     on: dict[str, list[Model]] = {base: [student, *(live[setting] for setting in found.averages)]}
     for setting, one, config in found.live:

@@ -1,4 +1,4 @@
-"""A teacher cache that need not be written yet: records without values, in the format that the cache has or will have."""
+"""Teacher caches for a plan: records without values, in the format that an existing cache has or a future one will have."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .model_configs import ModelConfig
 
 
 class RecordsWithoutValues:
-    """As `CachedTeacher`, of a format alone."""
+    """Like `CachedTeacher`, but made from a record format only."""
 
     def __init__(self, format: RecordFormat, device):
         self.format, self.device, self.metrics = format, device, format.metrics
@@ -31,8 +31,11 @@ class RecordsWithoutValues:
 
 
 def format_of(settings: Teacher, setting: str, vocab: int, found: ModelConfig | None, kind: ModelKind = CAUSAL) -> RecordFormat:
-    """The format of a cache that is there, or else of the one that `llmkd cache` would write for the teacher of that configuration; of a
-    server's answers those of a cache of kind topk. `kind`: of the student; classifiers' logits are the hidden states of their caches."""
+    """The record format of a teacher's cache, or of the cache that `llmkd cache` would write for it; a server's answers have that of kind topk.
+
+    found   the teacher's configuration, if it is known
+    kind    of the student; the caches of classifiers hold logits as hidden states
+    """
     if settings.cache is None:
         return listed_format(settings, vocab)
     folder = Path(settings.cache.path).expanduser()

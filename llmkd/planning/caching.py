@@ -1,4 +1,4 @@
-"""What `llmkd cache` needs and costs for a teacher: memory of its passes, operations, and the size of what it writes."""
+"""The cost of `llmkd cache` for a teacher: memory and operations of its passes, and the size of the cache."""
 
 from dataclasses import dataclass
 
@@ -20,21 +20,21 @@ from .models import build_teacher, depth_of, layer_sizes
 from .step import TEACHER
 from .work import KnownData
 
-_FEW = 2  # layers that are run of a deeper teacher
+_FEW = 2  # layers that are run, of a deeper teacher
 
 
 @dataclass(frozen=True)
 class Caching:
-    """Of one teacher, in one process.
+    """The cost of caching one teacher in one process. `flops`, `targets` and `batches` are None if the data is unknown.
 
-    setting   of the teacher
+    setting   the teacher's setting
     parts     bytes in memory at the peak, by part
-    flops     of all passes; None where the data is not known
-    dtype     of the products
-    targets   that are written; None where the data is not known
-    width     bytes of each
-    batches   of the teacher's passes; None where the data is not known
-    layers    of the teacher
+    flops     operations of all passes
+    dtype     of the matrix products
+    targets   the number of records
+    width     bytes of a record
+    batches   the number of passes
+    layers    the teacher's number of layers
     """
 
     setting: str
@@ -52,7 +52,7 @@ class Caching:
 
 
 def cachings(recipe: Recipe, found: Found, gpu: bool) -> list[Caching]:
-    """Of each teacher with a cache whose model is known."""
+    """The cost for each teacher with a cache whose model is known."""
     return [_caching(recipe, found, setting, one, config, gpu) for setting, one, config in found.teachers if one.cache and config]
 
 
@@ -85,13 +85,13 @@ def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: M
 
 
 def _probabilities(signal: Dense, gpu: bool) -> None:
-    """What a record other than a hidden state is made of, for the rows that are made at a time."""
+    """Compute the tensors from which records other than hidden states are made, for one chunk of rows."""
     rows = slice(0, min(len(signal.hidden_NH), default_chunk(signal.head.vocab, "cuda" if gpu else "cpu")))
     signal.log_probs(rows).sort(-1)
 
 
 def _all(known: KnownData, size: int, targets: int, tokens: int, flops: int) -> tuple[int | None, int | None, float | None]:
-    """Targets, batches and operations of all data, by those of one batch."""
+    """Targets, batches and operations for all data, estimated from one batch; None if the data is unknown."""
     if not known.complete:
         return None, None, None
     examples = known.examples

@@ -1,24 +1,26 @@
-"""GPUs by name: their memory and the rates of their matrix products, as their makers state them, and what a run gets of both. No torch here."""
+"""GPUs by name: their memory and rates of matrix products by the makers' data sheets, and the share of both that a run can use. No torch here."""
 
 import re
 from dataclasses import dataclass
 
-#: The share of a GPU's peak that a training step reaches: a plain assumption, which --share replaces.
+#: The share of a GPU's peak rate that a training step reaches: an assumption, which --share replaces.
 SHARE = 0.4
-#: Bytes that CUDA takes for itself before the first tensor (its context, cuBLAS): between 0.4 and 0.7 GB on these GPUs.
+#: Bytes that CUDA uses before the first tensor (its context, cuBLAS): between 0.4 and 0.7 GB on these GPUs.
 CONTEXT = 0.6e9
-#: What the allocator holds in addition, as a share of what is allocated apart from weights: freed blocks do not fit new tensors.
+#: Memory that the allocator holds in addition, as a share of allocated memory other than weights: freed blocks do not fit new tensors.
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory   bytes
-    half     operations per second of dense products in bfloat16, summed in float32
-    single   of products in float32, without TF32
-    link     bytes a second to another GPU of the machine, in one direction: NVLink, or PCIe 4
-    bandwidth   bytes a second from its memory; None where it is not known
-    measured   whether the rates were measured here, and not stated
+    """A device.
+
+    memory      bytes
+    half        operations per second of dense products in bfloat16, summed in float32
+    single      operations per second of products in float32, without TF32
+    link        bytes per second to another GPU of the machine, in one direction: NVLink, or PCIe 4
+    bandwidth   bytes per second from its memory; None if unknown
+    measured    whether the rates were measured here; if not, they are the maker's
     """
 
     name: str
@@ -30,7 +32,7 @@ class Device:
     measured: bool = False
 
     def rate(self, dtype: str) -> float:
-        """Operations per second of products in that type."""
+        """Operations per second of products in that dtype."""
         return self.half if dtype in ("bfloat16", "float16") else self.single
 
 
@@ -49,7 +51,7 @@ GPUS = {
 
 
 def bytes_in(text: str) -> float:
-    """Bytes of 24GB, 24 (GB), 22.5GiB or 900MB. ValueError for anything else, and for none."""
+    """The bytes that a text such as 24GB, 24 (GB), 22.5GiB or 900MB means. ValueError for any other text, and for 0."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GB|GiB|MB|MiB|G)?\s*", text, re.IGNORECASE)
     unit = {"gb": 1e9, "g": 1e9, "": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
     if not found or not float(found[1]):
@@ -58,5 +60,5 @@ def bytes_in(text: str) -> float:
 
 
 def held_on_gpu(peak: float, weights: float) -> float:
-    """Bytes that a GPU must have for that peak of allocated memory, of which `weights` never move."""
+    """The bytes that a GPU must have for a peak of allocated memory, of which `weights` stay allocated throughout."""
     return peak + FRAGMENTATION * (peak - weights) + CONTEXT

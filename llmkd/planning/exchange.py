@@ -1,4 +1,4 @@
-"""What the processes of a run send each other, and the speed of many: a step takes what computing takes, or what sending takes, whichever is more."""
+"""Communication between the processes of a run, and the speed of many GPUs: a step takes as long as the slower of computing and sending."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from .models import Depth, build_students, build_teacher
 from .step import layers_apart
 
 PER_NODE = 8  # GPUs of one machine
-BETWEEN = 50e9  # bytes a second that a GPU sends to another machine: a network card of 400 Gb/s for each
-LINK_SHARE = 0.7  # of a stated rate that is reached: a plain assumption
+BETWEEN = 50e9  # bytes per second that a GPU sends to another machine: a network card of 400 Gb/s for each
+LINK_SHARE = 0.7  # the share of a stated rate that is reached: an assumption
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the student's layers and of the rest of it, with adapters; of what trains; of the teachers' layers and of the rest of them.
+    """Bytes of the student's layers and of its other weights, adapters included; of trainable weights; of the teachers' layers and other weights.
 
-    all_train   a sharded student's gradients are then exchanged after every micro-batch
+    all_train   whether all of the student trains: if it is sharded, gradients are then exchanged after every micro-batch
     """
 
     layers: float
@@ -35,12 +35,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Bytes in one step, of all processes together.
+    """Bytes that take part in the collectives of one step.
 
-    gathered   weights that come together
-    reduced    gradients of which each process keeps the sum of its part
-    averaged   gradients of which each keeps the whole sum
-    first      weights that come together in the first step alone
+    gathered   weights in all-gathers
+    reduced    gradients in reduce-scatters
+    averaged   gradients in all-reduces
+    first      weights in all-gathers of the first step only
     """
 
     gathered: float
@@ -49,13 +49,13 @@ class Exchanged:
     first: float = 0.0
 
     def sent(self, ranks: int) -> float:
-        """Bytes that one of so many ranks sends in a later step, by rings: n - 1 of n parts of what comes together or is added up, and of a sum
-        that all keep twice that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms)."""
+        """Bytes that each of n ranks sends in a step after the first, with ring algorithms: (n - 1) / n of an all-gather or reduce-scatter, and
+        twice that of an all-reduce (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms)."""
         return (ranks - 1) / ranks * (self.gathered + self.reduced + 2 * self.averaged)
 
 
 def sizes_of(recipe: Recipe, found: Found) -> Sizes:
-    """Of a recipe's models at their full depth."""
+    """The sizes of a recipe's models at full depth."""
     with fake_tensors(False):
         own = recipe.student
         (student,) = build_students([own], [found.student], found.vocab, Depth(None), 0, found.kind())
@@ -69,19 +69,20 @@ def sizes_of(recipe: Recipe, found: Found) -> Sizes:
 
 
 def _parted(model: Model) -> tuple[float, float]:
+    """Bytes of a model's layers, and of its other weights."""
     every = {id(p): p.nbytes for p in model.base_model.parameters()}
     inside = {id(p): p.nbytes for layer in layers_apart(model) for p in layer.parameters()}
     return float(sum(inside.values())), float(sum(every.values()) - sum(inside.values()))
 
 
 def exchanged(sizes: Sizes, sharded: tuple[bool, bool], micro_batches: int) -> Exchanged:
-    """Of one step of so many micro-batches on each process.
+    """The collectives of one step with so many micro-batches on each process.
 
-    A sharded student's layers come together in every forward and every backward pass, the rest once for both, and its gradients are added up
-    once a step, or after every micro-batch where all of it trains; a whole one's gradients are averaged once. A sharded teacher's layers come
-    together in every pass, the rest in the first.
+    A sharded student's layers are gathered in every forward and every backward pass, its other weights once for both; its gradients are
+    reduced once per step, or after every micro-batch if all of it trains. A whole student's gradients are all-reduced once. A sharded
+    teacher's layers are gathered in every pass, its other weights only in the first.
 
-    sharded   whether the student is, and whether the teachers are
+    sharded   whether the student is sharded, and whether the teachers are
     """
     student, teacher = sharded
     gathered = micro_batches * (student * (2 * sizes.layers + sizes.rest) + teacher * sizes.teacher_layers)
@@ -90,13 +91,13 @@ def exchanged(sizes: Sizes, sharded: tuple[bool, bool], micro_batches: int) -> E
 
 
 def how_sharded(recipe: Recipe, found: Found) -> tuple[bool, bool]:
-    """Whether the recipe's student is, and whether a teacher is."""
+    """Whether the recipe shards the student, and whether it shards a teacher."""
     return sharded_student(recipe.train), any(sharded_teacher(recipe.train, one) for _, one, _ in found.live)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of so many GPUs: tokens a second, the seconds of a step that computing and that sending takes, and the bytes that a GPU sends in it."""
+    """The speed of so many GPUs: tokens per second, seconds per step of computing and of sending, and the bytes that a GPU sends per step."""
 
     ranks: int
     tokens: float
@@ -106,15 +107,15 @@ class Speed:
 
     @property
     def efficiency(self) -> float:
-        """Of so many GPUs that need not wait for each other."""
+        """The share of the speed that the GPUs would have without waiting for each other."""
         return self.computing / max(self.computing, self.sending)
 
 
 def speeds(exchange: Exchanged, tokens: float, computing: float, device: Device, counts: Sequence[int] = COUNTS) -> Iterator[Speed]:
-    """Of growing numbers of GPUs, each of which takes as much of a step as one does: a step grows with them.
+    """The speeds of growing numbers of GPUs; each GPU has the same part of a step, so that steps grow with their number.
 
-    tokens     of a step on each GPU
-    computing  its seconds
+    tokens     tokens of a step on each GPU
+    computing  seconds of computing them
     """
     for ranks in counts:
         sent = exchange.sent(ranks)

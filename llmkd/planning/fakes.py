@@ -1,6 +1,6 @@
-"""Fake tensors: llmkd's own code runs on tensors that have shapes and types but no values and no memory, so a model of any size takes seconds.
+"""Fake tensors: llmkd's own code runs on tensors with shapes and dtypes but without values and memory, so a model of any size takes seconds.
 
-What reads a value cannot run so, and is replaced here, by what it is in a run; `Form.gpu` also replaces what a GPU does otherwise than a CPU.
+Code that reads values cannot run on them and is replaced here by its usual result; with `gpu`, code that differs on a GPU is replaced, too.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .live_memory import attention_flops, multiplied
 
 @contextlib.contextmanager
 def fake_tensors(gpu: bool) -> Iterator[None]:
-    """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention and loss allocate what they do on a GPU in half precision."""
+    """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention, norms and loss allocate what they allocate on a GPU."""
     changes = [
         (nn.Module, "_apply", _apply),
         (FakeTensor, "__deepcopy__", _copied),
@@ -33,7 +33,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(batch, "by_pattern", lambda none: {})]  # no target is left out
     changes += [(ratio, "in_range", lambda x_nV, mean_n1: True)]
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
-    # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
+    # a family's layers are assumed to return what they should: the checks at the start of a run will see whether they do
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
     changes += [(norms, "agrees", lambda module: True), (encoder_states, "key_of", _place), (encoder_states, "storage_bytes", _storages)]
     if gpu:
@@ -58,31 +58,31 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
 
 
 def _copied(self: Tensor, memo: dict) -> Tensor:
-    """`Tensor.__deepcopy__`, which would read and write memory that fake tensors do not have: PEFT copies the modules that train in full."""
+    """Replaces `Tensor.__deepcopy__`, which would access memory that fake tensors do not have; PEFT copies the modules that train in full."""
     with torch.no_grad():
         made = self.clone()
     return memo.setdefault(id(self), nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made)
 
 
 def _place(inputs: dict[str, Tensor]) -> tuple:
-    """Where inputs are in memory, in place of what they are: the same for student and teacher."""
+    """Replaces a hash of inputs' values: their storages, which are the same for student and teacher."""
     return tuple((x.untyped_storage()._cdata, x.storage_offset()) for x in inputs.values())
 
 
 def _storages(model: nn.Module) -> dict[int, int]:
-    """`shared_weights.storage_bytes` of storages without an address."""
+    """Replaces `shared_weights.storage_bytes`, for storages without an address."""
     return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in model.parameters()}
 
 
 def _apply(self: nn.Module, change, recurse: bool = True) -> nn.Module:
-    """`Module._apply` with new parameters: torch would swap fake ones in place, which the weak references to them of PEFT do not allow."""
+    """Replaces `Module._apply`, with new parameters: torch would swap fake ones in place, which PEFT's weak references to them prevent."""
     made: dict[int, nn.Parameter] = {}
     for module in self.modules() if recurse else (self,):
         for name, old in module._parameters.items():
             if old is not None:
                 with torch.no_grad():
                     new = change(old)
-                if new is not old:  # a tied weight stays one
+                if new is not old:  # tied weights stay tied
                     module._parameters[name] = made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else change(buffer)
@@ -90,10 +90,10 @@ def _apply(self: nn.Module, change, recurse: bool = True) -> nn.Module:
 
 
 class FlashAttention(torch.autograd.Function):
-    """What FlashAttention keeps and allocates: queries, keys and values as they are, the output, and a float32 for each query.
+    """The memory of FlashAttention: it keeps queries, keys and values, the output, and a float32 for each query.
 
-    query [B, heads, T, D]; keys and values [B, kv_heads, S, D]. The gradients have their shapes. `share`: of all pairs of positions, those that
-    belong to one example.
+    query [B, heads, T, D]; keys and values [B, kv_heads, S, D]; the gradients have the same shapes. `share`: the share of all pairs of
+    positions that belong to the same example.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ def _by_segment(own):
 
 
 class RmsNorm(torch.autograd.Function):
-    """What a GPU's kernel keeps and allocates: its input as it is, the output, and a float32 for each row."""
+    """The memory of a GPU's RMS norm kernel: it keeps its input and a float32 for each row, and allocates the output."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _rms_norm(own):
 
 
 class InHostMemory(activation_offload.Kept):
-    """An offloaded input on a GPU: not in its memory until the backward pass takes it, when the one before it is on its way too."""
+    """An offloaded input on a GPU: it is not in GPU memory until the backward pass takes it, and then the one before it is being copied, too."""
 
     def __init__(self, x: Tensor, before: "InHostMemory | None", stream):
         super().__init__(torch.empty_like(x, device="meta"), before, None)
@@ -176,13 +176,13 @@ class InHostMemory(activation_offload.Kept):
 
 
 def _kernel(objective, logits_nV, labels_n, grad_nV, teacher_nV, shares=None, weights=None) -> dict[str, Tensor]:
-    """The Triton kernel's results: it writes over the logits, and allocates a number for each row and term."""
+    """The memory of the Triton kernel: it writes the gradient over the logits, and allocates a number for each row and term."""
     names = ("ce",) if teacher_nV is None else ("ce", "kd")
     return {name: torch.empty(len(labels_n), dtype=torch.float32, device=logits_nV.device) for name in names}
 
 
 def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) -> Tensor:
-    """`head._product` on a GPU: one kernel, whose result is in float32 at least."""
+    """`head._product` on a GPU: one kernel, whose result is at least float32."""
     N, (V, H) = len(hidden_NH), weight_VH.shape
     if hidden_NH.dtype != weight_VH.dtype:
         hidden_NH.to(weight_VH.dtype)
@@ -197,14 +197,14 @@ def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
-    """`head._product_back` on a GPU, where the gradient is in the weight's type."""
+    """`head._product_back` on a GPU, where the gradient has the weight's dtype."""
     if out_NH.dtype != weight_VH.dtype:
         torch.empty_like(out_NH, dtype=weight_VH.dtype)
     multiplied(2 * grad_NV.shape[0] * weight_VH.numel())
 
 
 def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: float) -> None:
-    """`head._add_outer` on a GPU, block by block: of half precision the product of each is made apart, in the total's type."""
+    """`head._add_outer` on a GPU, for blocks: for half precision each block's product is a separate tensor in the total's dtype."""
     if hidden_nH.dtype != total_VH.dtype:
         torch.empty(min(len(total_VH), head.BLOCK), total_VH.shape[1], dtype=total_VH.dtype, device=total_VH.device)
     multiplied(2 * grad_nV.shape[0] * total_VH.numel())

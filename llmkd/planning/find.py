@@ -1,4 +1,4 @@
-"""What a plan finds of a recipe without a run: the configurations of its models, and its data."""
+"""The configurations of a recipe's models, and its data, as far as a plan can find them without a run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from .work import KnownData, Made, known_data
 
 @dataclass(frozen=True)
 class Found:
-    """The configurations of a recipe's models.
+    """The configurations of a recipe's models, and its data.
 
-    students   of each student that trains before the teacher
-    teachers   the setting and settings of each; without a configuration only a cache or a server is known
-    vocab      entries of the tokenizer that all models have; of classifiers the classes
-    kinds      of models that are no causal language models, by setting (student.model, ...)
+    students   the configuration of each student that trains side by side
+    teachers   (setting, settings, configuration) of each; the configuration is None if only a cache or a server is known
+    vocab      the size of the vocabulary that the tokenizer and all models share; for classifiers the number of classes
+    kinds      by setting (student.model, ...), the kinds of models other than causal language models
     """
 
     students: list[ModelConfig]
@@ -37,7 +37,7 @@ class Found:
 
     @property
     def whole(self) -> bool:
-        """Whether models are run with all of their layers: only of causal language models do a few layers stand for many."""
+        """Whether models are run with all their layers: only for causal language models can a few layers represent many."""
         return bool(self.kinds)
 
     @property
@@ -53,22 +53,22 @@ class Found:
 
     @property
     def averages(self) -> list[str]:
-        """The settings of teachers that are the average of the student's weights."""
+        """The settings of teachers that are a moving average of the student's weights."""
         return [setting for setting, one, _ in self.teachers if one.ema is not None]
 
     def with_teachers(self, recipe: Recipe) -> "Found":
-        """The same for a recipe whose teachers are the same models, perhaps held otherwise."""
+        """The same for a recipe that has the same teachers with other settings."""
         configs = {setting: config for setting, _, config in self.teachers}
         return dataclasses.replace(self, teachers=[(setting, one, configs.get(setting)) for setting, one in used_teachers(recipe)])
 
 
 def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = MappingProxyType({}), made: Made = MappingProxyType({})) -> Found:
-    """The models and data of a recipe, or of several whose students train before one teacher: data and teacher are the first one's.
+    """The models and data of a recipe, or of several whose students share a teacher: data and teacher are those of the first.
 
-    coming   runs before it, which may write its models
-    made     folders that are written before it, which may have its data
+    coming   earlier runs of a pipeline, which may write its models
+    made     folders that earlier stages write, which may hold its data
 
-    UserError for what a plan does not know, with its name.
+    UserError for a model or data that a plan cannot find.
     """
     recipe, students = recipes[0], []
     for k, one in enumerate(recipes):
@@ -91,7 +91,7 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
     elif known:
         vocab = min(known)
     else:
-        raise UserError("student.architecture: found no vocab_size, and no tokenizer to take it from; give either")
+        raise UserError("student.architecture: found neither vocab_size nor a tokenizer to take it from; give one of them")
     if student.config.get("vocab_size") is None and "text_config" not in student.config:
         students = [dataclasses.replace(one, config={"vocab_size": vocab} | one.config) for one in students]
     return Found(students, teachers, vocab, data)

@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit: each change with the memory that it saves, found by planning the recipe with it."""
+"""Changes that make a recipe fit into memory, each with the memory that it saves, found by planning the changed recipe."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,12 +8,14 @@ from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, distils
 from ..errors import UserError
 
-LEAST = 0.01  # of what is needed: a smaller saving is not worth a line
+LEAST = 0.01  # of the needed memory: smaller savings are not shown
 
 
 @dataclass(frozen=True)
 class Change:
-    """settings   as options of the command line give them: {dotted path: value}
+    """A change of a recipe.
+
+    settings   {dotted path: value}, as options of the command line
     same       whether the student learns the same, up to rounding
     """
 
@@ -23,7 +25,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Saving:
-    """A change, what is then needed, and what that saves, in bytes."""
+    """A change, the memory that is needed with it, and what it saves, in bytes."""
 
     change: Change
     needed: float
@@ -31,8 +33,8 @@ class Saving:
 
 
 def changes(recipe: Recipe, students: int = 0) -> Iterator[Change]:
-    """What may be changed to save memory, of which some may contradict other settings of the recipe. `students`: those
-    that train side by side in a sweep."""
+    """Changes that may save memory; some may contradict other settings of the recipe. `students`: their number in a sweep, if they train side
+    by side."""
     student, train = recipe.student, recipe.train
     if students > 1:
         yield from (Change({"students_per_teacher": most}, True) for most in sorted({-(-students // 2), 1}, reverse=True))
@@ -62,13 +64,13 @@ def changes(recipe: Recipe, students: int = 0) -> Iterator[Change]:
 
 
 def savings(recipe: Recipe, needed: float, needs: Callable[[dict[str, Any]], float], students: int = 0) -> list[Saving]:
-    """Every change that saves something, the largest saving first. `needs`: what the recipe needs with some settings changed; UserError where
-    they are refused."""
+    """Every change that saves memory, the largest saving first. `needs`: the memory that the recipe needs with changed settings, in bytes; it
+    raises UserError if they are refused."""
     found = []
     for change in changes(recipe, students):
         try:
             after = needs(change.settings)
-        except UserError:  # the recipe's other settings do not go with it
+        except UserError:  # it contradicts the recipe's other settings
             continue
         if needed - after >= LEAST * needed:
             found.append(Saving(change, after, needed - after))
@@ -76,8 +78,8 @@ def savings(recipe: Recipe, needed: float, needs: Callable[[dict[str, Any]], flo
 
 
 def together(found: list[Saving], needed: float, room: float, needs: Callable[[dict[str, Any]], float]) -> Saving | None:
-    """The first changes that fit in `room` together, if no single one does: those that leave the result alone come first, each as it saves most.
-    None if all of them do not suffice."""
+    """Several changes that make the recipe fit into `room` together, for use if no single one does. Changes that leave the result unchanged are
+    taken first, the largest saving first. None if all of them are not enough."""
     taken: dict[str, Any] = {}
     same, now = True, needed
     for one in sorted(found, key=lambda one: (not one.change.same, -one.saves)):
@@ -96,5 +98,5 @@ def together(found: list[Saving], needed: float, room: float, needs: Callable[[d
 
 
 def _of_one_teacher(settings: dict[str, Any], taken: dict[str, Any]) -> bool:
-    """Whether both change where or how the same teacher is held."""
+    """Whether both change how or where the same teacher is loaded."""
     return bool({path.rpartition(".")[0] for path in settings if path.startswith("teacher")} & {path.rpartition(".")[0] for path in taken})

@@ -1,4 +1,4 @@
-"""A few real steps on this machine: what `llmkd plan --measure` holds a plan against."""
+"""A few real steps on this machine, with which `llmkd plan --measure` compares a plan."""
 
 import contextlib
 import time
@@ -24,10 +24,10 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class RealSteps:
-    """Of one micro-batch, the largest.
+    """Measurements of steps with the largest micro-batch.
 
-    peak      bytes allocated at most in a step; on a GPU by its allocator, on a CPU all that operations return and nobody has freed
-    seconds   of a step, the fastest of `STEPS`
+    peak      the peak of allocated bytes in a step: on a GPU those of its allocator, on a CPU the results of operations that are not yet freed
+    seconds   the time of a step, the fastest of `STEPS`
     """
 
     peak: int
@@ -35,7 +35,7 @@ class RealSteps:
 
 
 def ready_here(recipes: Sequence[Recipe], prepared: Prepared, device: torch.device) -> Ready:
-    """Students and teacher with their weights, as `training.build.build_setup` makes them; without servers."""
+    """Students and teacher with their weights, like those of `training.build.build_setup`, but without servers."""
     recipe, accelerator = recipes[0], OneProcess(device)
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
     packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
@@ -56,7 +56,9 @@ def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
     """Memory and time of steps of the largest micro-batch on this machine's GPU, or else its CPU."""
     for setting, one in used_teachers(recipes[0]):
         if one.server and one.cache is None:
-            raise UserError(f"--measure: the teacher is on a server ({setting}.server), which is not asked for a plan; leave it out")
+            raise UserError(
+                f"--measure: the teacher is on a server ({setting}.server), to which a plan makes no requests; leave --measure out"
+            )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ready = ready_here(recipes, prepare(recipes[0], others=recipes[1:]), device)
     if device.type == "cuda":
@@ -67,8 +69,8 @@ def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
 
 
 def times(ready: Ready, batch: Batch, device: torch.device) -> Iterator[float]:
-    """The seconds of some steps of one micro-batch, each waited for."""
-    hooks = StepHooks(wants_metrics=lambda step: True)  # so that each step is waited for
+    """The seconds of some steps of one micro-batch."""
+    hooks = StepHooks(wants_metrics=lambda step: True)  # so that the host waits for each step
     with contextlib.closing(train(_Again(batch), ready.students, ready.teacher, OneProcess(device), hooks=hooks)) as steps:
         before = time.perf_counter()
         for _ in steps:

@@ -1,5 +1,5 @@
-"""Configurations of models that the shipped recipes and their readers use, for a machine without the hub: the config.json of each repository on
-huggingface.co, less what does not change shapes and types. Where the file itself can be read, it is."""
+"""Configurations of models that the shipped recipes and their readers use, for machines without the hub: each repository's config.json on
+huggingface.co, without entries that do not affect shapes and dtypes. They are used only if that file cannot be read."""
 
 _LLAMA3 = {
     "model_type": "llama",

@@ -1,4 +1,4 @@
-"""What is in memory while code runs, real or on fake tensors: the bytes of every storage from its first operation until it is freed."""
+"""Tracks memory while code runs on real or fake tensors: the bytes of every storage, from the operation that returns it until it is freed."""
 
 import functools
 import weakref
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass
 class Phase:
-    """A part of a step: its largest memory in bytes, what that consisted of, and its floating-point operations."""
+    """A phase of a step: its peak memory in bytes, the parts of that peak, and its floating-point operations."""
 
     peak: int = 0
     parts: dict[str, int] = field(default_factory=dict)
@@ -24,14 +24,14 @@ class Phase:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts every storage that an operation returns, until it is freed; those that were there before are told by `add`.
+    """Counts every storage that an operation returns, until it is freed; `add` counts storages that existed before.
 
-    What a kernel allocates for itself and frees before it returns is not seen.
+    Memory that a kernel allocates and frees before it returns is not seen.
 
-    part      what new storages are counted as, until it is set to another
-    phase     the name of what runs now, until it is set to another
-    phases    what was in memory in each phase
-    round_to  storages are rounded up to a multiple of so many bytes, as the allocator of CUDA does by 512
+    part      the part to which new storages are counted
+    phase     the name of the current phase
+    phases    memory and operations of each phase
+    round_to  storages are rounded up to a multiple of so many bytes; CUDA's allocator rounds to 512
     """
 
     def __init__(self, round_to: int = 1):
@@ -39,10 +39,10 @@ class LiveMemory(TorchDispatchMode):
         self.round_to, self.part, self.phase = round_to, "weights", "load"
         self.phases: dict[str, Phase] = {}
         self.now, self.parts = 0, Counter()
-        self._held: dict[int, tuple[int, str]] = {}  # by the storage's address in C++: it stands for one storage as long as that lives
+        self._held: dict[int, tuple[int, str]] = {}  # by the storage's address in C++, which is unique while it lives
 
     def add(self, tensor: Tensor, part: str | None = None, elsewhere: bool = False) -> None:
-        """Count a tensor's storage, unless it is counted already; as nothing if it is in another device's memory."""
+        """Count a tensor's storage, unless it is counted already; as 0 bytes if it is on another device (`elsewhere`)."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held or tensor.device.type == "meta":
@@ -60,7 +60,7 @@ class LiveMemory(TorchDispatchMode):
             phase.peak, phase.parts = self.now, {name: size for name, size in self.parts.items() if size}
 
     def rename(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor that is counted already as another part."""
+        """Move a tensor that is counted already to another part."""
         key = tensor.untyped_storage()._cdata
         if key in self._held:
             size, before = self._held[key]
@@ -69,7 +69,7 @@ class LiveMemory(TorchDispatchMode):
             self.parts[part] += size
 
     def resized(self, tensor: Tensor) -> None:
-        """A storage that is counted has been given memory, or its memory taken."""
+        """Called when a counted storage got memory or lost it."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._held:
             before, part = self._held[storage._cdata]
@@ -88,12 +88,12 @@ class LiveMemory(TorchDispatchMode):
         self.parts[part] -= size
 
     def enter(self, phase: str, part: str) -> None:
-        """From now on `phase` runs, and new storages are counted as `part`."""
+        """Begin `phase`, in which new storages are counted to `part`."""
         self.phase, self.part = phase, part
         self._note()
 
     def forget(self) -> None:
-        """Start the phases anew: what is in memory stays counted."""
+        """Drop the phases so far. Storages stay counted."""
         self.phases = {}
 
     def __enter__(self):
@@ -105,11 +105,11 @@ class LiveMemory(TorchDispatchMode):
         return super().__exit__(*error)
 
     def multiplied(self, flops: int) -> None:
-        """Count floating-point operations in the phase that runs."""
+        """Count floating-point operations in the current phase."""
         self.phases.setdefault(self.phase, Phase()).flops += flops
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:  # half of all calls on fake tensors: they ask where they are
+        if func is torch.ops.prim.device.default:  # a fast path: half of all calls on fake tensors ask for their device
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -121,32 +121,32 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-#: Those that are entered.
+#: The `LiveMemory` contexts that are entered.
 _WATCHING: list[LiveMemory] = []
 
 
 def resized(tensor: Tensor) -> None:
-    """Tell those that watch of a storage that was given or taken memory without an operation."""
+    """Report to all active contexts that a storage got or lost memory without an operation."""
     for one in _WATCHING:
         one.resized(tensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that is in this process; it may have more memory than its rows, which are then fewer than another's."""
+    """This process's part of a sharded tensor. Its storage may be larger than its rows, if other processes have more rows."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 def multiplied(flops: int) -> None:
-    """Tell those that watch of operations that stand for a kernel which does not run here."""
+    """Report to all active contexts the operations of a kernel that does not run here."""
     for one in _WATCHING:
         one.multiplied(flops)
 
 
 @functools.cache
 def operations(packet) -> Callable | None:
-    """A function from an operation's arguments and its result to its floating-point operations; None for one that multiplies no matrices."""
+    """The function that counts an operation's floating-point operations from its arguments and result; None for one without matrix products."""
     aten = torch.ops.aten
-    if packet is aten.mm:  # a third argument is the type of the result
+    if packet is aten.mm:  # a third argument is the dtype of the result
         return lambda args, kwargs, out: _product(*args[:2])
     if packet is aten.addmm_:
         return lambda args, kwargs, out: _product(*args[1:3])
@@ -165,6 +165,7 @@ def _product(a_MK: Tensor, b_KN: Tensor) -> int:
 
 
 def attention_flops(query: Tensor, key: Tensor, products: int) -> int:
-    """Of causal attention [B, heads, T, D] that leaves out the half above the diagonal: 2 products forward, 5 backward (Dao 2023, arXiv:2307.08691)."""
+    """Floating-point operations of causal attention [B, heads, T, D] that skips the half above the diagonal: 2 products forward, 5 backward (Dao
+    2023, arXiv:2307.08691)."""
     B, heads, T, D = query.shape
     return products * B * heads * T * key.shape[2] * D

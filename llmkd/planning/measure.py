@@ -1,6 +1,7 @@
-"""A step of a recipe on fake tensors: memory by phase and part, and operations.
+"""Measures a step of a recipe on fake tensors: memory by phase and part, and operations.
 
-Of a deep model a few layers are run, and what each further one adds: memory and operations grow in proportion to the layers, part by part.
+For a deep model only a few layers are run, and one more, to see what each layer adds: memory and operations grow linearly with the number of
+layers, part by part.
 """
 
 from collections import Counter
@@ -26,16 +27,16 @@ from .step import BACKWARD, BUCKETS, LOSS, STATES, TEACHER, WRITING, Ready, watc
 from .work import KnownData
 from .writing import watched_writing, writing_of
 
-_KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run of a deeper model
+_KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run, of a deeper model
 ROUND_ON_GPU = 512  # bytes: the allocator of CUDA
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was in memory in each phase of a step, in bytes by part, and its floating-point operations.
+    """The peak memory of each phase of a step, in bytes by part, and the step's floating-point operations.
 
-    flops   of the teachers' passes (TEACHER), of the heads and the loss (LOSS), and of the student's body (BACKWARD)
-    kept    bytes of the encoder states of examples other than the micro-batch's, in the host's memory
+    flops   of the teachers' passes (TEACHER), the heads and the loss (LOSS), and the student's body (BACKWARD)
+    kept    bytes of encoder states in the host's memory, of examples that are not in the micro-batch
     """
 
     phases: dict[str, dict[str, float]]
@@ -50,10 +51,11 @@ class Measured:
 def measure(
     recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, memory: float | None, gpu: bool, ranks: int = 1
 ) -> Measured:
-    """A step of one micro-batch at the models' full depth, extended from fewer layers where they are deep and all alike.
+    """A step of one micro-batch at the models' full depth; it is extrapolated from few layers if a model is deep and its layers are alike.
 
-    gradients   whether those of micro-batches before it are there
-    ranks       processes that hold the models as the recipe says; the first one's memory is measured
+    gradients   whether gradients of earlier micro-batches are in memory
+    memory      bytes of the device, for the head's chunks; None: enough
+    ranks       the number of processes, which hold the models as the recipe says; the memory of the first is measured
     """
     recipe = recipes[0]
     if found.whole:
@@ -75,7 +77,7 @@ def measure(
 
 
 def extended(few: Sequence[int], full: Sequence[int], measured: Callable[[Sequence[int]], Measured]) -> Measured:
-    """What `measured` would find at the counts `full`, from its values at `few` and at one more of each count that differs."""
+    """The result of `measured` at the counts `full`, extrapolated from its results at `few` and with one more of each count that differs."""
     base = measured(few)
     phases = {name: Counter(parts) for name, parts in base.phases.items()}
     flops = Counter(base.flops)
@@ -139,13 +141,13 @@ def _measure(
 
 
 def _without_values(batch: Batch) -> Batch:
-    """Of fake tensors, each made once, so that what models read is counted as such and not by what is computed from it."""
+    """The batch with fake tensors, each made once, so that the models' inputs are counted as such."""
     made: dict[int, torch.Tensor] = {}
     return batch.each(lambda x: made.setdefault(id(x), torch.empty_like(x)))
 
 
 def _kept_states(ready: Ready, recipe: Recipe, data: KnownData) -> int:
-    """Bytes of what `student.keep_encoded` keeps when every example was read, less the states of this micro-batch, which are there."""
+    """Bytes of the states that `student.keep_encoded` keeps after an epoch, without those of this micro-batch, which are counted already."""
     states = recipe.student.keep_encoded and ready.student_models[0].states
     if not states:
         return 0
@@ -154,7 +156,7 @@ def _kept_states(ready: Ready, recipe: Recipe, data: KnownData) -> int:
 
 
 def _add_buckets(phases: dict[str, Phase], ready: Ready) -> None:
-    """DDP exchanges gradients in buffers of its own, which hold a copy of them all."""
+    """Add DDP's buckets, which hold a copy of all gradients."""
     whole = [state for state in ready.students if state.strategy.alone]
     size = sum(p.nbytes for state in whole for p in state.parameters.values())
     for phase in phases.values() if size else ():
@@ -163,8 +165,8 @@ def _add_buckets(phases: dict[str, Phase], ready: Ready) -> None:
 
 
 def _corner(name: str, depth: Depth) -> str | None:
-    """The name of a phase that has the same meaning at any depth. None for a layer in the middle of many: memory rises or falls from one layer
-    to the next throughout the recomputed ones, and throughout the others, so that its peak is at an end of either."""
+    """A name of a phase with the same meaning at any depth; None for a layer in the middle. Memory rises or falls steadily through the recomputed
+    layers, and through the others, so that the peak is at an end of one of these groups."""
     if not name.startswith(f"{BACKWARD} "):
         return name
     layer = int(name.removeprefix(f"{BACKWARD} "))
@@ -175,7 +177,7 @@ def _corner(name: str, depth: Depth) -> str | None:
 
 
 def _less_than_adamw(ready: Ready, optim: Optim, gpu: bool) -> float:
-    """Bytes by which the state of a recipe's optimizer is smaller than that of AdamW, which stands in for every other in a plan."""
+    """Bytes by which the optimizer's state is smaller than that of AdamW, which a plan runs in place of every optimizer."""
     if optim.name == "adamw":
         return 0.0
     parameters = [p for one in ready.students for p in one.parameters.values()]
@@ -184,8 +186,8 @@ def _less_than_adamw(ready: Ready, optim: Optim, gpu: bool) -> float:
 
 
 def state_bytes(optim: Optim, parameters: Sequence[nn.Parameter], gpu: bool) -> float:
-    """Two moments of every parameter. bitsandbytes: a byte each and a float32 for 256 of them, but float32 below 4,096 elements; paged state is
-    in CPU memory, where a GPU's is wanting."""
+    """Bytes of an optimizer's state: two moments of every parameter. bitsandbytes' 8-bit ones have a byte each and a float32 for every 256, but
+    float32 for tensors below 4,096 elements; on a GPU, paged state counts as 0, since it can move to CPU memory."""
     if optim.name.startswith("paged") and gpu:
         return 0.0
     eight = optim.name.endswith("8bit")
@@ -193,7 +195,7 @@ def state_bytes(optim: Optim, parameters: Sequence[nn.Parameter], gpu: bool) -> 
 
 
 def _add_offloaded(parts: dict[str, float], found: Found, recipe: Recipe) -> None:
-    """An offloaded teacher's layers come to the device one after the other; the next one's copy begins before the last one's memory is free."""
+    """Add two layers of an offloaded teacher: they are copied to the device one by one, and the next copy begins before the last one is freed."""
     for name, one, config in found.live:
         if one.device == "offload":
             size = max(layer_sizes(config.config, f"{name}.model"), default=0) * DTYPES[loaded_dtype(config.config, one.dtype)].itemsize

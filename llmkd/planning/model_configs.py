@@ -1,4 +1,4 @@
-"""What a plan knows of a model: its configuration and that of an adapter on it, from a folder, the hub, a run yet to come, or llmkd's own table."""
+"""Configurations of models and adapters for a plan, from a folder, the hub, a run that has not run yet, or llmkd's own table."""
 
 import dataclasses
 import os
@@ -19,23 +19,25 @@ from ..model_folder.weights import read_json
 from .known_models import KNOWN
 
 _TABLE = "llmkd's own table, since the hub was not reached"
-NEW = "new weights"  # the base of a student without one
+NEW = "new weights"  # stands for the base of a student without one
 
 
-#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, its student, and its features of files.
+#: Future runs, by the absolute path of their output folder: the path of the recipe, its student, and its `data.features`.
 Coming = Mapping[Path, tuple[Path, Student, InputFeatures | None]]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """config   of the base, as its config.json has it
-    base     which base it is: two models of one base may share its weights
-    adapter  the settings of an adapter on it; None for none
-    files    the folder of the base, if it is one here; for its tokenizer
-    origin   where all this was found, where that is not the model itself; else ""
-    coming   whether a run is still to write it, and then by its recipe
-    tokenizer, features   what reads data for it in place of its files
-    cut_from, parts  of an encoder-decoder model of fewer layers: its base, and the numbers of the layers that are kept, by part
+    """The configuration of a model.
+
+    config                the base's config.json
+    base                  the identity of the base: two models with the same base may share its weights
+    adapter               the settings of an adapter on it; None without one
+    files                 the base's folder on this machine, for its tokenizer; None without one
+    origin                where the configuration comes from, if not from the model itself; else ""
+    coming                whether a future run writes the model, so that all this comes from that run's recipe
+    tokenizer, features   settings that read data for the model in place of its files
+    cut_from, parts       for an encoder-decoder model with fewer layers: its base, and the layers that are kept, by part
     """
 
     config: dict
@@ -50,7 +52,7 @@ class ModelConfig:
     parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def has_as_its_base(self, name: str) -> bool:
-        """Whether a parameter of this name is the one of its base, and not one of another layer."""
+        """Whether a parameter of this name is the base's parameter of the same name, and not that of another layer."""
         found = re.search(r"(encoder|decoder)\.(?:layers|block)\.(\d+)\.", name)
         return not (self.parts and found) or self.parts[found[1]][int(found[2]) : int(found[2]) + 1] == (int(found[2]),)
 
@@ -65,7 +67,7 @@ def find_models(
 def find_teachers(
     named: Sequence[tuple[str, Teacher]], recipe_folder: Path, coming: Coming = MappingProxyType({})
 ) -> list[tuple[str, Teacher, ModelConfig | None]]:
-    """Of every teacher the setting, settings and configuration, None where there is no model of it to load."""
+    """(setting, settings, configuration) of every teacher; the configuration is None for a teacher without a model to load."""
     found = []
     for setting, one in named:
         model = one.model_path
@@ -83,11 +85,11 @@ def find_config(
     writers: tuple[Path, ...] = (),
     coming: Coming = MappingProxyType({}),
 ) -> ModelConfig:
-    """The configuration of a folder, a hub id, or the folder that another run will write. No weights are read, or asked for.
+    """The configuration of a folder, a hub id, or the folder that another run will write. No weights are read or downloaded.
 
-    base           the base of an adapter, where its adapter_config.json names another
-    recipe_folder  the recipe's own folder: the run of another recipe in it may write the model
-    writers        the recipes that led here
+    base           the base of an adapter, if it is not the one that its adapter_config.json names
+    recipe_folder  the recipe's folder: another recipe in it may write the model
+    writers        the recipes that were followed so far
     coming         further runs that may write the model
     """
     folder = Path(name).expanduser()
@@ -115,17 +117,17 @@ def find_config(
     if name in KNOWN:
         return ModelConfig(KNOWN[name], name, origin=_TABLE)
     raise UserError(
-        f"{setting}: the config.json of {name} is neither in the hub's cache nor could it be downloaded ({reason}), and llmkd's own table has no "
-        f"{name}; fetch it once where there is a connection (hf download {name} config.json), or name a folder with that file"
+        f"{setting}: the config.json of {name} is not in the hub's cache, could not be downloaded ({reason}), and is not in llmkd's own table; "
+        f"download it once with a connection (hf download {name} config.json), or name a folder with that file"
     )
 
 
 def _of_coming_run(
     folder: Path, student: Student, features: InputFeatures | None, writers: tuple[Path, ...], coming: Coming
 ) -> ModelConfig:
-    """Of a folder that is not there yet: what the last of `writers`, the recipe whose run makes it, says of its student."""
+    """The configuration of a model that does not exist yet, from the student of the recipe that will write it, the last of `writers`."""
     found = student_config(student, writers[-1].parent, writers, coming)
-    origin = "; ".join(filter(None, [f"{writers[-1]}, whose run is still to come", found.origin]))
+    origin = "; ".join(filter(None, [f"{writers[-1]}, which has not run yet", found.origin]))
     read_by = {"tokenizer": student.tokenizer or found.tokenizer, "features": features or found.features}
     found = dataclasses.replace(found, coming=True, **read_by)
     if folder.name == "adapter":
@@ -141,7 +143,7 @@ def _download(name: str, file: str, revision: str | None) -> Path:
 
 def _own_config(folder: Path, name: str, setting: str) -> dict:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; a plan needs one of them, and no weights")
+        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; a plan needs one of them, but no weights")
     config = read_json(folder / "config.json", setting)
     check_config(config, f"{name}/config.json", setting)
     return config
@@ -149,7 +151,9 @@ def _own_config(folder: Path, name: str, setting: str) -> dict:
 
 def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, recipe_folder: Path) -> ModelConfig:
     if adapter.get("peft_type") != "LORA":
-        raise UserError(f"{setting}: {name} is an adapter of type {adapter.get('peft_type')}; a plan knows LORA, so name its base instead")
+        raise UserError(
+            f"{setting}: {name} is an adapter of type {adapter.get('peft_type')}; a plan supports only LORA, so name its base instead"
+        )
     base_name = base or adapter.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
@@ -170,7 +174,7 @@ def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, reci
 def student_config(
     student: Student, recipe_folder: Path, writers: tuple[Path, ...] = (), coming: Coming = MappingProxyType({})
 ) -> ModelConfig:
-    """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
+    """The configuration of a recipe's student. That of new weights has no vocabulary size if the recipe leaves it to the tokenizer."""
     if student.architecture is not None:
         return ModelConfig(dict(student.architecture), NEW)
     found = find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers, coming)
@@ -180,7 +184,7 @@ def student_config(
 
 
 def _cut(found: ModelConfig, student: Student) -> ModelConfig:
-    """Of a student of fewer layers than its base; where these are still to be measured, of as many others: they are all alike."""
+    """The configuration of a student with fewer layers than its base. If the layers are yet to be measured, others stand in: they are all alike."""
     from ..models.depth import evenly, kept_of, smaller_config
 
     base = Path(found.base)
@@ -191,7 +195,7 @@ def _cut(found: ModelConfig, student: Student) -> ModelConfig:
 
 
 def _cut_parts(found: ModelConfig, wanted: PartLayers) -> ModelConfig:
-    """The same of an encoder-decoder model's parts."""
+    """The configuration of an encoder-decoder student with fewer layers in its parts."""
     from ..models.depth_parts import described, kept_parts, smaller_config
 
     files = ModelFiles(Path(found.base), None, found.config)
@@ -200,7 +204,7 @@ def _cut_parts(found: ModelConfig, wanted: PartLayers) -> ModelConfig:
 
 
 def transformers_config(config: dict, setting: str):
-    """transformers' own reading of a config.json, which knows its family's defaults."""
+    """transformers' configuration object for a config.json, with the family's defaults."""
     from transformers import AutoConfig
 
     try:

@@ -1,4 +1,4 @@
-"""Students and teachers from configurations alone, on fake tensors: as `models.load` makes them, less what needs weights or values."""
+"""Builds students and teachers from their configurations, on fake tensors, like `models.load` but without weights and values."""
 
 import contextlib
 import dataclasses
@@ -29,12 +29,12 @@ from ..models.quantization import DTYPES
 from .model_configs import ModelConfig, transformers_config
 from .quantized import quantize
 
-NOWHERE = Path("/nonexistent")  # in place of the folder of a base that is not here
+NOWHERE = Path("/nonexistent")  # stands for the folder of a base that is not on this machine
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How many layers of a model are built: the first `layers`, or all; of a student's, the activations of the first `recomputed` are not kept."""
+    """The layers of a model that are built: the first `layers`, or all (None); a student recomputes the activations of the first `recomputed`."""
 
     layers: int | None
     recomputed: int = 0
@@ -45,8 +45,7 @@ def text_config(config: dict) -> dict:
 
 
 def depth_of(config: dict, setting: str) -> int:
-    """The number of layers by transformers' own configuration, which also knows its family's default: of an encoder and a decoder those of
-    both, and at least 1."""
+    """The number of layers, at least 1, by transformers' configuration, which has the family's defaults; encoder and decoder are added."""
     own = transformers_config(config, setting)
     text = own.get_text_config()
     decoder = (getattr(own, name, None) for name in ("decoder_layers", "num_decoder_layers") if own.is_encoder_decoder)
@@ -54,7 +53,7 @@ def depth_of(config: dict, setting: str) -> int:
 
 
 def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth:
-    """All layers, and those of them that `student.gradient_checkpointing` has recomputed; as `activation_checkpointing.enable` chooses them."""
+    """All layers, with those that `student.gradient_checkpointing` recomputes, as chosen by `activation_checkpointing.enable`."""
     layers = depth_of(config, setting)
     if not checkpointing or layers < 2:
         return Depth(layers)
@@ -64,7 +63,7 @@ def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth
 def empty_model(
     config: dict, setting: str, dtype: str, implementation: str, layers: int | None = None, auto: str = CAUSAL.auto
 ) -> nn.Module:
-    """A model of that configuration, with weights that have no values (in a fake mode, or on torch's meta device). `auto`: transformers' class."""
+    """A model of that configuration without values (in a fake mode, or on torch's meta device). `auto`: the name of the transformers class."""
     import transformers
 
     own = transformers_config(config, setting)
@@ -86,7 +85,7 @@ def empty_model(
 
 @contextlib.contextmanager
 def _without_initial_values() -> Iterator[None]:
-    """Some families' initial values are computed by reading others, which weights without values do not have."""
+    """Skip the initialisation of weights: some families compute initial values from others, which do not exist here."""
     from transformers import PreTrainedModel
 
     own = PreTrainedModel.initialize_weights
@@ -98,7 +97,7 @@ def _without_initial_values() -> Iterator[None]:
 
 
 def layer_sizes(config: dict, setting: str) -> tuple[int, ...]:
-    """The parameters of each layer; none for a family that does not keep its layers in a list."""
+    """The number of parameters of each layer; () for a family that does not keep its layers in a list."""
     return _layer_sizes(json.dumps(config), setting)
 
 
@@ -112,7 +111,7 @@ def _layer_sizes(config: str, setting: str) -> tuple[int, ...]:
 def build_students(
     settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int, kind: ModelKind = CAUSAL
 ) -> list[Model]:
-    """Several students share one base, each with its adapter; a single one may use any method. As `models.load.load_students`."""
+    """The students, like those of `models.load.load_students`: several share one base, each with its adapter; a single one may use any method."""
     from ..models.lora_product import add_in_place
 
     first = settings[0]
@@ -152,7 +151,7 @@ def _lora(settings: Student, found: ModelConfig) -> Lora:
 def build_teacher(
     settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int | None, packing: int, kind: ModelKind = CAUSAL
 ) -> Model:
-    """A live teacher, frozen. As `models.load.load_teacher`; one whose adapter is merged is its base."""
+    """A live teacher, frozen, like that of `models.load.load_teacher`; with a merged adapter it is just the base."""
     model = empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers, kind.auto)
     if settings.loaded_in:
         quantize(model, settings.loaded_in)
@@ -166,7 +165,7 @@ def build_teacher(
 
 
 def _as_checked(model: Model, packing: int, implementation: str, kind: ModelKind, setting: str) -> Model:
-    """With what the startup checks find of a family that llmkd knows; whether they do is seen when the run starts."""
+    """The model with the capabilities that the startup checks are expected to find; the start of a run will see whether they do."""
     if isinstance(model, Classifier):
         with unset_fake_temporarily():
             model.probe = example_view(kind.examples, [0], setting, "cpu")

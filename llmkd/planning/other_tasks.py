@@ -1,7 +1,7 @@
-"""What a plan finds of a recipe for classifiers or encoder-decoder models: what reads its rows, its examples, and the kinds of its models.
+"""The parts of a plan for classifiers and encoder-decoder models: examples, kinds of models, and their configurations.
 
-Of a model nothing is read but its configuration and what reads data for it: a tokenizer, a feature extractor or an image processor. For a model
-that a run is still to write that run's recipe says what these are.
+Of a model only its configuration is read, and its tokenizer, feature extractor or image processor. For a model that a future run writes, they
+follow from that run's recipe.
 """
 
 import shutil
@@ -33,17 +33,18 @@ from .assumed import assumed_of
 from .model_configs import NEW, ModelConfig
 from .work import ASSUMED, KnownData, Made, lacking_data
 
-#: What marks the configuration of a classifier that is not there yet as one with a head.
+#: Marks the configuration of a future classifier as one with a head.
 _HEADED = {"architectures": ["ForClassification"]}
 
 
 @dataclass(frozen=True)
 class OfTask:
-    """
+    """The result of `find_of_task`.
+
     data     the training examples
-    vocab    entries of the tokenizer that all models have, or classes
+    vocab    the size of the vocabulary that the tokenizer and all models share, or the number of classes
     kinds    of the models, by setting (student.model, teacher.model, ...)
-    configs  of the models, by the same, with what a run adds to them
+    configs  of the models, by setting, completed as in a run
     """
 
     data: KnownData
@@ -53,7 +54,8 @@ class OfTask:
 
 
 def find_of_task(recipe: Recipe, student: ModelConfig, teachers: Sequence[tuple[str, Teacher, ModelConfig | None]], made: Made) -> OfTask:
-    """UserError where what reads data for a model is not on this machine, and for rows that a run would refuse."""
+    """Find examples, kinds and configurations. UserError if a model's tokenizer, feature extractor or image processor is not on this machine,
+    and for rows that a run would refuse."""
     register()
     task, data = task_named(recipe.task), Data(**{**vars(recipe.data), "validation": None})
     found = {"student.model": student} | {f"{name}.model": config for name, _, config in teachers if config}
@@ -72,7 +74,7 @@ def find_of_task(recipe: Recipe, student: ModelConfig, teachers: Sequence[tuple[
         if lacking:
             examples = assumed_of(processor, data, max(ASSUMED, recipe.train.batch_size))
             known = KnownData(
-                examples, None, False, f"{lacking}: every example is taken to be as long as may be, of text data.max_length tokens"
+                examples, None, False, f"{lacking}: every example is assumed to be as long as possible; for text, data.max_length tokens"
             )
         else:
             order = batching(recipe.train, recipe.seed, data.packing)
@@ -87,23 +89,23 @@ def _is_headed(config: dict) -> bool:
 
 
 def _row_of_each_class(configs: dict[str, dict], lacking: str) -> Rows:
-    """In place of rows that are not here, by a model that has a classifier's head. UserError where none has."""
+    """A row of each class, in place of rows that are not on this machine. The classes are those of a model with a head; UserError without one."""
     names = next((names_of(config) for config in configs.values() if _is_headed(config)), None)
     if names is None:
-        raise UserError(f"data.train: {lacking}, and so its classes are not known; put its rows in place, or name a model that has them")
+        raise UserError(f"data.train: {lacking}, so its classes are unknown; provide its rows, or name a model that has the classes")
     labels = [int(name) if all(map(str.isdigit, names)) else name for name in names]
     return Rows([{"label": label} for label in labels], [""] * len(labels), "")
 
 
 def _files(setting: str, found: ModelConfig, config: dict, folder: Path) -> ModelFiles:
-    """The files that read data for a model; in `folder` where its run is still to write them. UserError where they are not here."""
+    """The files that read data for a model; for a future model they are written to `folder`. UserError if they are not on this machine."""
     origin = found.files and hub_origin(found.files)
     base = locate(origin[0], setting, origin[1], TOKENIZER) if origin else found.files
     if not (found.tokenizer or found.features):
         if base is None:
             raise UserError(
-                f"{setting}: what reads data for it (a tokenizer, a feature extractor or an image processor) is not on this machine; fetch its small "
-                f"files (hf download {found.base} --exclude '*.safetensors'), or name a folder that has them"
+                f"{setting}: its tokenizer, feature extractor or image processor is not on this machine; download its small files "
+                f"(hf download {found.base} --exclude '*.safetensors'), or name a folder that has them"
             )
         return ModelFiles(base, None, config)
     place = folder / setting
@@ -119,7 +121,7 @@ def _files(setting: str, found: ModelConfig, config: dict, folder: Path) -> Mode
 
 
 def _completed(config: dict, found: ModelConfig, kind: ModelKind, vocab: int) -> dict:
-    """A configuration with what a run adds to that of new weights, or of a classifier's new head."""
+    """A configuration, with what a run adds for new weights or a classifier's new head."""
     if found.files is not None and not isinstance(kind, ClassifierKind):
         return config
     return kind.architecture(vocab) | {name: value for name, value in config.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A plan: what a recipe's run needs and computes, found by one step of the training loop on fake tensors."""
+"""A plan: the memory and operations of a recipe's run, found by one step of the training loop on fake tensors."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +20,17 @@ from .writing import Writing, writing_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of a recipe needs, on each process.
+    """The needs of a run, for each process.
 
     parts          bytes of allocated memory at the peak, by part
-    at             the phase of the step in which the peak is
-    flops          of one micro-batch, the largest: see `Measured.flops`
-    layer_passes   passes through a layer that one micro-batch takes: each costs time, however small it is
+    at             the phase of the step with the peak
+    flops          operations of the largest micro-batch, see `Measured.flops`
+    layer_passes   passes through a layer for one micro-batch: each takes time, however small the micro-batch
     dtypes         of the matrix products of student and teacher
-    work           of all processes together, but for the largest micro-batch
-    notes          what was assumed, and what a formula stands for
+    work           of all processes together; `work.batch` is the largest micro-batch of one
+    notes          the assumptions, and the numbers that come from formulas
     ranks          the number of processes
-    writing        what is written while it trains; its time is not in `seconds`
+    writing        the answers that are written during training; their time is not in `seconds`
     """
 
     parts: dict[str, float]
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def total_flops(self) -> dict[str, float] | None:
-        """Of the whole run, by group; None where the data is not known. Attention is counted as in the longest micro-batch."""
+        """Operations of the whole run, by group; None if the data is unknown. Attention is counted as in the longest micro-batch."""
         work = self.work
         if work.tokens is None:
             return None
@@ -61,14 +61,18 @@ class Plan:
         return {name: count * (by_target if name == LOSS else by_token) for name, count in self.flops.items()}
 
     def seconds(self, rate: Callable[[str], float], per_layer: float, whole: bool) -> float | None:
-        """Time of the whole run, or of a step, at those operations per second of each process. `per_layer`: the least time of a pass through a layer."""
+        """Seconds of the whole run (`whole`) or of a step; None for a run on unknown data.
+
+        rate        operations per second of each process, by dtype
+        per_layer   the least seconds of a pass through a layer
+        """
         if self.total_flops is None:
             return None if whole else self.seconds_of_micro_batch(rate, per_layer)
         seconds = max(self._computing(self.total_flops, rate), per_layer * self.layer_passes * self.work.micro_batches) / self.ranks
         return seconds if whole else seconds / self.work.steps
 
     def seconds_of_micro_batch(self, rate: Callable[[str], float], per_layer: float) -> float:
-        """Of the largest, with a step of the optimizer."""
+        """Seconds of the largest micro-batch, with an optimizer step."""
         return max(self._computing(self.flops, rate), per_layer * self.layer_passes)
 
     def _computing(self, flops: dict[str, float], rate: Callable[[str], float]) -> float:
@@ -76,11 +80,11 @@ class Plan:
 
 
 def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: bool, ranks: int = 1) -> Plan:
-    """The plan of a recipe, or of several whose students train side by side before the first one's teacher.
+    """The plan of a recipe, or of several whose students train side by side with the first one's teacher.
 
-    memory   bytes of the device, which choose the head's chunks as a run does; None for plenty
-    gpu      as on a GPU, or as on a CPU
-    ranks    processes, each with such a device; the plan is of the one with the largest micro-batch
+    memory   bytes of the device, on which the head's chunks depend as in a run; None: enough
+    gpu      whether the device is a GPU
+    ranks    the number of processes, each with such a device; the plan is for the one with the largest micro-batch
     """
     recipe = recipes[0]
     work = work_of(found.data, recipe, ranks)
@@ -88,7 +92,7 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     largest = max(measured, key=lambda one: sum(one.phases[one.peak].values()))
     at = largest.peak
     parts = {name: largest.phases[at][name] for name in PARTS if largest.phases[at].get(name, 0) > 0}
-    if not gpu and INPUTS in parts:  # the other micro-batches of the step, and those of the next, which is made one step ahead
+    if not gpu and INPUTS in parts:  # with all micro-batches of the step, and those of the next, which is prefetched
         parts[INPUTS] *= 2 * work.in_step
     student = recipe.student
     layers = len(recipes) * (
@@ -102,10 +106,10 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     notes = list(_notes(recipe, found, gpu, ranks))
     if gpu and student.gradient_checkpointing == "offload":
         notes.append(
-            f"student.gradient_checkpointing: {in_host_memory(recipe, found, work.batch_tokens) / 1e9:.2g} GB wait in the host's memory, by formula"
+            f"student.gradient_checkpointing: {in_host_memory(recipe, found, work.batch_tokens) / 1e9:.2g} GB are kept in the host's memory, by formula"
         )
     if gpu and largest.kept:
-        notes.append(f"student.keep_encoded: {largest.kept / 1e9:.2g} GB of states wait in the host's memory")
+        notes.append(f"student.keep_encoded: {largest.kept / 1e9:.2g} GB of states are kept in the host's memory")
     writing = writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks)
     if writing:
         parameters = sum(
@@ -117,7 +121,7 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
 
 
 def in_host_memory(recipe: Recipe, found: Found, tokens: int) -> int:
-    """Bytes of the inputs of recomputed layers, [tokens, width] each, in the type of the weights, which that of the embeddings is."""
+    """Bytes of the inputs of recomputed layers, [tokens, width] each, in the dtype of the weights."""
     config = found.student.config
     width = transformers_config(config, "student.model").get_text_config().hidden_size
     layers = full_depth(config, recipe.student.recomputed, "student.model").recomputed
@@ -131,25 +135,25 @@ def _notes(recipe: Recipe, found: Found, gpu: bool, ranks: int) -> Iterator[str]
         if config.origin:
             yield f"{name}: from {config.origin}"
     if recipe.train.micro_batch_tokens == "auto":
-        yield "train.micro_batch_tokens: auto takes the memory that is left; planned is the least, micro-batches of one example"
+        yield "train.micro_batch_tokens: auto uses the memory that is left; this plan is for the least, micro-batches of one example"
     if recipe.student.quantization or any(one.loaded_in for _, one, _ in found.teachers):
-        yield "by formula: what bitsandbytes holds of a quantised matrix, and makes for a product with it"
+        yield "by formula: bitsandbytes' memory for quantised matrices and their products"
     if recipe.optim.name != "adamw":
         yield f"by formula: the state of {recipe.optim.name}"
     if writes(recipe.on_policy):
         if recipe.on_policy.engine != "local":
             yield "on_policy.engine: the server's time is not known"
         if recipe.on_policy.long_horizon:
-            yield "on_policy.long_horizon: its term is not planned, which computes both heads once more"
+            yield "on_policy.long_horizon: its term, which computes both heads once more, is not in the plan"
     if recipe.train.compile:
-        yield "train.compile: planned as not compiled, which holds more activations"
+        yield "train.compile: this plan is without it, which needs more activations"
     if recipe.loss.features or recipe.loss.attention:
-        yield "loss.features, loss.attention: every layer is run; what maps start from, before the first step, is not planned"
+        yield "loss.features, loss.attention: every layer is run; the computation of maps before the first step is not in the plan"
     if isinstance(recipe.student.layers, LayerChoice) and recipe.student.layers.by != "even":
-        yield "student.layers: which ones is measured when the run starts; planned are as many others"
+        yield "student.layers: the run measures which ones to keep; the plan has equally many others"
     if any(one.device for _, one, _ in found.teachers):
-        yield "teacher.device: its weights are on another device; of an offloaded teacher two layers are here, by formula"
+        yield "teacher.device: its weights are on another device; two layers of an offloaded teacher are on this one, by formula"
     if ranks > 1 and not sharded_student(recipe.train):
-        yield "by formula: the buffers in which DDP exchanges gradients, as large as these"
+        yield "by formula: DDP's buckets, which are as large as the gradients"
     if gpu:
-        yield "by formula: what FlashAttention and the Triton kernel of the loss hold; both are taken to run on the GPU"
+        yield "by formula: the memory of FlashAttention and of the loss's Triton kernel, which are assumed to run on the GPU"

@@ -1,4 +1,4 @@
-"""Linear layers in 4 and 8 bit as bitsandbytes holds them, for fake tensors, on which its kernels do not run: bytes by formula."""
+"""Linear layers in 4 and 8 bit like those of bitsandbytes, for fake tensors, on which its kernels do not run: their bytes follow formulas."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from ..config.recipe import Quantization
 from ..models.families import decoder_of
 
-_BLOCK = 64  # weights with one scale, in 4 bit
+_BLOCK = 64  # weights that share a scale, in 4 bit
 
 
 def bytes_of(weights: int, rows: int, settings: Quantization) -> int:
-    """What a matrix of so many weights and rows takes, with its scales.
+    """Bytes of a matrix with so many weights and rows, scales included.
 
-    4 bit (Dettmers et al. 2023, arXiv:2305.14314, section 3): half a byte a weight, and for 64 weights a float32, or with double
-    quantisation a byte, and for 256 of those bytes a float32. int8: a byte a weight, and a float32 for each row.
+    4 bit (Dettmers et al. 2023, arXiv:2305.14314, section 3): half a byte per weight, and for every 64 weights a float32, or with double
+    quantisation a byte and for every 256 of those bytes a float32. int8: a byte per weight, and a float32 per row.
     """
     if settings.type == "int8":
         return weights + 4 * rows
@@ -24,7 +24,7 @@ def bytes_of(weights: int, rows: int, settings: Quantization) -> int:
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer [O, K]: its weight is made again for every product, also in the backward pass."""
+    """A frozen linear layer [O, K], whose weight is dequantised for every product, also in the backward pass."""
 
     def __init__(self, linear: nn.Linear, settings: Quantization):
         nn.Module.__init__(self)
@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Linear):
         weights = -(-linear.weight.numel() // (1 if settings.type == "int8" else 2))
         self.held = nn.Parameter(torch.empty(weights, dtype=torch.uint8, device=device), requires_grad=False)
         scales = torch.empty(size - weights, dtype=torch.uint8, device=device)
-        self.register_buffer("scales", scales)  # whole in every process, as bitsandbytes' are
+        self.register_buffer("scales", scales)  # not sharded, like those of bitsandbytes
         self.bias, self.rounds = linear.bias, settings.type == "int8"
         self.requires_grad_(False).train(linear.training)
 
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def share_scales(models: Sequence[nn.Module]) -> None:
-    """Let layers that have one quantised weight have its scales once."""
+    """Let layers that share a quantised weight also share its scales."""
     first: dict[int, QuantizedLinear] = {}
     for model in models:
         for layer in model.modules():
@@ -60,7 +60,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         rows = x.reshape(-1, layer.in_features)
-        if layer.rounds:  # LLM.int8: activations are rounded too, and the product has 32 bit before it is scaled
+        if layer.rounds:  # LLM.int8: activations are rounded, too, and the product has 32 bits before it is scaled
             torch.empty_like(rows, dtype=torch.int8)
             weight_OK = torch.empty(1, 1, dtype=torch.float32, device=x.device).expand(layer.out_features, layer.in_features)
             whole = rows.new_empty(1, 1, dtype=torch.float32).expand(rows.shape) @ weight_OK.T
@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(model: nn.Module, settings: Quantization) -> None:
-    """The body's linear layers, in place: embeddings, norms and the head stay as they are."""
+    """Replace the body's linear layers, in place; embeddings, norms and the head stay as they are."""
     head = model.get_output_embeddings()
     for parent in list(decoder_of(model).modules()):
         for name, layer in list(parent.named_children()):

@@ -1,4 +1,4 @@
-"""Several processes in one: a step of one rank, whose exchanges with the others have their sizes and move nothing."""
+"""Simulates one of several ranks in a single process: its collectives have the right sizes, but move no data."""
 
 import contextlib
 import warnings
@@ -28,7 +28,7 @@ class Ranks(OneProcess):
         return tensor
 
     def strategy(self, recipe: Recipe) -> parallel.Replicated:
-        """How the ranks hold the students."""
+        """The strategy with which the ranks hold the students."""
         return parallel.Sharded(self.mesh) if self.mesh and sharded_student(recipe.train) else parallel.REPLICATED
 
     def shard(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
@@ -40,21 +40,21 @@ class Ranks(OneProcess):
 
 @contextlib.contextmanager
 def fake_ranks(count: int) -> Iterator[Ranks]:
-    """The first of so many ranks, outside of a fake mode."""
+    """The first of `count` ranks. To be entered before a fake mode."""
     if count == 1:
         yield Ranks("cpu", 1)
         return
     import torch.distributed as dist
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 
-    # Oddity: torch has its process group without others for its own tests; it is the only one that needs no others.
+    # Oddity: this process group is for torch's own tests; no other one works without other processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise UserError("--processes: a plan is made by one process, and this one is among several; start it without a launcher")
+        raise UserError("--processes: a plan runs in one process, but this is one of several; start it without a launcher")
     dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     changes = [(sharding, "info", lambda text: None)]
-    for name in ("alloc_storage", "free_storage"):  # what FSDP2 gives and takes without an operation
+    for name in ("alloc_storage", "free_storage"):  # FSDP2 resizes storages with them, without an operation
         changes += [(owner, name, _told(getattr(_fsdp_param, name))) for owner in (_fsdp_param, _fsdp_param_group) if hasattr(owner, name)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -77,7 +77,7 @@ def _told(own):
 
 
 def strategies(recipe: Recipe) -> Iterator[dict[str, str]]:
-    """The ways to hold the models, as settings: the teacher's where one is loaded."""
+    """The ways to shard the models, as settings; with those of teachers if any is loaded."""
     loaded = [setting for setting, one in used_teachers(recipe) if one.cache is None and not one.server]
     for student in ("none", "full"):
         for teacher in ("none", "full") if loaded else (None,):

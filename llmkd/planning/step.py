@@ -1,6 +1,6 @@
-"""One optimizer step of the training loop, watched: what is in memory in each of its phases, and how much is multiplied.
+"""Watches one optimizer step of the training loop: memory and floating-point operations in each of its phases.
 
-The loop, its students and its teacher are those of a run. On fake tensors this is a plan, on real ones a measurement.
+The loop, its students and its teacher are those of a run. On fake tensors the result is a plan, on real ones a measurement.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .live_memory import LiveMemory, Phase, local
 
 TEACHER, FORWARD, LOSS, BACKWARD, OPTIMIZER = "teacher's pass", "student's pass", "loss", "backward pass", "optimizer step"
 BUCKETS, WRITING, STATES, INPUTS = "exchange of gradients", "writing", "encoder's states", "inputs"
-#: What memory consists of, in the order in which it is told.
+#: The parts of memory, in the order in which they are shown.
 PARTS = (
     "student's weights",
     "trained",
@@ -46,7 +46,7 @@ PARTS = (
 
 
 class OneProcess:
-    """What the loop asks of an Accelerator where there is one process; no gradient is exchanged."""
+    """Replaces the Accelerator for one process; no gradients are exchanged."""
 
     num_processes, process_index, is_main_process = 1, 0, True
 
@@ -54,11 +54,11 @@ class OneProcess:
         self.device = torch.device(device)
 
     def strategy(self, recipe: Recipe) -> Replicated:
-        """How the processes hold the students."""
+        """The strategy with which the processes hold the students."""
         return REPLICATED
 
     def shard(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
-        """Shard a student or teacher where the recipe says so, there are others, and it is not sharded yet."""
+        """Shard a student or teacher if the recipe says so, there are several processes, and it is not sharded yet."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return model
@@ -75,9 +75,9 @@ ON_CPU = OneProcess("cpu")
 
 @dataclass(frozen=True)
 class Ready:
-    """What trains: students, the teacher as the loop calls it, and the models that hold weights.
+    """The arguments of the loop: students and teacher; and the models that hold their weights.
 
-    elsewhere   models whose weights are on another device, by `id`
+    elsewhere   the `id`s of models whose weights are on another device
     """
 
     students: list[StudentState]
@@ -88,7 +88,7 @@ class Ready:
 
 
 class OneStep:
-    """A source of one step, which is not the last: that one's metrics are read."""
+    """A batch source with one step that is not the last, since the loop reads the last one's metrics."""
 
     seed, total_steps = 0, 2
 
@@ -97,7 +97,7 @@ class OneStep:
 
     def steps(self, done: int = 0) -> Iterator[tuple[Step, list[Batch]]]:
         counts = np.array([example.num_targets for batch in self.batches for example in batch.examples])
-        data = SimpleNamespace(num_targets=counts)  # all that is read of a step's examples
+        data = SimpleNamespace(num_targets=counts)  # nothing else of a step's examples is read
         yield Step(1, 0, sum(batch.num_targets for batch in self.batches), {}, list(range(len(counts))), [], data), self.batches
 
 
@@ -110,14 +110,14 @@ def watched_step(
     before: Callable[[], None] = lambda: None,
     inputs: Iterable[Tensor] = (),
 ) -> dict[str, Phase]:
-    """The phases of a step of one micro-batch, with the optimizer's state there, as in every step after the first.
+    """The phases of a step with one micro-batch, with the optimizer's state in memory, as in every step after the first.
 
-    gradients   those of micro-batches before it in its step are there
-    before      called when all is there and the step begins
-    inputs      of the batch those that are counted as what the models read
+    gradients   whether gradients of earlier micro-batches of the step are in memory
+    before      called when everything is in memory and the step begins
+    inputs      tensors of the batch that are counted as the models' inputs
 
-    Of a sharded student the gradients of earlier micro-batches may be whole: the step then has two micro-batches. Operations are of one.
-    Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
+    A sharded student's gradients of earlier micro-batches may be whole; then the step runs two micro-batches, and operations are those of one.
+    The backward pass has a phase for each layer, such as "backward pass 3"; that of the last layer is "backward pass".
     """
     memory = all_there(ready, round_to)
     for x in inputs:
@@ -147,7 +147,7 @@ def watched_step(
 
 
 def all_there(ready: Ready, round_to: int = 1) -> LiveMemory:
-    """With the weights of all models, and what optimizers have of state."""
+    """A `LiveMemory` with the weights of all models and the optimizers' state so far."""
     memory = LiveMemory(round_to)
     for model in ready.teacher_models:
         _add(memory, model, "teacher's weights", id(model) in ready.elsewhere)
@@ -163,7 +163,7 @@ def all_there(ready: Ready, round_to: int = 1) -> LiveMemory:
 
 
 def _have_state(memory: LiveMemory, state: StudentState, gradients: bool) -> None:
-    """Let the optimizer take a step along gradients of zero, and keep these where `gradients`."""
+    """Give the optimizer its state, by a step along zero gradients. With `gradients` these stay in memory."""
     memory.enter(OPTIMIZER, "optimizer")
     for parameter in state.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -183,7 +183,7 @@ def _add(memory: LiveMemory, model: nn.Module, part: str, elsewhere: bool = Fals
 
 
 def _watched(accelerator: OneProcess, memory: LiveMemory) -> OneProcess:
-    """The same, which tells when the backward pass begins."""
+    """A copy of the accelerator that reports the beginning of the backward pass."""
     watched = copy.copy(accelerator)
 
     def backward(loss: Tensor) -> None:
@@ -200,23 +200,23 @@ def _asked(memory: LiveMemory, teacher: Teacher, batch: Batch) -> Signal:
 
 
 def _hooks(memory: LiveMemory, state: StudentState) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Hooks that tell which phase begins. They change nothing that is computed, and keep no tensor."""
+    """Hooks that report the beginning of phases. They change no results, and keep no tensor."""
     distiller = unwrap(state)
     yield distiller.register_forward_pre_hook(lambda *_: memory.enter(FORWARD, "activations"))
     for term in distiller.terms.values():
         yield term.register_forward_pre_hook(lambda *_: memory.enter(LOSS, "head and loss"))
-    distiller.student.set_active_adapter()  # others require no gradient while they wait
+    distiller.student.set_active_adapter()  # the parameters of inactive adapters do not require a gradient
     for parameter in state.parameters.values():
         yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(local(p.grad), "gradients"))
     yield state.optimizer.register_step_pre_hook(lambda *_: memory.enter(OPTIMIZER, "optimizer"))
 
 
 def layers_apart(model: Model) -> Iterable[nn.Module]:
-    """The layers of a causal language model, whose backward passes are phases of their own, and which are sharded one by one; none of another."""
+    """The layers of a causal language model, which have their own phases and are sharded one by one; () for any other model."""
     return layers_of(model.base_model) or () if isinstance(model, LanguageModel) else ()
 
 
 def _note_layer(memory: LiveMemory, number: int, layer: nn.Module, args: tuple) -> None:
-    """When the gradient of this layer's input is known, the backward pass leaves it for the layer before."""
-    if number and args and args[0].requires_grad and not memory.phase.startswith(BACKWARD):  # there it is computed again
+    """Begin the phase of the layer before when the gradient of this layer's input is known."""
+    if number and args and args[0].requires_grad and not memory.phase.startswith(BACKWARD):  # a recomputed layer has its hook already
         args[0].register_hook(lambda grad: memory.enter(f"{BACKWARD} {number - 1}", BACKWARD))

@@ -1,4 +1,4 @@
-"""What a run has to compute: its largest micro-batch, and the tokens and targets of all of it, from the data or from a stated assumption."""
+"""The work of a run: its largest micro-batch, and the tokens and targets of the whole run, from the data or from a stated assumption."""
 
 import dataclasses
 import math
@@ -26,21 +26,21 @@ from ..training.prepare import batching
 from .model_configs import ModelConfig
 from .writing import as_written, with_samples
 
-_ANY = 1 << 31  # entries of a vocabulary: whether the models have a row for each token is seen when the run starts
-ASSUMED = 64  # examples of assumed data: micro-batches of more are planned with as many as they hold
+_ANY = 1 << 31  # a vocabulary size without limit: the start of a run checks that the models have a row for each token
+ASSUMED = 64  # examples of assumed data, or as many as a step has
 
 
-#: Folders of data that `llmkd make` is still to write, as absolute paths, each with the name of the stage that does.
+#: Folders of data that `llmkd make` will write, as absolute paths, each with the name of the stage.
 Made = Mapping[Path, str]
 
 
 @dataclass(frozen=True)
 class KnownData:
-    """The training examples of a recipe, or those that are assumed.
+    """The training examples of a recipe, or assumed ones.
 
-    tokenizer   None where there is none here
-    complete    whether `examples` are all that the run reads in an epoch
-    assumed     what is assumed, in words; "" where the data was read
+    tokenizer   None if it is not on this machine
+    complete    whether `examples` are all examples of an epoch
+    assumed     the assumption, in words; "" if the data was read
     """
 
     examples: Examples
@@ -51,12 +51,13 @@ class KnownData:
 
 @dataclass(frozen=True)
 class Work:
-    """batch      the largest micro-batch: of those with the most tokens, padding counted, that with the most targets
-    cost       of it: its tokens as `tokens` counts them; of sounds hundredths of a second, of images their number
-    in_step    how many times that the micro-batches of a step of one process cost, at most
-    later      the largest of those that come after others in their step, whose gradients are then in memory; None where none does
-    tokens, targets, micro_batches   of the whole run, padding counted; None where the data is not known
-    steps      optimizer steps of the whole run; None where the data is not known
+    """The work of a run. Sums over the run are None if the data is unknown.
+
+    batch      the largest micro-batch: the most tokens, padding included, and of these the most targets
+    later      the largest micro-batch that is not the first of its step, so that gradients are in memory; None without one
+    cost       of `batch`: its tokens, padding included; for sounds hundredths of a second, for images their number
+    in_step    the largest cost of a process's micro-batches in a step, as a multiple of `cost`
+    tokens, targets, micro_batches, steps, examples   sums over the run; tokens include padding
     """
 
     batch: Batch
@@ -71,7 +72,7 @@ class Work:
 
     @property
     def cases(self) -> list[tuple[Batch, bool]]:
-        """The micro-batches of which one has the peak, each with whether gradients of others of its step are in memory then."""
+        """The micro-batches that may have the peak, each with whether gradients of earlier ones of its step are in memory."""
         one, other = self.batch, self.later
         if other is None:
             return [(one, False)]
@@ -84,22 +85,22 @@ class Work:
 
 
 def known_data(recipe: Recipe, student: ModelConfig, made: Made = MappingProxyType({})) -> KnownData:
-    """The data of a recipe; where answers are written while it trains, they are taken to be as long as they may be."""
+    """The data of a recipe. Answers that are written during training are assumed to have maximal length."""
     known = _known_data(recipe, student, made)
     if not writes(recipe.on_policy):
         return known
     written = as_written(known.examples, recipe.on_policy, recipe.data.max_length)
-    assumed = f"on_policy: written answers are taken to have {recipe.on_policy.max_new_tokens:,} tokens (on_policy.max_new_tokens), where there is room"
+    assumed = f"on_policy: written answers are assumed to have {recipe.on_policy.max_new_tokens:,} tokens (on_policy.max_new_tokens), if there is room"
     return dataclasses.replace(known, examples=written, assumed="; ".join(filter(None, (known.assumed, assumed))))
 
 
 def _known_data(recipe: Recipe, student: ModelConfig, made: Made) -> KnownData:
-    """The recipe's training data as examples, if it and a tokenizer are on this machine; otherwise examples as long as data.max_length."""
+    """The recipe's training examples, if data and tokenizer are on this machine; otherwise examples of data.max_length tokens."""
     tokenizer = _tokenizer_here(recipe, student)
     if (lacking := lacking_data(recipe, made)) or tokenizer is None:
         lacking = lacking or "the student's tokenizer is not on this machine"
         length = recipe.data.max_length
-        assumed = f"{lacking}: every example is taken to have {length:,} tokens (data.max_length), all of them supervised"
+        assumed = f"{lacking}: every example is assumed to have {length:,} tokens (data.max_length), all of them supervised"
         return KnownData(assumed_examples(max(ASSUMED, recipe.train.batch_size), length), tokenizer, False, assumed)
     alone = Data(**{**vars(recipe.data), "validation": None, "choices": None})
     rows = read_data(alone)
@@ -107,11 +108,11 @@ def _known_data(recipe: Recipe, student: ModelConfig, made: Made) -> KnownData:
     data = encode_data(rows, alone, order, as_tuple(recipe.teacher), tokenizer, _ANY)
     if data.source.complete:
         return KnownData(data.train, tokenizer, True)
-    return KnownData(data.train, tokenizer, False, "data.streaming: the rows of the first step stand for all")
+    return KnownData(data.train, tokenizer, False, "data.streaming: the rows of the first step represent all")
 
 
 def lacking_data(recipe: Recipe, made: Made) -> str:
-    """Which training data is not on this machine, in words; "" where all of it is."""
+    """A sentence on training data that is not on this machine; "" if all of it is."""
     sources = as_tuple(recipe.data.train)
     for path in (Path(os.path.abspath(source.path)) for source in sources):
         if path.parent in made and not path.exists():
@@ -121,7 +122,7 @@ def lacking_data(recipe: Recipe, made: Made) -> str:
 
 
 def _tokenizer_here(recipe: Recipe, student: ModelConfig):
-    """The tokenizer of the run, from a folder or the hub's cache; None where it is not there."""
+    """The tokenizer of the run, from a folder or the hub's cache; None if it is in neither."""
     name = recipe.student.tokenizer or (student.files and str(student.files))
     if name is None:
         return None
@@ -138,13 +139,13 @@ def _tokenizer_here(recipe: Recipe, student: ModelConfig):
 
 
 def assumed_examples(count: int, length: int) -> TokenExamples:
-    """Examples of one length, supervised throughout."""
+    """Examples of equal length, with every token supervised."""
     offsets = np.arange(count + 1, dtype=np.int64) * length
     return TokenExamples(np.zeros(count * length, np.int32), np.ones(count * length, bool), offsets, np.arange(count))
 
 
 def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
-    """The largest micro-batch as the recipe cuts its steps among so many processes, and the sums of the whole run over all of them."""
+    """The work of a run with `ranks` processes: the largest micro-batch of one, and the sums over all of them."""
     examples, train, data = known.examples, recipe.train, recipe.data
     order = batching(train, recipe.seed, data.packing)
     size = 1 if train.micro_batch_tokens == "auto" else order.micro_batch_size

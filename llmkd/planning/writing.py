@@ -1,4 +1,4 @@
-"""What a student or teacher needs in order to write answers while a run trains, and how long that takes."""
+"""Memory and time for writing answers during training."""
 
 import dataclasses
 import math
@@ -20,12 +20,16 @@ from .step import WRITING, Ready, all_there
 
 @dataclass(frozen=True)
 class Writing:
-    """Of one process, at most: answers at a time and their batches in a step; tokens of a prompt and of an answer.
+    """The most that one process writes.
 
-    models   how many compute each token together
+    answers  in a batch
+    batches  in a step
+    prompt   tokens of a prompt
+    new      tokens of an answer
+    models   the number of models that compute each token together
     weights  bytes that are read for a token
     layers   of the model that writes
-    peak     bytes in memory while it does
+    peak     bytes in memory during writing
     """
 
     answers: int
@@ -38,13 +42,13 @@ class Writing:
     peak: float = 0.0
 
     def seconds(self, rate: float, bandwidth: float | None, per_layer: float, bytes_each: int) -> float:
-        """Of a step: a token of all answers of a batch takes what reading the weights takes, or multiplying with them, or a pass through the
-        layers, whichever is most. Prompts are not in it.
+        """Seconds per step, without reading prompts. One token of all answers in a batch takes the longest of: reading the weights, multiplying
+        with them, and passing through the layers.
 
-        rate        operations a second
-        bandwidth   bytes a second; None where it is not known
+        rate        operations per second
+        bandwidth   bytes per second; None if unknown
         per_layer   the least seconds of a layer
-        bytes_each  of a weight
+        bytes_each  bytes of a weight
         """
         multiplying = 2 * self.weights / bytes_each * self.answers / rate
         token = max(self.weights / bandwidth if bandwidth else 0.0, multiplying, self.layers * per_layer)
@@ -52,7 +56,7 @@ class Writing:
 
 
 def writing_of(settings: OnPolicy | None, train: Train, examples: TokenExamples, ranks: int = 1) -> Writing | None:
-    """None where nothing is written, or elsewhere."""
+    """What a process writes in a step; None if nothing is written, or a server does it."""
     if not writes(settings) or settings.engine != "local":
         return None
     count = settings.samples * math.ceil(train.batch_size / ranks * most_written(settings, train))
@@ -62,13 +66,13 @@ def writing_of(settings: OnPolicy | None, train: Train, examples: TokenExamples,
 
 
 def most_written(settings: OnPolicy, train: Train) -> float:
-    """The share of a step's examples whose answers are written, at most."""
+    """The largest share of a step's examples whose answers are written."""
     total = train.max_steps or 2
     return min(1.0, max(most_at(settings.share, step, total) for step in (1, total)) + settings.teacher_writes)
 
 
 def with_samples(step: list[int], settings: OnPolicy | None, train: Train) -> list[int]:
-    """The examples of a step with as many of each as there are answers to it, at most."""
+    """The examples of a step, repeated for the answers that may be written to each."""
     if not writes(settings):
         return step
     written = math.ceil(len(step) * most_written(settings, train))
@@ -76,14 +80,14 @@ def with_samples(step: list[int], settings: OnPolicy | None, train: Train) -> li
 
 
 def prompts_of(examples: TokenExamples) -> np.ndarray:
-    """The tokens of each example before its first target, at least one; without one all."""
+    """For each example the number of tokens before its first target, at least 1; all tokens without a target."""
     masks = (examples.example(i)[1] for i in range(len(examples)))
     return np.array([max(1, int(mask.argmax())) if mask.any() else n for n, mask in zip(examples.lengths, masks, strict=True)])
 
 
 def as_written(examples: TokenExamples, settings: OnPolicy, max_length: int) -> TokenExamples:
-    """The examples as long as they may become: with an answer of `max_new_tokens` after each prompt that leaves room for it, or their own if
-    that is longer."""
+    """The examples with the longest answers that may be written: `max_new_tokens` after each prompt that leaves room for it, or their own answer
+    if it is longer."""
     new, lengths = settings.max_new_tokens, examples.lengths
     starts = np.full(len(examples), settings.prompt_tokens) if settings.prompt_tokens else prompts_of(examples)
     starts = np.where(starts > 1, starts, np.maximum(1, lengths - new))  # supervised throughout
@@ -99,7 +103,7 @@ def as_written(examples: TokenExamples, settings: OnPolicy, max_length: int) -> 
 
 @torch.no_grad()
 def watched_writing(ready: Ready, writing: Writing, settings: OnPolicy, round_to: int = 1) -> Phase:
-    """What is in memory while answers are written, before a step: reading the prompts, and the last token of the longest answers."""
+    """The memory of writing answers before a step: of reading the prompts, and of the last token of the longest answers."""
     memory, student = all_there(ready, round_to), ready.student_models[0]
     sampling = Sampling(settings.temperature, writing.new, 0, settings.top_p, settings.top_k, settings.min_p)
     groups = [[student, *(ready.teacher_models if writing.models > 1 else ())]] if settings.share != 0 else []
@@ -111,7 +115,7 @@ def watched_writing(ready: Ready, writing: Writing, settings: OnPolicy, round_to
             memory.enter(WRITING, WRITING)
             held = [_read(one, writing.answers, writing.prompt)[1] for one in models]
             del held
-            memory.enter("skipped", WRITING)  # the answers so far are read as if they were prompts, which writing does not
+            memory.enter("skipped", WRITING)  # reads the answers like prompts, to fill the cache; a run does not do that
             held = [_read(one, writing.answers, writing.prompt + writing.new - 1)[1] for one in models]
             memory.enter(WRITING, WRITING)
             for one, cache in zip(models, held, strict=True):

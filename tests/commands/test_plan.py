@@ -63,7 +63,7 @@ def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, ca
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     code = main(["plan", "--config", str(tmp_path / "sweep.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
-    assert code == 0 and "whose run is still to come" in said and "2 stages and 4 groups one after another" in said
+    assert code == 0 and "which has not run yet" in said and "2 stages and 4 groups one after another" in said
     assert "not planned: what llmkd make writes (made)" in said and "one arm (slow): as " in said and said.count("llmkd cache writes") == 1
     first, kept = numbers["stages"]
     assert first["stage"] == "first" and kept["caches"][0]["targets"] == 1180 and numbers["made"] == ["made"]
@@ -98,7 +98,7 @@ def test_a_pipeline_is_planned_stage_by_stage_and_data_that_a_stage_makes_is_ass
     code = main(["plan", "--config", str(tmp_path / "all.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert (
-        code == 0 and "rows/train.jsonl is made by the stage rows, which has not run yet: every example is taken to have 40 tokens" in said
+        code == 0 and "rows/train.jsonl is made by the stage rows, which has not run yet: every example is assumed to have 40 tokens" in said
     )
     one, two = numbers["stages"]
     assert one["run"]["targets"] == 1180 and two["run"]["targets"] is None and two["micro_batch"]["targets"] == 4 * 39
@@ -126,7 +126,7 @@ def _some(wanted: set[str]):
         (["--memory", "lots"], "--memory: found lots, expected an amount of memory, such as 24GB"),
         (["--share", "1.5"], "--share: found 1.5, expected a number above 0, at most 1"),
         (["--tflops", "-1"], "--tflops: found -1, expected a number above 0"),
-        (["--student.model", "nobody/nothing"], "neither in the hub's cache nor could it be downloaded"),
+        (["--student.model", "nobody/nothing"], "is not in the hub's cache, could not be downloaded"),
     ],
 )
 def test_mistakes_are_told_in_a_line(planned, words, expected):

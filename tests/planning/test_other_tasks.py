@@ -136,5 +136,5 @@ def test_rows_that_are_not_here_are_as_long_as_may_be(folder):
     texts = FEW | ALONE | {"data.train.path": "somebody/texts", "data.train.name": None, "data.train.limit": None, "data.train.seed": None}
     of_classes = find([loader.load_recipe(TEXTS, texts | {"teacher.model": str(folder / "bert")})], TEXTS.parent)
     assert of_classes.vocab == 8 and of_classes.data.examples.batch([0]).student.shape == (1, 64)
-    with pytest.raises(UserError, match="its classes are not known; put its rows in place, or name a model that has them"):
+    with pytest.raises(UserError, match="its classes are unknown; provide its rows, or name a model that has the classes"):
         find([loader.load_recipe(TEXTS, texts | {"teacher": None, "loss.kd_ratio": 0})], TEXTS.parent)

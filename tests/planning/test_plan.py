@@ -187,7 +187,7 @@ def test_an_adapter_of_a_run_to_come_is_what_its_recipe_says(configs_only):
     first = {"output_dir": str(folder / "runs" / "one"), "student": {"model": str(folder / "teacher"), "lora": {"rank": 3}}}
     (folder / "1.yaml").write_text(json.dumps(first | {"data": {"train": {"path": "none.jsonl"}}}))
     found = find_config(str(folder / "runs" / "one" / "adapter"), "teacher.model", None, None, folder)
-    assert found.adapter == Lora(rank=3) and found.base == str(folder / "teacher") and "1.yaml, whose run is still to come" in found.origin
+    assert found.adapter == Lora(rank=3) and found.base == str(folder / "teacher") and "1.yaml, which has not run yet" in found.origin
     merged = find_config(str(folder / "runs" / "one" / "model"), "teacher.model", None, None, folder)
     assert merged.adapter is None and merged.config == found.config
 
@@ -195,7 +195,7 @@ def test_an_adapter_of_a_run_to_come_is_what_its_recipe_says(configs_only):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nobody/nothing", ["neither in the hub's cache", "hf download nobody/nothing config.json"]),
+        ("nobody/nothing", ["is not in the hub's cache", "hf download nobody/nothing config.json"]),
         ("./nowhere", ["there is no folder"]),
     ],
 )

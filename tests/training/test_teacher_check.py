@@ -75,7 +75,7 @@ def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
         run(recipe := make_recipe(out, train__max_steps=2, **changes))
         err, checks = capsys.readouterr().err, check_of(recipe)
         better = bool(checks) and checks[0]["teacher_ce"] < checks[0]["ce"]
-        return better, "warning: the teacher knows" in err, "note: " in err and "looks untuned" in err
+        return better, "warning: the teacher predicts" in err, "note: " in err and "looks untuned" in err
 
     for name in ("teacher", "adapter"):
         better, warned, noted = said(name, teacher__model=str(world / name))
