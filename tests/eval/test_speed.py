@@ -1,6 +1,10 @@
 """eval/speed measures what it says: every row is correct, and a wrong row is marked."""
 
 import argparse
+import ast
+import contextlib
+import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from llmkd import signals
 from llmkd.head import Head
 from llmkd.training.launch import start
 
+SPEED = Path(__file__).parents[2] / "eval/speed"
 TINY = ["--hidden", "32", "--layers", "1", "--vocab", "211", "--batch", "4", "--tokens", "512", "--steps", "1", "--repeats", "1"]
 
 
@@ -254,3 +259,44 @@ def test_what_a_gpu_found_is_one_table(tmp_path, capsys):
     assert parts[:5] == ["imports", "primitives", "tests", "head", "plan"]
     limits = [int(line.split()[1]) for line in script.splitlines() if line.strip().startswith("part ")]
     assert len(limits) == 9 and sum(limits[:5]) <= 480  # what comes first has its time, whatever the others take
+
+
+def problems_of(tree: ast.Module) -> list[str]:
+    """Names from llmkd in a script that are not there, and its calls of them with arguments that they do not have."""
+    known, found = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmkd."):
+            module = importlib.import_module(node.module)
+            for one in node.names:
+                with contextlib.suppress(ModuleNotFoundError):
+                    importlib.import_module(f"{node.module}.{one.name}")
+                known[one.asname or one.name] = value = getattr(module, one.name, None)
+                found += [f"{node.module}.{one.name}"] if value is None else []
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and inspect.ismodule(known.get(node.value.id)):
+            found += [] if hasattr(known[node.value.id], node.attr) else [f"{node.value.id}.{node.attr}"]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in own and known.get(node.func.id):
+            if any(isinstance(one, ast.Starred) for one in node.args) or any(one.arg is None for one in node.keywords):
+                continue
+            try:
+                inspect.signature(known[node.func.id]).bind(*node.args, **{one.arg: one.value for one in node.keywords})
+            except TypeError as error:
+                found.append(f"{ast.unparse(node)}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SPEED.glob("*.py")))
+def test_scripts_use_llmkd_as_it_is(script):
+    """Also those that take too long for tests to run them."""
+    assert problems_of(ast.parse((SPEED / script).read_text(encoding="utf-8"))) == []
+
+
+def test_a_name_that_has_moved_and_a_wrong_call_are_found():
+    text = "from llmkd.commands import plan\nfrom llmkd.training.build import build_setup, gone\nplan.gone()\nbuild_setup(1)"
+    assert [problem.split(":")[0] for problem in problems_of(ast.parse(text))] == [
+        "llmkd.training.build.gone",
+        "build_setup(1)",
+        "plan.gone",
+    ]
