@@ -98,7 +98,8 @@ def test_a_pipeline_is_planned_stage_by_stage_and_data_that_a_stage_makes_is_ass
     code = main(["plan", "--config", str(tmp_path / "all.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert (
-        code == 0 and "rows/train.jsonl is made by the stage rows, which has not run yet: every example is assumed to have 40 tokens" in said
+        code == 0
+        and "rows/train.jsonl is made by the stage rows, which has not run yet: every example is assumed to have 40 tokens" in said
     )
     one, two = numbers["stages"]
     assert one["run"]["targets"] == 1180 and two["run"]["targets"] is None and two["micro_batch"]["targets"] == 4 * 39

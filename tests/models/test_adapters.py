@@ -343,7 +343,7 @@ def test_an_adapter_of_a_wider_base_says_what_to_set(tmp_path):
             load(changed(tmp_path / "adapter", tmp_path / setting, base_model_name_or_path=str(narrow)))
         assert re.fullmatch(
             rf"{setting}.model: the adapter \S+ was trained on another base than {narrow}: \S+q_proj.lora_A\S+ has \d+ inputs, and this base 16; "
-            rf"set {setting}.base to its own",
+            rf"set {setting}.base to its own base",
             str(caught.value),
         )
 

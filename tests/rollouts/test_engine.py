@@ -194,7 +194,7 @@ def test_what_it_says_later_is_watched_too(engine, student, tmp_path):
 REFUSED_AT_ONCE = {
     r"refuses the connection; start it": lambda s: s.stop(),
     r"loads no adapters while it runs; start vLLM with --enable-lora": lambda s: setattr(s, "load", None),
-    r"serves base for 20 tokens, and the longest prompt with its answer may have \d+; start it with a larger --max-model-len": lambda s: (
+    r"serves base with 20 tokens, but the longest prompt with its answer may have \d+; start it with a larger --max-model-len": lambda s: (
         setattr(s, "positions", 20)
     ),
     r"and \S+ serves several models; name one of: base, other": lambda s: s.models.update(other=None),

@@ -230,7 +230,7 @@ def test_hidden_states_of_a_layer_are_the_mean_over_an_examples_positions(auto):
         for layer in (0, 1):
             assert (found[layer][i] - own[layer][0].mean(0)).abs().max() < 1e-9
     assert model.depth("x") == 2
-    with pytest.raises(UserError, match="x has 2 layers: layer 3 was asked for"):
+    with pytest.raises(UserError, match="x has 2 layers: found layer 3, expected 0"):
         model.widths([0, 3], "x")
 
 
