@@ -1,4 +1,4 @@
-"""The file of answers, answers.jsonl: it is only added to, each answer under its key, so that nothing is asked for twice. No torch."""
+"""The append-only file of answers, answers.jsonl: each answer has its ask's key, so that nothing is asked for twice. No torch."""
 
 import contextlib
 import datetime
@@ -18,9 +18,9 @@ _FIELDS = ("text", "finish", "tokens", "prompt_tokens", "model", "reasoning")
 
 
 class Answers:
-    """Answers by their keys. A kill loses at most the one that is being written; one process at a time.
+    """Answers by key. A kill loses at most the one that is being written; only one process may use the file.
 
-    tokens  what all asks in the file have cost, read and written; also those that got no answer: lines of their own, which `problem` marks
+    tokens   tokens that all asks in the file have cost, read and written. Asks without an answer have lines too, which `problem` marks
     """
 
     def __init__(self, path: Path, setting: str = "output_dir"):
@@ -29,14 +29,14 @@ class Answers:
 
     @contextlib.contextmanager
     def open(self) -> Iterator["Answers"]:
-        """The file, for this process alone, with what is in it. UserError where it is in use or damaged."""
+        """Lock the file for the `with` block and read it. UserError if another process uses it, or it is damaged."""
         with self.file.held("choose another output_dir"):
             self.read()
             self.file.remove_unfinished()
             yield self
 
     def read(self) -> None:
-        """What is in the file, which may not exist. Nothing is changed."""
+        """Read the file, if it exists. Changes nothing."""
         for number, line in self.file.lines() if self.file.path.exists() else ():
             try:
                 row = json.loads(line)
@@ -67,7 +67,7 @@ class Answers:
         self.new += 1
 
     def lose(self, ask: Ask, answer: Answer) -> None:
-        """Add what an ask has cost that got no answer, if it has: the next run asks again."""
+        """Record the tokens of an ask that got no answer, if it cost any. The next run asks again."""
         if answer.tokens or answer.prompt_tokens:
             self._add({"key": ask.key, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, PROBLEM: answer.problem})
 

@@ -1,4 +1,4 @@
-"""What a writer is asked, and what it answers. No torch."""
+"""Asks, which are sent to a writer, and its answers. No torch."""
 
 import dataclasses
 import hashlib
@@ -15,12 +15,12 @@ STOP, CUT, NONE = "stop", "length", "none"
 
 @dataclass(frozen=True)
 class Ask:
-    """One text that is wanted.
+    """A request for one text.
 
-    key       64 hex digits of messages, sampling and the writer's identity: see `key_of`
-    sample    of several answers to the same messages the number, from 0: their samplings have different seeds
-    pretend   a well-formed answer, for `--dry_run`; no part of what is asked
-    audio     the sound whose transcript is wanted: the message has the SHA-256 of its file
+    key       64 hex digits, a hash of messages, sampling and the writer's identity, see `key_of`
+    sample    the number, from 0, among several asks with the same messages, whose samplings have different seeds
+    pretend   a well-formed answer for `--dry_run`; not part of the request
+    audio     the sound to be transcribed; the message then has the SHA-256 of its file
     """
 
     key: str
@@ -33,13 +33,14 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a writer wrote.
+    """A writer's answer.
 
-    finish         stop: it ended by itself; length: it was cut off; none: there is no text, see `problem`; or the server's own word
-    tokens         of the text, prompt_tokens of what was read: as the writer counts them, or estimated; also of what is no answer, where it was paid for
-    problem        why there is no answer. Such an answer is not kept: the next run asks again
-    model          the name that the server itself gives, where it is another one than was asked for
-    reasoning      characters of the reasoning that the server gave apart from the text, and that is not kept; None: it gave none
+    finish          stop: it ended by itself; length: it was cut off; none: there is no text, see `problem`; or the server's own word
+    tokens          of the text, as the writer counts them, or estimated; also of a failed answer that cost tokens
+    prompt_tokens   of the ask, likewise
+    problem         why there is no text. Such an answer is not stored: the next run asks again
+    model           the model's name by the server, if it differs from the one that was asked for
+    reasoning       number of characters of the reasoning that the server gave separately, which is not stored; None: it gave none
     """
 
     text: str
@@ -52,22 +53,22 @@ class Answer:
 
 
 def failed(problem: str, tokens: int = 0, prompt_tokens: int = 0) -> Answer:
-    """No answer, which may have cost tokens nonetheless."""
+    """An answer without text, which may still have cost tokens."""
     return Answer("", NONE, tokens, prompt_tokens, problem)
 
 
 def key_of(messages: tuple[Message, ...], sampling: Sampling, identity: Mapping[str, Any]) -> str:
-    """The key of an answer: it depends on nothing else."""
+    """The key of an ask. An answer depends on nothing else."""
     return _hash({"asked": asked_of(messages, sampling), "writer": identity})
 
 
 def asked_of(messages: tuple[Message, ...], sampling: Sampling) -> str:
-    """The same of whatever writer: by this a recorded answer is found."""
+    """A hash of an ask that does not depend on the writer, by which recorded answers are found."""
     return _hash({"messages": list(messages), "sampling": dataclasses.asdict(canonical(sampling))})
 
 
 def canonical(sampling: Sampling) -> Sampling:
-    """Without what does not count: the most likely tokens depend on no seed."""
+    """The sampling without the settings that have no effect: greedy decoding depends on max_new_tokens only."""
     return Sampling(0.0, sampling.max_new_tokens) if sampling.temperature == 0 else sampling
 
 
@@ -76,5 +77,5 @@ def _hash(content: Any) -> str:
 
 
 def estimated_tokens(*texts: str) -> int:
-    """About so many tokens: four bytes each, and four tokens around each text."""
+    """An estimate of the number of tokens: one for four bytes, and four more for each text."""
     return sum(-(-len(text.encode("utf-8", "replace")) // 4) + 4 for text in texts)

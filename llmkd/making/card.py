@@ -1,4 +1,4 @@
-"""The data card, README.md of the folder: who wrote the data, from what, by which prompts, under which terms, and when. No torch."""
+"""The data card, README.md of the folder: the writer, seeds, prompts, licence and dates of the data. No torch."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ def data_card(
     answers: Answers,
     rows: int,
 ) -> str:
-    """Markdown with the header that the hub reads. It is a function of the settings and the answers: a second run writes the same."""
+    """The card as Markdown, with the hub's metadata. A function of the settings and the answers, so a second run writes the same."""
     make = settings.make
     what, row_format = ("Transcripts", "speech") if settings.sounds else ("Text", "chat")
     own, title = make.writer, f"{what} by {writer.label}" if make.writer else "Rows that were selected"

@@ -1,4 +1,4 @@
-"""What a stage has computed, on disk under keys, so that the same command does not compute it again. No torch."""
+"""Results that a stage has computed, stored by key so that the same command does not compute them again. No torch."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ NAME = "computed.jsonl"
 
 
 class Computed:
-    """JSON values by their keys, in a file that is only added to; `value(key)` is None for one that is not there. UserError where it is damaged."""
+    """JSON values by key, in an append-only file. UserError if it is damaged."""
 
     def __init__(self, folder: Path):
         self.file = AppendOnly(folder / NAME, "output_dir")
@@ -36,7 +36,7 @@ class Computed:
 
 
 def key_of(*parts: Any) -> str:
-    """A key that depends on all of these, as JSON keeps them."""
+    """A key that depends on all parts, as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,4 +1,5 @@
-"""Reads what a writer was asked to put between marks, or after numbers. What is not there as it should be is a problem, never a guess. No torch."""
+"""Parses answers in which the writer was asked to put text between marks, or to number a list. Nothing is guessed: other answers are unreadable.
+No torch."""
 
 import json
 import re
@@ -8,7 +9,7 @@ from .filters.answers import empty
 from .filters.words import Reason, words
 from .stage import unusable
 
-#: A number at the beginning of a line; in bold, or with what stands behind it in bold.
+#: A number at the beginning of a line, possibly in bold, alone or together with the text after it.
 _NUMBER = re.compile(r"^[ \t]*(?:(\*\*)[ \t]*)?(\d{1,3})[.):、．）：][ \t]*(?(1)(?:\*\*)?)[ \t]*", re.MULTILINE)
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _DOTS = frozenset(" \t\r\n.…-–—_*·~`'\"")
@@ -16,7 +17,7 @@ _COPIED = 8  # words in a row of its prompt that a text of its own does not have
 
 
 class Unreadable(ValueError):
-    """Why an answer cannot be read: `reason` is one word of a few, `detail` says more."""
+    """An answer that cannot be parsed. `reason`: a keyword, `detail`: more about this answer."""
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason, self.detail = reason, detail
@@ -24,7 +25,7 @@ class Unreadable(ValueError):
 
 
 def marked(text: str, *names: str) -> tuple[str, ...]:
-    """What stands between <name> and </name>, for each name, in this order, each once and not empty. Unreadable otherwise."""
+    """The texts between <name> and </name>, for each name. Unreadable unless each pair occurs once, in this order, with a text inside."""
     found, at = [], 0
     for name in names:
         opening, closing = f"<{name}>", f"</{name}>"
@@ -43,10 +44,10 @@ def marked(text: str, *names: str) -> tuple[str, ...]:
 
 
 def marked_answer(answer: Answer, *names: str, prompt: str = "", given: str = "") -> tuple[str, ...]:
-    """The same of an answer. Unreadable also where it has no text of use, was cut off, or has the prompt's own words between the marks.
+    """`marked` of an answer. Also Unreadable if it has no usable text, was cut off, or copies the prompt between the marks.
 
-    prompt  what asked, with its places not filled
-    given   the text that was put there, whose words may be the prompt's
+    prompt   the prompt, with its places not filled
+    given    the text that filled them, whose words may be the prompt's
     """
     if problem := unusable(answer):
         raise Unreadable(*problem)
@@ -58,7 +59,7 @@ def marked_answer(answer: Answer, *names: str, prompt: str = "", given: str = ""
 
 
 def _copied(name: str, text: str, prompt: str, given: str) -> str | None:
-    """What a text has of the prompt: all that stands between two of its marks (<task> and </task>), or eight words in a row."""
+    """The part of the prompt that a text copies: everything between two of its marks (<task> and </task>), or eight words in a row; or None."""
     if text in (between.strip() for between in re.findall(rf"<{name}>(.*?)</{name}>", prompt, re.DOTALL)):
         return text
     own = _runs(text) - _runs(given) if prompt else set()
@@ -71,12 +72,12 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 
 
 def _left_open(text: str) -> Reason | None:
-    """Dots and dashes stand for an answer that was not written."""
+    """A reason if a text has only dots and dashes, which are a placeholder for an answer."""
     return None if set(text) - _DOTS else ("empty", "")
 
 
 def no_question(text: str) -> Reason | None:
-    """Why a text asks nothing, if so: it has no word, or is data as a whole."""
+    """A reason if a text is no question: it has no words, or is a JSON object or list."""
     if not words(text):
         return "empty", ""
     if text[0] in "[{":
@@ -89,8 +90,8 @@ def no_question(text: str) -> Reason | None:
 
 
 def numbered(text: str) -> list[str]:
-    """The items of a list that is numbered 1., 2., ... in order; other numbers at the beginning of a line are text, and so are those in blocks of
-    code. Unreadable without one."""
+    """The items of a list that is numbered 1., 2., ... in order. Other numbers at the beginning of a line, and those in code blocks, are text.
+    Unreadable if there is no item."""
     places, code = [], [found.span() for found in _FENCE.finditer(text)]
     for found in _NUMBER.finditer(text):
         if int(found[2]) == len(places) + 1 and not any(start <= found.start() < stop for start, stop in code):

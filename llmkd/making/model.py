@@ -1,4 +1,4 @@
-"""A model that `llmkd make` loads, as its writer or to score rows: its files and its tokenizer at once, its weights when they are needed."""
+"""A model that `llmkd make` loads, as a writer or to score rows. Its files and tokenizer are read at once, its weights when they are needed."""
 
 import gc
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class ModelToLoad:
-    """A model by its settings. UserError where its files are missing, damaged or not what an adapter was trained on.
+    """A model by its settings. UserError if its files are missing or damaged, or an adapter's base is not the one that it was trained on.
 
-    setting      of the model, for messages: writer, student, ...
-    fingerprint  of weights, configuration, type and tokenizer: what is computed with it depends on
+    setting       of the model, for messages: writer, student, ...
+    fingerprint   of weights, configuration, dtype and tokenizer, on which all results of the model depend
     """
 
     def __init__(self, settings: Teacher, setting: str):

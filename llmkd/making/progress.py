@@ -1,4 +1,4 @@
-"""How far a stage is, and for how long it goes on: a bar on a terminal, a line now and then in a log."""
+"""The progress of a stage and its remaining time: a bar on a terminal, a line every 15 seconds in a log."""
 
 import sys
 import time
@@ -21,13 +21,13 @@ def shown(
     size: Callable[[T], int] = lambda item: 1,
     tokens: Callable[[T], int] | None = None,
 ) -> Iterator[T]:
-    """The items, while it is shown how many of `total` are done.
+    """Yield the items and show how many of `total` are done.
 
-    size    of an item, in what `total` counts, such as the rows of a batch
-    tokens  that an item has cost, for a speed
+    size     of an item, in the unit of `total`, such as the rows of a batch
+    tokens   of an item, to show the speed
 
-    The time that is left is that of the others at the mean speed so far. Items may come in batches: a line tells of those before the item that
-    has just come, and of the time until these were there.
+    The remaining time is estimated at the mean speed so far. Since items may arrive in batches, a line counts the items before the current
+    one, and the time until they had arrived.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""The stages by the name that `do:` has, which `config/make_stages.py` gives to their settings. No torch."""
+"""The stages by their names in `do:`, the same as those of their settings in `config/make_stages.py`. No torch."""
 
 from ..config.make_stages import STAGES as SETTINGS
 from .stage import Stage
@@ -31,5 +31,5 @@ _CLASSES = (
 )
 _BY_CLASS = {one.__name__: one for one in _CLASSES}
 
-#: A stage's class has the name of the class of its settings.
+#: A stage's class has the same name as the class of its settings.
 STAGES: dict[str, type[Stage]] = {do: _BY_CLASS[kind.__name__] for do, kind in SETTINGS.items()}

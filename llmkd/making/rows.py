@@ -1,4 +1,4 @@
-"""The rows that the stages of `llmkd make` hand on: a conversation, the columns that came with it, and where it comes from. No torch."""
+"""The rows that the stages of `llmkd make` pass on: a conversation, its other columns, and its origin. No torch."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: The column of train.jsonl that says where a row comes from. It is not trained on.
+#: The column of train.jsonl with a row's origin. It is not trained on.
 MADE = "made"
 
 Message = dict[str, Any]
@@ -15,11 +15,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sound:
-    """The file of a sound.
+    """A sound file.
 
-    file    its path; its bytes, where a row held them, until they are written into the folder
+    file    its path; or its bytes, if the row holds them, until they are written to a file
     place   of the row, `FILE:LINE`
-    size    bytes
+    size    in bytes
     """
 
     file: str | bytes
@@ -29,17 +29,17 @@ class Sound:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation, whose last message is the assistant's where there is an answer; or a sound, whose answer is its transcript.
+    """A conversation, whose last message is the assistant's if there is an answer; or a sound, whose answer is its transcript.
 
-    Of a sound the one message of the question has the SHA-256 of its file in the place of a text.
+    For a sound, the question is one message with the SHA-256 of the file in place of a text.
 
-    id        16 hex digits, of its content and of what it was made from
-    columns   carried through to train.jsonl: the file's own, scores
-    stage     that made it: seeds, or the label of a stage, such as 2_evolve
+    id        16 hex digits, a hash of the content and the parents
+    columns   passed on to train.jsonl: the file's own columns, and scores
+    stage     that made the row: seeds, or the label of a stage, such as 2_evolve
     writer    the model that wrote a part of it; None for a seed
     parents   ids of the rows that it was made from
-    notes     what the stage says of it: finish (stop, length), operation, version, ...
-    audio     of a sound; None of a conversation
+    notes     of the stage: finish (stop, length), operation, version, ...
+    audio     the sound; None for a conversation
     """
 
     id: str
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def answer(self) -> str | None:
-        """The assistant's last message; None where the row asks and has no answer."""
+        """The assistant's last message; None if the row has no answer."""
         return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
 
     @property
@@ -63,15 +63,15 @@ class Row:
 
     @property
     def instruction(self) -> str:
-        """The text of the last message before the answer; none of a sound."""
+        """The text of the last message before the answer; "" for a sound."""
         return "" if self.audio else self.question[-1]["content"]
 
     def answered(self, text: str) -> tuple[Message, ...]:
-        """Its question with this answer."""
+        """The question followed by this answer."""
         return (*self.question, {"role": "assistant", "content": text})
 
     def asking(self, text: str) -> tuple[Message, ...]:
-        """Its question with this text in the place of the last message."""
+        """The question with this text as its last message."""
         return (*self.question[:-1], {**self.question[-1], "content": text})
 
     def with_columns(self, **columns: Any) -> "Row":
@@ -79,7 +79,7 @@ class Row:
         return dataclasses.replace(self, columns={**self.columns, **columns})
 
     def child(self, stage: str, writer: str | None, messages: Sequence[Message], number: int = 0, **notes: Any) -> "Row":
-        """A row that is made of this one. `number` tells children with the same messages apart."""
+        """A row that is made from this one. `number` distinguishes children with the same messages."""
         made = made_row(stage, writer, messages, (self.id,), number, self.columns, **notes)
         return dataclasses.replace(made, audio=self.audio)
 
@@ -106,12 +106,12 @@ def made_row(
 
 
 def row_id(*parts: Any) -> str:
-    """16 hex digits of what JSON keeps of some values."""
+    """A hash of values, as JSON, 16 hex digits."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def has_answer(row: Row) -> bool:
-    """Whether there is something to train on."""
+    """Whether the row has an answer to train on."""
     return row.answer is not None and bool(row.answer.strip())
 
 

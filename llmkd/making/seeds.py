@@ -1,4 +1,4 @@
-"""The rows that `llmkd make` begins with, read as those of `data.train`. No torch."""
+"""The rows that `llmkd make` starts from, read like those of `data.train`. No torch."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from ..errors import UserError
 from .rows import MADE, Message, Row, Sound, row_id
 from .selection import ORIGINAL
 
-#: Columns that are a part of the conversation, and are not carried through apart from it.
+#: Columns that become part of the conversation, and are not passed on as columns.
 _SAID = (
     "messages",
     "prompt",
@@ -32,9 +32,9 @@ _SAID = (
     "teacher_context",
     "train",
 )
-#: Likewise of sounds.
+#: The same for sounds.
 _SAID_OF_SOUNDS = (*config.FORMATS["speech"].columns, "train")
-#: What `made` has besides notes.
+#: The keys of `made` that are not notes.
 _OF_ROWS = ("id", "stage", "writer", "parents", "sha256")
 
 
@@ -58,12 +58,12 @@ def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
 
 
 def _without_version(row: Row) -> Row:
-    """A version whose original is not there, as after a choice among them: a row like others, of which there may be versions."""
+    """A version whose original is not among the rows, for example after a selection: an ordinary row, of which new versions can be made."""
     return dataclasses.replace(row, notes={name: value for name, value in row.notes.items() if name not in ("version", "original")})
 
 
 def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict, Sound | None, dict]]:
-    """The conversation and the other columns of every row; of a sound its file too; and where an earlier run had it from."""
+    """For every row its conversation, its other columns, its sound or None, and its origin in an earlier run."""
     problems, opened, out, count, bad = ErrorCollector(), open_source(source, setting), [], 0, False
     sounds, text = source.format == "speech", source.fields.get("text", "text")
     for place, raw in some_rows(opened.records, source, problems):
@@ -74,7 +74,7 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
         before = len(problems.found)
         row = check_row(row, place, source, problems)
         bad |= len(problems.found) > before
-        if bad:  # errors that are alike are counted, and not told again
+        if bad:  # go on only to count further errors of the same kind
             continue
         try:
             messages, audio = _sound(row, place) if sounds else (conversation_of(row, source.format, answered), None)
@@ -97,7 +97,7 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
 
 
 def _origin(made: Any) -> dict[str, Any]:
-    """Of a row of an earlier train.jsonl its writer, its id there, and its notes: how its answer ended, its version, ... ValueError where they are none."""
+    """The writer, parents and notes of a row of an earlier train.jsonl, from its column `made`. ValueError if llmkd did not write that."""
     if made is None:
         return {}
     own = {name: value for name, value in made.items() if value is not None} if isinstance(made, dict) else {}
@@ -110,7 +110,7 @@ def _origin(made: Any) -> dict[str, Any]:
 
 
 def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], Sound]:
-    """The messages and the file of a row of format speech: its transcript is the answer, where it has one."""
+    """The messages and the sound of a row of format speech. Its transcript, if it has one, is the answer."""
     file = media_of(row["audio"], place)
     raw = file if isinstance(file, bytes) else read_bytes(file, place)
     asked = _says("user", hashlib.sha256(raw).hexdigest())
@@ -119,7 +119,7 @@ def _sound(row: dict, place: str) -> tuple[tuple[Message, ...], Sound]:
 
 
 def conversation_of(row: dict, row_format: str, answered: bool) -> tuple[Message, ...]:
-    """The messages of a checked row, without the answer where it has none of its own. ValueError where nothing is asked."""
+    """The messages of a checked row, without an answer if it is only a placeholder. ValueError if nothing is asked."""
     if row.get("tools"):
         raise ValueError("it has tools, and stages of llmkd make write no calls; leave the row out")
     if row_format == "alpaca":

@@ -1,5 +1,5 @@
-"""Which rows stay by their scores: above or below a limit, the highest share, the middle of each cluster; and the rule of Selective
-Reflection-Tuning over four versions of a row. No torch."""
+"""Selects rows by their scores: above or below a limit, the highest share, the middle of each cluster; or by the rule of Selective
+Reflection-Tuning among four versions of a row. No torch."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from ..config.fields import part_of
 from .filters.words import Reason
 
-#: Versions of a row, by what of it a teacher has written anew.
+#: Versions of a row, named by the part that a teacher has rewritten.
 ORIGINAL, INSTRUCTION, RESPONSE, BOTH = VERSIONS = ("original", "instruction", "response", "both")
 
 
 @dataclass(frozen=True)
 class ByScore:
-    """Limits of a score, in the order in which they apply; None: none.
+    """Limits of a score, in the order in which they apply; None: no limit.
 
-    above, below  neither is included
-    top           the rows with the highest scores, so large a share of each cluster's
-    middle        the rows between two shares of each cluster's, in the order of the score: [0.25, 0.75] leaves out a quarter at each end
-    per_cluster   so many of each cluster, spread evenly over the order of the score
+    above, below   exclusive limits
+    top            share of each cluster's rows, those with the highest scores
+    middle         the rows between two shares of each cluster in the order of the score: [0.25, 0.75] leaves out a quarter at each end
+    per_cluster    number of rows of each cluster, spread evenly over the order of the score
     """
 
     above: float | None = None
@@ -29,10 +29,10 @@ class ByScore:
     per_cluster: int | None = None
 
     def choose(self, scores: Sequence[float], keys: Sequence[str], clusters: Sequence[int] | None = None) -> list[Reason | None]:
-        """Why each row is left out; None where it stays.
+        """The reason why each row is left out; None for rows that stay.
 
-        keys      of the rows: they decide between equal scores, so that the order of the rows does not
-        clusters  of the rows; None: all are in one
+        keys       of the rows: they break ties between equal scores, so that the order of the rows does not matter
+        clusters   the cluster of each row; None: all rows are one cluster
         """
         out: list[Reason | None] = [self._outside(score) for score in scores]
         groups: dict[int, list[int]] = defaultdict(list)
@@ -58,20 +58,20 @@ class ByScore:
         return None
 
     def _left(self, out: list[Reason | None], before: list[int], stay: list[int], word: str) -> list[int]:
-        """The rows that stay, with a reason for the others."""
+        """Set the reason of the rows that do not stay; returns `stay`."""
         for i in set(before) - set(stay):
             out[i] = word, ""
         return stay
 
 
 def reflection(scores: Mapping[str, tuple[float, float]], originals: bool) -> tuple[str, Reason | None]:
-    """The version of a row that Selective Reflection-Tuning chooses (arXiv:2402.10110, section 3), and why it is left out nonetheless, if so.
+    """The version of a row that Selective Reflection-Tuning chooses (arXiv:2402.10110, section 3), and a reason if even that one is left out.
 
     The reflected instruction is taken if IFD rises: it is harder, so there is more to learn. Then the reflected response to it is taken
     if r-IFD falls: the instruction follows more easily from it. The pair stays if both are below 1: above, one does not help with the other.
 
-    scores     (IFD, r-IFD) of each version that there is; a version that could not be made is not taken
-    originals  whether rows with their own response may stay; the authors' program drops them all
+    scores      (IFD, r-IFD) of each version that exists
+    originals   whether rows with their own response may stay; the authors' program drops them all
     """
     chosen = ORIGINAL
     if INSTRUCTION in scores and scores[INSTRUCTION][0] > scores[ORIGINAL][0]:

@@ -1,4 +1,4 @@
-"""Sounds that rows hold as bytes, written as files, which train.jsonl names. No torch."""
+"""Writes sounds that rows hold as bytes to files, which train.jsonl can name. No torch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from ..files import write_atomic
 from .rows import Row
 
 FOLDER = "sounds"
-#: Endings of files by their first bytes. Any other is read as well, but has no ending.
+#: File endings by a file's first bytes. Files of other kinds are written without an ending.
 _ENDINGS = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff", b"ID3": ".mp3", b"\xff": ".mp3"}
 
 
 def written_sounds(rows: Sequence[Row], folder: Path) -> list[Row]:
-    """The rows, of which each names a file: one that held bytes names FOLDER/HASH of the pipeline's folder, which is written where it is not there."""
+    """The rows with bytes replaced by the path of a file, FOLDER/HASH in the pipeline's folder, which is written unless it exists."""
     return [row if row.audio is None or isinstance(row.audio.file, str) else _written(row, folder / FOLDER) for row in rows]
 
 

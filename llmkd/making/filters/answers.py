@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from .words import Reason, jaccard, plain, shingles, words
 
-_BEGINNING = 250  # characters of an answer in which it refuses, if it does
-_SHORT = 4  # words: a question this short may well stand in its answer
+_BEGINNING = 250  # characters at the beginning of an answer that are searched for a refusal
+_SHORT = 4  # words: shorter questions may well occur in their answer
 
-#: How chat models begin an answer that is none.
+#: Phrases with which chat models begin a refusal.
 REFUSALS = (
     "as an ai",
     "as a language model",
@@ -45,12 +45,12 @@ REFUSALS = (
 
 
 def empty(answer: str) -> Reason | None:
-    """White space, control characters and characters that are not seen are no answer."""
+    """A text of white space, control characters and invisible characters only."""
     return None if any(unicodedata.category(character)[0] not in "ZC" for character in answer) else ("empty", "")
 
 
 def length(answer: str, least: int | None, most: int | None) -> Reason | None:
-    """A text of fewer or more words; punctuation is none."""
+    """A text with too few or too many words, punctuation not counted."""
     found = len(words(answer))
     if least is not None and found < least:
         return "too_short", f"{found} words, fewer than {least}"
@@ -60,7 +60,7 @@ def length(answer: str, least: int | None, most: int | None) -> Reason | None:
 
 
 def cut_off(answer: str, finish: str | None) -> Reason | None:
-    """An answer whose writer did not stop by itself (`finish`, as servers name it; None where nobody knows), or that announces more."""
+    """An answer whose writer did not stop by itself (`finish`, as servers name it; None if unknown), or that ends in a colon."""
     if finish not in (None, "stop"):
         return "cut_off", f"finish is {finish}"
     return ("cut_off", "ends in a colon") if answer.rstrip().endswith((":", "：")) else None
@@ -78,7 +78,7 @@ def refusal(answer: str, phrases: Sequence[str] = REFUSALS) -> Reason | None:
 def echo(question: str, answer: str, least: float) -> Reason | None:
     """An answer that is its question, or begins with it: the Jaccard index of their 5-character strings is `least` or more.
 
-    A question of three words or fewer may well be in its answer, and is not looked at.
+    Questions of three words or fewer are not checked, since they may well occur in their answer.
     """
     if len(words(question)) < _SHORT:
         return None

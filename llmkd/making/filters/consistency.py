@@ -1,4 +1,4 @@
-"""Consistency: several answers to one question agree, and the sums that an answer writes out are right."""
+"""Consistency: whether several answers to one question agree, and whether the sums in an answer are right."""
 
 import ast
 import itertools
@@ -30,9 +30,9 @@ _DO = {
 
 
 def final_answer(text: str) -> str:
-    """What an answer comes to: what is in its last \\boxed{} or behind its last ####, else its last number, else its last line, as words.
+    """The final answer of a text: the content of its last \\boxed{} or after its last ####, else its last number, else the words of its last line.
 
-    Numbers are in one form: 1,200.0 is 1200.
+    Numbers are normalised: 1,200.0 is 1200.
     """
     marked = _boxed(text) or next(reversed(_MARKED.findall(text)), None)
     numbers = _NUMBER.findall(text if marked is None else marked)
@@ -43,7 +43,7 @@ def final_answer(text: str) -> str:
 
 
 def _in_one_form(number: str) -> str:
-    """A number as written, in ASCII and without what does not count, however long it is: 01,200.50 is 1200.5."""
+    """A written number of any length in its shortest ASCII form: 01,200.50 is 1200.5."""
     digits = re.sub(r"\d", lambda found: str(int(found[0])), number.lstrip("-").replace(",", ""))
     whole, _, part = digits.partition(".")
     value = (whole.lstrip("0") or "0") + ("." + part.rstrip("0")).rstrip(".")
@@ -63,8 +63,8 @@ def _boxed(text: str) -> str | None:
 
 
 def agreeing(answers: Sequence[str], least: float) -> list[bool]:
-    """Which of several answers have the final answer of most of them, if that is the share `least` of them or more (self-consistency,
-    arXiv:2203.11171). Where two final answers are as frequent, none has."""
+    """Whether each of several answers has the most frequent final answer, if its share is `least` or more (self-consistency, arXiv:2203.11171). If
+    two final answers are equally frequent, all False."""
     finals = [final_answer(answer) for answer in answers]
     (best, count), *others = Counter(finals).most_common(2)
     clear = best and count >= Fraction(repr(float(least))) * len(finals) and not any(other == count for _, other in others)
@@ -78,7 +78,7 @@ def token_f1(one: str, other: str) -> float:
 
 
 def mean_f1(answers: Sequence[str]) -> list[float]:
-    """Of each of several answers its mean token F1 with the others; 1 for a single one."""
+    """The mean token F1 of each answer with the others; 1 for a single answer."""
     sums = [0.0] * len(answers)
     for (i, one), (j, other) in itertools.combinations(enumerate(answers), 2):
         found = token_f1(one, other)
@@ -88,7 +88,7 @@ def mean_f1(answers: Sequence[str]) -> list[float]:
 
 
 def above_quantile(values: Sequence[float], keys: Sequence[str], share: float) -> list[bool]:
-    """Which values are not among the lowest: ceil(share n) of n are. `keys` decide between equal ones."""
+    """Whether each value is above the lowest ceil(share n) of n values. `keys` break ties."""
     order = sorted(range(len(values)), key=lambda i: (values[i], keys[i]))
     above = set(order[part_of(share, len(order)) :])
     return [i in above for i in range(len(values))]
@@ -98,9 +98,9 @@ def above_quantile(values: Sequence[float], keys: Sequence[str], share: float) -
 
 
 def wrong_sum(text: str) -> Reason | None:
-    """Why a sum of a text, written as <<48/2=24>> (GSM8K, arXiv:2110.14168), is not right or not known; None where all are.
+    """A reason if a sum in the text, written as <<48/2=24>> (GSM8K, arXiv:2110.14168), is wrong or cannot be computed; None if all are right.
 
-    A result may be rounded to the digits that it has. Only numbers, + - * / and brackets are computed, exactly.
+    A result may be rounded to the digits that it has. Numbers, + - * / and brackets are computed, exactly.
     """
     for written in _WRITTEN.findall(text):
         left, _, right = written.partition("=")

@@ -9,9 +9,9 @@ NGRAM = 13  # words
 
 
 class HeldOutTexts:
-    """Texts that training rows must not hold.
+    """Texts that must not occur in training rows.
 
-    texts  (place, text) of each, the place as file:line
+    texts   (place, text), the place as file:line
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]]):
@@ -26,8 +26,8 @@ class HeldOutTexts:
         self.short.pop((), None)
 
     def contaminated(self, question: str, *others: str) -> Reason | None:
-        """Why a row is contaminated, or None: the question or another of its texts has thirteen words in a row of a held-out text; or the question is,
-        word by word, a held-out text of fewer words. A short answer, such as a number, is no sign of anything."""
+        """A reason if a row is contaminated, else None: its question or another of its texts shares thirteen words in a row with a held-out text, or its
+        question equals a shorter held-out text word by word. A short answer, such as a number, proves nothing."""
         for text in (question, *others):
             for gram in _grams(words(text)):
                 if gram in self.grams:
@@ -37,7 +37,7 @@ class HeldOutTexts:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a row as it was read, however deep."""
+    """All texts in a row, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -49,12 +49,12 @@ def near_duplicates(texts: Sequence[str], threshold: float, progress=iter) -> di
 
 
 def _common(size: int) -> int:
-    """How many common shingles the prefixes must have."""
+    """The number of common shingles that prefixes must have."""
     return max(1, size // _PER_COMMON)
 
 
 def _by_rarity(texts: Sequence[str]) -> list[np.ndarray]:
-    """Each text's shingles as numbers, ascending: the smaller, the fewer texts have it."""
+    """Each text's shingles as ascending numbers; a smaller number is a rarer shingle."""
     numbers: dict[str, int] = {}
     sets = [np.array([numbers.setdefault(shingle, len(numbers)) for shingle in sorted(shingles(text))], np.int64) for text in texts]
     often = np.zeros(len(numbers), np.int64)

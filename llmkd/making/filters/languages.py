@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from ...errors import UserError
 from .words import Reason, words
 
-_SHORT = 5  # words: of a shorter text nobody can tell
-_SURE = 0.5  # probability of another language
-_NONE = "zxx"  # what has no language: numbers, code
+_SHORT = 5  # words: shorter texts are not judged
+_SURE = 0.5  # least probability of another language
+_NONE = "zxx"  # the code for no language: numbers, program code
 
 
 class Languages:
@@ -30,7 +30,7 @@ class Languages:
             )
 
     def other(self, *texts: str) -> Reason | None:
-        """Why a row is left out, or None: one of its texts has five words or more, and is in another language with a probability of a half or more."""
+        """A reason if one of a row's texts with five words or more is in another language with a probability of 0.5 or more; else None."""
         for text in texts:
             if len(words(text)) >= _SHORT:
                 code, probability = self.identifier.classify(text)

@@ -1,4 +1,4 @@
-"""Filters of text that goes round in circles: it compresses too well, says the same words again, or repeats a digit."""
+"""Filters of repetitive text: it compresses too well, repeats sequences of words, or repeats a digit."""
 
 import re
 import zlib
@@ -27,8 +27,8 @@ def _ratio(text: str) -> float:
 
 
 def repeated_words(text: str, n: int = _NGRAM) -> float:
-    """The share of a text's words that are in a sequence of n words which it has twice or more (Gopher, arXiv:2112.11446, table A1; by words,
-    not by characters, and with all occurrences counted)."""
+    """The share of a text's words that are in a sequence of n words that occurs twice or more (Gopher, arXiv:2112.11446, table A1, but in words instead
+    of characters, and with all occurrences counted)."""
     every = words(text)
     grams = [tuple(every[i : i + n]) for i in range(len(every) - n + 1)]
     often, covered, end = Counter(grams), 0, 0
@@ -40,7 +40,7 @@ def repeated_words(text: str, n: int = _NGRAM) -> float:
 
 
 def repetition(text: str, most_ratio: float | None, most_repeated: float | None) -> Reason | None:
-    """Why a text is repetitive, or None: its compression ratio, its share of repeated words, or nine equal digits in a row."""
+    """A reason if a text is repetitive, by its compression ratio, its share of repeated words, or nine equal digits in a row; else None."""
     if most_ratio is not None and (found := compression_ratio(text)) > most_ratio:
         return "repetition", f"compression ratio {found:.2f}, more than {most_ratio:g}"
     if most_repeated is not None and (found := repeated_words(text)) > most_repeated:

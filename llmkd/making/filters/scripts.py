@@ -32,7 +32,7 @@ _BY_NAME = {name: script for script, name in SCRIPTS.items()}
 
 @functools.cache
 def _script(letter: str) -> str | None:
-    """A letter's script; "other" for one without an entry, None for a character that is no letter of any (digits, signs, modifiers)."""
+    """A letter's script; "other" for scripts without an entry, None for characters that are not letters (digits, signs, modifiers)."""
     if unicodedata.category(letter) not in ("Lu", "Ll", "Lt", "Lo"):
         return None
     return _BY_NAME.get(unicodedata.name(letter, "?").split()[0], "other")
@@ -47,7 +47,7 @@ def letters_by_script(text: str) -> Counter:
 
 
 def other_script(text: str, scripts: Sequence[str], least: float) -> Reason | None:
-    """Why less than the share `least` of a text's letters are of these scripts; None where they are, and for a text without letters."""
+    """A reason if less than the share `least` of a text's letters are in these scripts; None otherwise, and for a text without letters."""
     counted = letters_by_script(text)
     share = sum(counted[script] for script in scripts) / (counted.total() or 1)
     if not counted or share >= least:

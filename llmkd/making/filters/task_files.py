@@ -1,4 +1,5 @@
-"""Which rows the tasks of lm-evaluation-harness evaluate, by their task files: read here without the harness, and without the code that they name. No torch."""
+"""The rows that lm-evaluation-harness evaluates, from its task files, which are read without the harness and without running the code that they name. No
+torch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def evaluated(tasks: Sequence[str], folder: str, setting: str) -> Iterator[Source]:
-    """The data of test and validation of each task, by the task files in a folder. UserError where they do not say."""
+    """The test and validation data of each task, from the task files in a folder. UserError if these do not name it."""
     files = {}
     for path in sorted(Path(folder).rglob("*.yaml")):
         fields = _fields(path, setting)
@@ -56,7 +57,7 @@ def _sources(path: Path, fields: dict[str, Any], setting: str) -> Iterator[Sourc
 
 
 def _fields(path: Path, setting: str, depth: int = 0) -> dict[str, Any]:
-    """The fields of a task file, with those of the file that it includes, which it may change."""
+    """The fields of a task file, on top of those of the file that it includes."""
     try:
         found = yaml.load(read_file(path), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:

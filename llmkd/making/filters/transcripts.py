@@ -1,4 +1,4 @@
-"""The filter of transcripts: their word error rate against the row's own transcript, as of Distil-Whisper (arXiv:2311.00430, section 3.2)."""
+"""The filter of transcripts by their word error rate against the row's own transcript, as in Distil-Whisper (arXiv:2311.00430, section 3.2)."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ NORMALISER = "basic"
 
 
 class WordErrors:
-    """Judges transcripts, and adds up their errors. UserError where jiwer is missing.
+    """Judges transcripts and sums their errors. UserError if jiwer is missing.
 
-    below       transcripts with this rate or more are left out
-    normaliser  a name of `tasks.metrics.transcripts.NORMALISERS`
-    every, kept  errors of all transcripts that were compared, and of those that stay
+    below         transcripts with this rate or more are left out
+    normaliser    a name of `tasks.metrics.transcripts.NORMALISERS`
+    every, kept   errors of all compared transcripts, and of those that stay
     """
 
     def __init__(self, below: float, normaliser: str | None):
@@ -26,7 +26,8 @@ class WordErrors:
         self.every = self.kept = Errors(0, 0, 0, 0)
 
     def reasons(self, transcripts: Sequence[tuple[str | None, str]], label: str) -> list[Reason | None]:
-        """Of each (reference, transcript) why it is left out, or None, also without a reference; one line says the rates. UserError where all have none."""
+        """The reason why each (reference, transcript) is left out, or None; pairs without a reference stay. Prints the rates. UserError if no pair has a
+        reference."""
         out = [None if reference is None else self.reason(reference, text) for reference, text in transcripts]
         lacking = sum(reference is None for reference, _ in transcripts)
         if transcripts and lacking == len(transcripts):
@@ -41,7 +42,7 @@ class WordErrors:
         return out
 
     def reason(self, reference: str, transcript: str) -> Reason | None:
-        """Why a transcript is left out, or None. Of a reference without a word only one without a word stays."""
+        """The reason why a transcript is left out, or None. For a reference without words only a transcript without words stays."""
         found = word_errors([reference], [transcript], self.normaliser)
         self.every += found
         if found.rate < self.below or not (found.length or found.insertions):

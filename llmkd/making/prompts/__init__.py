@@ -1,7 +1,7 @@
-"""Files of prompts: sections of text with places in braces, which are filled once. No torch.
+"""Prompt files: sections of text with places, `{name}`, to be filled. No torch.
 
-A section begins with its name in brackets on a line of its own, such as [user]; lines before the first one are notes. `{name}` is a place; other braces
-are characters.
+A section begins with its name in brackets on a line of its own, such as [user]; lines before the first one are notes. Braces that are no
+place are ordinary characters.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ class Prompts:
     sha256: str
 
     def text(self, section: str, **places: str) -> str:
-        """A section with its places filled; what is put there is not looked at again."""
+        """A section with its places filled. Places in the inserted texts are not filled again."""
         if not places:
             return self.sections[section]
         pattern = "|".join(map(re.escape, places))
         return re.sub(rf"\{{({pattern})\}}", lambda found: places[found[1]], self.sections[section])
 
     def messages(self, section: str = "user", **places: str) -> tuple[Message, ...]:
-        """The section as the user's turn, after the section `system` where there is one."""
+        """The section as the user's turn, after the section `system` if there is one."""
         system = ({"role": "system", "content": self.sections["system"]},) if "system" in self.sections else ()
         return (*system, {"role": "user", "content": self.text(section, **places)})
 
@@ -52,11 +52,11 @@ def has_prompts(name: str) -> bool:
 
 
 def load_prompts(name: str, path: str | None, setting: str, places: Mapping[str, Collection[str]] | None = None) -> Prompts:
-    """The prompts of a stage, of its own file or of the user's.
+    """The prompts of a stage, from llmkd's own file or the user's.
 
-    places   that the sections must have, by section; by default a user's file has those of llmkd's own
+    places   the places that each section must have, by section; by default those of llmkd's own file
 
-    UserError where the file cannot be read, lacks a section, or a place in one.
+    UserError if the file cannot be read, or lacks a section or a place.
     """
     own = given = _parse(own_prompts(name).name, read_file(own_prompts(name)), setting)
     if path is not None:

@@ -1,4 +1,4 @@
-"""What a model makes of rows: cross-entropies in context and alone, and the scores that are made of them."""
+"""Cross-entropies of answers in context and alone, and the scores that are computed from them."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A model's mean last hidden state of texts, of which clusters are made."""
+"""A model's mean last hidden states of texts, for clustering."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,8 @@ _MOST = 512  # tokens of a text that are read
 
 
 def mean_states(scorer: Scorer, texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """The mean of the last hidden states at all tokens of each text, scaled to length 1: float32 [texts, H]. A longer text is read as far as its
-    first 512 tokens, behind a start token."""
+    """The mean of the last hidden states over the tokens of each text, scaled to length 1: float32 [texts, H]. Texts are read after a start token, and
+    truncated to 512 tokens."""
     accelerator = start()
     model = scorer.load(accelerator.device, vocabulary({"model": scorer}))
     if model.capabilities.own_forward:
@@ -38,7 +38,7 @@ def mean_states(scorer: Scorer, texts: Sequence[str], batch_size: int) -> np.nda
 
 
 def _examples(tokenizer, texts: Sequence[str], most: int) -> TokenExamples:
-    """Each text behind a start token; the last hidden state is that at its last token, so one token more follows, which no one reads."""
+    """Examples of the texts after a start token. One more token follows each, since the state at a text's last token predicts it; it is not read."""
     made = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     ids = [np.array([start_token(tokenizer), *own[: most - 1], tokenizer.eos_token_id], np.int32) for own in made]
     masks = [np.arange(len(own)) > 0 for own in ids]

@@ -17,9 +17,9 @@ from .views import in_context, start_token
 
 
 class Measuring:
-    """Models, loaded, and what they make of rows.
+    """Computes the scores of rows with loaded models.
 
-    models  student, and teacher where a score is of it
+    models   student, and teacher if a score needs one
     """
 
     def __init__(self, models: dict[str, Scorer], settings: Score):
@@ -30,9 +30,9 @@ class Measuring:
         self.evaluator = Evaluator(accelerator, settings.batch_size)
 
     def scores(self, rows: Sequence[Row], backwards: Sequence[Sequence[Message]] | None) -> list[dict[str, float] | list[str]]:
-        """The scores of each row by name, or why it has none.
+        """The scores of each row, by name, or the reason and detail why it has none.
 
-        backwards  for r-IFD, the conversations in which a model is to find the instruction
+        backwards   for r-IFD, the conversations that ask for the instruction of each answer
         """
         wanted = {column for score in self.settings.scores for column in SCORES[score]}
         found: list[dict[str, float]] = [{} for _ in rows]

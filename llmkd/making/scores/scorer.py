@@ -8,10 +8,10 @@ from ..model import ModelToLoad
 
 
 class Scorer(ModelToLoad):
-    """Its settings are those of a `ScoringModel`."""
+    """A model with the settings of a `ScoringModel`."""
 
     def check(self, row_format: str, max_length: int) -> None:
-        """UserError where it cannot read rows of this format and length."""
+        """UserError if it cannot read rows of this format and length."""
         if row_format == "chat" and not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.setting}.model: {self.settings.model} has no chat template; use format: alpaca, or a model that has one"
@@ -21,11 +21,11 @@ class Scorer(ModelToLoad):
             raise UserError(f"{self.setting}.model: {self.settings.model} has {most} positions, and max_length is {max_length}; lower it")
 
     def refuse_other(self, other: "Scorer") -> None:
-        """UserError where another model's tokens are not this one's."""
+        """UserError if the other model's tokens differ from this one's."""
         refuse_other_tokens(self.tokenizer, other.tokenizer, f"{other.setting}.model", self.settings.model, other.settings.model)
 
 
 def vocabulary(scorers: dict[str, Scorer]) -> int:
-    """The entries that all models have rows for."""
+    """The size of the vocabulary that all models share."""
     first = next(iter(scorers.values()))
     return shared_vocab(first.tokenizer, {f"{one.setting}.model": rows_of(one.files.config) for one in scorers.values()})

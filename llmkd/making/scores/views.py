@@ -1,7 +1,7 @@
-"""The two views of a row that its scores compare: the same targets in their context, and alone. No torch here.
+"""The two views of a row that its scores compare: the same targets in their context, and alone. No torch.
 
-Of an answer that is tokenised by itself the first token may be another one than in its context (with a space, without), and nothing predicts it.
-So the answer is tokenised in its context alone, and the very same token ids are put behind one start token.
+If an answer were tokenised by itself, its first token might differ from the one in context (with or without a space), and nothing would predict
+it. So the answer is tokenised only in its context, and the same token ids are put after one start token.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ _ANY = (1 << 31) - 1  # tokens
 def in_context(
     conversations: Sequence[Sequence[Message]], names: Sequence[str], row_format: str, tokenizer, max_length: int
 ) -> tuple[TokenExamples, dict[int, Reason]]:
-    """Conversations as examples in which the last message, the assistant's, is supervised with its end token; and the reason of each that cannot be
-    scored, by its number. `TokenExamples.row` has the numbers of the others.
+    """Conversations as examples whose last message, the assistant's, is supervised with its end token, and the reasons of those that cannot be scored,
+    by index. `TokenExamples.row` has the indices of the others.
 
-    names       of the conversations, for messages
-    row_format  chat: by the tokenizer's chat template; alpaca: the prompt of Stanford Alpaca, for one question and its answer
+    names        of the conversations, for messages
+    row_format   chat: by the tokenizer's chat template; alpaca: the prompt of Stanford Alpaca, for one question and its answer
     """
     rows = [_row(one, row_format, name) for one, name in zip(conversations, names, strict=True)]
     left_out: dict[int, Reason] = {}
@@ -53,7 +53,7 @@ def in_context(
 
 
 def _encoded(rows: list[dict], names: Sequence[str], numbers: list[int], row_format: str, tokenizer, max_length: int) -> TokenExamples:
-    """The examples of the rows with these numbers, which `TokenExamples.row` has."""
+    """The examples of the rows with the indices `numbers`, which `TokenExamples.row` holds."""
     source = Source(path="rows", format=row_format, answers="last" if row_format == "chat" else "all")
     chosen = Rows([rows[i] for i in numbers], [names[i] for i in numbers], "")
     examples = encode(chosen, source, Data(max_length=max_length, too_long="drop"), tokenizer)
@@ -69,12 +69,12 @@ def _row(conversation: Sequence[Message], row_format: str, name: str) -> dict:
 
 
 def start_token(tokenizer) -> int:
-    """The token before an answer alone: the start of a text, or where the tokenizer has none, its end."""
+    """The token before an answer alone: the start-of-text token, or the end-of-text token if the tokenizer has none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def alone(examples: TokenExamples, start: int) -> TokenExamples:
-    """The same targets, each example's behind one start token and nothing else."""
+    """The same targets, each example's after one start token and nothing else."""
     targets = [ids_L[mask_L] for ids_L, mask_L in map(examples.example, range(len(examples)))]
     ids = [np.concatenate([[start], own]).astype(np.int32) for own in targets]
     masks = [np.arange(len(own)) > 0 for own in ids]

@@ -1,7 +1,7 @@
-"""*evolve*: questions that are deeper or rarer than those that are there, round by round (Evol-Instruct, WizardLM, arXiv:2304.12244, section 3).
+"""*evolve*: makes questions deeper or rarer, round by round (Evol-Instruct, WizardLM, arXiv:2304.12244, section 3).
 
-With the paper's elimination: a change that adds nothing, as the writer judges; an answer that declines; an answer without a word of its own; a question
-that repeats words of the prompt. A question whose change is eliminated is changed again in the next round, as it was.
+With the paper's elimination of: a change that adds nothing, as judged by the writer; an answer that declines; an answer without content words; a
+question that repeats words of the prompt. The question before an eliminated change is changed again in the next round.
 """
 
 import re
@@ -13,9 +13,9 @@ from ..rows import Row
 from ..stage import Outcome, Rejected, Work, unusable
 from .questions import plain_words
 
-#: Words of the prompts that a question of its own would not have.
+#: Words of the prompts that a genuine question would not contain.
 _OF_THE_PROMPT = ("given prompt", "rewritten prompt", "created prompt", "given task", "rewritten task", "created task")
-#: Words that say nothing by themselves; see the paper's third rule.
+#: Words without content of their own, see the paper's third rule.
 _STOP_WORDS = frozenset(
     "a an and are as at be been but by can could did do does for from had has have he her his i if in into is it its me my no not of on or our "
     "she should so than that the their them then there these they this to was we were what when where which who will with would yes you your".split()
@@ -46,7 +46,7 @@ class Evolve:
         return outcome
 
     def _changed(self, now: list[Row], work: Work, round_: int, outcome: Outcome) -> list[tuple[Row, Row]]:
-        """(row, what its question became) of those that could be changed."""
+        """(row, row with the changed question) for the rows whose question could be changed."""
         names = [self.settings.operations[work.draw("operation", round_, row.id) % len(self.settings.operations)] for row in now]
         asks = [
             work.ask(
@@ -72,7 +72,7 @@ class Evolve:
         return made
 
     def _judged(self, made: list[tuple[Row, Row]], work: Work, outcome: Outcome) -> list[tuple[Row, Row]]:
-        """Those that the writer says ask for something else than before."""
+        """The pairs whose questions the writer judges to be different."""
         asks = [
             work.ask(
                 work.prompts.messages("judge", instruction=old.instruction, evolved=new.instruction), pretend="Different", temperature=0.0
@@ -92,7 +92,7 @@ class Evolve:
         return out
 
     def _answered(self, made: list[tuple[Row, Row]], work: Work, outcome: Outcome) -> list[tuple[Row, Row]]:
-        """Those whose answer is one, with it."""
+        """The pairs whose new question has a usable answer, with that answer."""
         asks = [work.ask(new.question, pretend="An answer of its own.") for _, new in made]
         out = []
         for (old, new), answer in zip(made, work.answer(asks), strict=True):
@@ -106,7 +106,7 @@ class Evolve:
 
 
 def says_nothing(answer: str) -> tuple[str, str] | None:
-    """The paper's rules on answers: one that declines in few words, and one that has stop words and punctuation alone. None where it is neither."""
+    """A reason if an answer declines in few words, or has only stop words and punctuation (the paper's second and third rule); else None."""
     words = re.findall(r"\w+", answer.lower())
     if "sorry" in words and len(words) < 80:
         return "declines", ""

@@ -1,6 +1,6 @@
-"""*expand*: new questions, with some of those that are there in the writer's context (Self-Instruct, arXiv:2212.10560, section 2.2).
+"""*expand*: new questions, for which the writer is shown some of the existing ones (Self-Instruct, arXiv:2212.10560, section 2.2).
 
-What is near another question is for the stage keep; here only what is the same but for case and punctuation is a duplicate.
+Only questions that are equal up to case and punctuation are rejected as duplicates here; the stage keep removes near-duplicates.
 """
 
 import random
@@ -13,8 +13,8 @@ from ..rows import Row
 from ..stage import Outcome, Rejected, Work
 from .questions import Questions, pretended_list
 
-_ROUND = 16  # asks that are made at one time: the questions of a round are shown in the next one
-_MOST = 4  # times as many asks as would do, if every item were new
+_ROUND = 16  # asks of a round, whose questions may be shown in the next one
+_MOST = 4  # at most so many times the asks that would suffice if every item were new
 
 
 class Expand:
@@ -24,7 +24,7 @@ class Expand:
     def run(self, rows: Sequence[Row], work: Work) -> Outcome:
         own, made = self.settings, Questions(work, self.settings.min_words, self.settings.max_words, [row.instruction for row in rows])
         asked, most = 0, _MOST * -(-own.count // own.per_ask)
-        before: Counter[str] = Counter()  # asks by what they show: few seeds are shown again, and another text is wanted
+        before: Counter[str] = Counter()  # asks by message: with few seeds the same ones are shown again, and get a new sample number
         while len(made.outcome.kept) < own.count and asked < most:
             left = -(-(own.count - len(made.outcome.kept)) // own.per_ask)
             shown = [self._shown(rows, made.outcome.kept, work, asked + n) for n in range(min(left, _ROUND, most - asked))]
@@ -49,7 +49,7 @@ class Expand:
         return outcome
 
     def _shown(self, rows: Sequence[Row], made: Sequence[Row], work: Work, number: int) -> list[Row]:
-        """The questions in the context of an ask, drawn by seed: of the rows, and some that are new."""
+        """The questions to show in an ask, drawn by seed: some of the rows, and some new ones."""
         draw = random.Random(work.draw("context", number))
         new = draw.sample(list(made), min(len(made), self.settings.made_in_context))
         old = draw.sample(list(rows), min(len(rows), self.settings.in_context - len(new)))

@@ -1,4 +1,4 @@
-"""*keep*: the filters, in the order of their settings. Those of one row first, then those that compare rows, of what is left; shares last."""
+"""*keep*: the filters, in the order of their settings: first those of single rows, then those that compare the remaining rows, then balance."""
 
 import dataclasses
 from collections import defaultdict
@@ -25,7 +25,7 @@ from ..rows import Row, row_id
 from ..stage import Outcome, Rejected, Work
 from .score import column_of
 
-#: For each row why it is left out, or None.
+#: For each row the reason why it is left out, or None.
 Reasons = list[Reason | None]
 
 
@@ -55,7 +55,7 @@ class Keep:
         return [next(filter(None, self._of_row(row)), None) for row in rows]
 
     def _of_row(self, row: Row) -> Iterable[Reason | None]:
-        """The filters of one row, as far as they are asked for. A row without an answer has only a question to be looked at."""
+        """The filters of a single row that are switched on. Of a row without an answer only the question is checked."""
         one, answer, question = self.settings, row.answer, row.instruction
         if answer is not None:
             yield answers.empty(answer)

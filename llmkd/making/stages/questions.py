@@ -1,4 +1,4 @@
-"""New questions out of a numbered list that the writer wrote: what *expand* and *topics* have in common."""
+"""Reads new questions from the writer's numbered lists, for *expand* and *topics*."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from ..stage import Outcome, Rejected, Work, unusable
 
 
 class Questions:
-    """Counts what becomes of each item: a question that is new, or why not. `known`: questions that are there already."""
+    """Collects the items of lists: new questions, and rejected items with their reasons. `known`: the existing questions."""
 
     def __init__(self, work: Work, least: int, most: int, known: Sequence[str] = ()):
         self.work, self.least, self.most, self.outcome = work, least, most, Outcome()
         self.known = {plain_words(text) for text in known}
 
     def read(self, answer: Answer, parents: Sequence[str], columns: Mapping[str, Any], number: int, wanted: int) -> None:
-        """The questions in one answer, of which at most `wanted` are used."""
+        """Add the questions of one answer, at most `wanted`."""
         if problem := unusable(answer, cut=False):
             return self._reject(problem, answer.text, parents, columns, number)
         try:
@@ -53,7 +53,7 @@ class Questions:
 
 
 def pretended_list(label: str, count: int, number: int) -> str:
-    """A list of so many questions, for the ask of that number of a stage in a dry run."""
+    """A well-formed list of `count` questions for ask number `number` of a stage in a dry run."""
     return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))
 
 
@@ -62,5 +62,5 @@ def _has_paragraphs(text: str) -> bool:
 
 
 def plain_words(text: str) -> str:
-    """A text by which questions that are the same but for case, white space and punctuation are one."""
+    """A text that is equal for questions that differ only in case, white space and punctuation."""
     return " ".join(words(text))

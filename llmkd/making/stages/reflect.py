@@ -1,7 +1,7 @@
-"""*reflect_instruction* and *reflect_response*: the writer examines a pair and makes it better (Selective Reflection-Tuning, arXiv:2402.10110).
+"""*reflect_instruction* and *reflect_response*: the writer examines a pair and improves it (Selective Reflection-Tuning, arXiv:2402.10110).
 
-Each row that comes in stays, as the version `original`. `notes["version"]` of a row is original, instruction, response or both, and `notes["original"]`
-the id of the row that it is a version of: one of up to four is chosen by the stage select. Where marks are missing there is no version, and that is counted.
+Each input row stays, as the version `original`. `notes["version"]` of a row is original, instruction, response or both, and `notes["original"]` is
+the id of the original; the stage select chooses one of up to four versions. An answer without the marks gives no version, and is rejected.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class ReflectResponse(_Reflect):
 
 
 def as_version(row: Row) -> Row:
-    """A row that knows which version it is: one that no reflection has made is an original."""
+    """The row with its version in `notes`; a row without one is an original."""
     return (
         row
         if row.notes.get("version") in VERSIONS

@@ -1,4 +1,4 @@
-"""*paraphrase* and *back_translate*: each question in other words, with the answer that it has. The classic augmentations, for comparison."""
+"""*paraphrase* and *back_translate*: each question in other words, with the same answer: the classic augmentations, for comparison."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ class BackTranslate:
 
 
 def _text_of(row: Row, answer: Answer, work: Work, section: str, outcome: Outcome) -> str | None:
-    """What the answer has between its marks; None where it is rejected."""
+    """The text between the marks of an answer; None if it is rejected."""
     try:
         return marked_answer(answer, "text", prompt=work.prompts.sections[section], given=row.instruction)[0]
     except Unreadable as error:
@@ -55,7 +55,7 @@ def _text_of(row: Row, answer: Answer, work: Work, section: str, outcome: Outcom
 
 
 def _add(row: Row, text: str, sample: int, work: Work, outcome: Outcome, seen: set, answer: Answer) -> None:
-    """The row with its question in these words, unless it has been said so before."""
+    """Keep the row with its question replaced by `text`, unless it already has these words."""
     if (row.id, plain_words(text)) in seen:
         outcome.rejected.append(Rejected(row, "unchanged", answer=answer.text))
         return

@@ -1,4 +1,4 @@
-"""*score*: a model reads each row; what it makes of it are columns of the row, with the model's fingerprint."""
+"""*score*: scores each row with a model. The scores become columns of the row, with the model's fingerprint."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from ..scores.views import in_context
 from ..stage import Outcome, Rejected, Work
 
 BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on; and `row`, the hash of the messages
-_CHUNK = 256  # rows that are computed, and written down, together
+_CHUNK = 256  # rows whose scores are computed and stored together
 
 
 class Score:
@@ -52,7 +52,7 @@ class Score:
         return outcome
 
     def _backwards(self, rows: Sequence[Row], prompts: Prompts) -> list[list[Message]] | None:
-        """Conversations in which a model is to find the instruction of an answer; None where no score needs them."""
+        """Conversations that show an answer and ask for its instruction, for r-IFD; None if no score needs them."""
         if "rifd" not in self.settings.scores:
             return None
         return [[*prompts.messages(answer=row.answer), {"role": "assistant", "content": row.instruction}] for row in rows]
@@ -79,7 +79,7 @@ class Score:
         return "+".join(f"{one}:{fingerprint(self.models[one])}" for one in models)
 
     def _key(self, rows: Sequence[Row], work: Work) -> str:
-        """Of all that the scores of these rows depend on."""
+        """A key of everything that the scores of these rows depend on."""
         read = {"format": self.settings.format, "max_length": self.settings.max_length, "batch_size": self.settings.batch_size}
         prompts = work.prompts.sha256 if "rifd" in self.settings.scores else None
         models = {name: one.fingerprint for name, one in self.models.items()}
@@ -92,7 +92,7 @@ def fingerprint(scorer: Scorer) -> str:
 
 
 def scored_by(row: Row) -> dict[str, str]:
-    """For each score of a row the models that it is of. UserError where the column is not llmkd's."""
+    """The fingerprints of the models of each score of a row. UserError if the column was not written by llmkd."""
     by = row.columns.get(BY) or {}
     if not isinstance(by, dict):
         raise UserError(
@@ -102,19 +102,19 @@ def scored_by(row: Row) -> dict[str, str]:
 
 
 def _current(row: Row) -> dict[str, str]:
-    """The same without those of other messages, such as of the row that it was made of."""
+    """`scored_by` for the row's own messages: without scores of others, such as those of the row that it was made from."""
     by, said = scored_by(row), row_id(row.messages)
     return by if by.get("row", said) == said else {}
 
 
 def _without_inherited(row: Row) -> Row:
-    """The row without scores of other messages, which would pass for its own next to new ones."""
+    """The row without scores of other messages, which next to new ones would seem to be its own."""
     inherited = scored_by(row).keys() - _current(row).keys() - {"row"}
     return dataclasses.replace(row, columns={name: value for name, value in row.columns.items() if name not in inherited})
 
 
 def column_of(row: Row, column: str, setting: str) -> float:
-    """A row's number in a column. UserError where it has none."""
+    """A row's number in a column. UserError if it has none."""
     value: Any = row.columns.get(column)
     if column in scored_by(row) and column not in _current(row):
         raise UserError(

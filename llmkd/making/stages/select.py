@@ -1,4 +1,4 @@
-"""*select*: keeps rows by their scores, or of the versions of a row the one that Selective Reflection-Tuning chooses."""
+"""*select*: keeps rows by their scores, or the version of each row that Selective Reflection-Tuning chooses."""
 
 from collections.abc import Iterator, Sequence
 
@@ -52,7 +52,7 @@ class Select:
 
 
 def refuse_several_models(rows: Sequence[Row], column: str) -> None:
-    """UserError where scores are of different models, and so cannot be compared."""
+    """UserError if the scores come from different models, and so cannot be compared."""
     models = {scored_by(row).get(column) for row in rows}
     if len(models) > 1:
         raise UserError(

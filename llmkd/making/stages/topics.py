@@ -1,4 +1,4 @@
-"""*topics*: questions from a tree of topics and from personas: data curation from meta-information (the survey arXiv:2402.13116, section 3.1.3)."""
+"""*topics*: questions about a tree of topics, asked by personas: data curation from meta-information (the survey arXiv:2402.13116, section 3.1.3)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ class Topics:
         return made.outcome
 
     def _narrower(self, leaves: Sequence[str], work: Work, outcome: Outcome) -> list[str]:
-        """The leaves with the narrower topics that the writer names; where it names none, that is counted, and the leaf stays."""
+        """Each leaf replaced by the narrower topics that the writer names. If it names none, the answer is rejected and the leaf stays."""
         count, out = self.settings.subtopics, []
         asks = [
             work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=pretended_list(work.label, count, number))
@@ -58,7 +58,7 @@ class Topics:
 
 
 def _of_leaf(text: str, leaf: str, work: Work) -> Row:
-    """What the writer said of a leaf, as the row that it did not become."""
+    """The writer's text about a leaf as a row, to be rejected."""
     return made_row(work.label, work.writer, ({"role": "user", "content": text},), columns={"topic": leaf})
 
 

@@ -13,17 +13,17 @@ from ...servers.workers import Workers
 from ..asks import Answer, Ask, failed
 from .outside import MOST_OF_FINISH, Ending, bad_text, counted, in_a_word
 
-#: Statuses by which no ask would be answered: a wrong key, a path or a model that is not there.
+#: Statuses with which every ask would fail: a wrong key, or a path or model that does not exist.
 _FOR_ALL = (401, 403, 404, 405, 407)
-#: Where servers put what a model thinks before it answers.
+#: Where servers put a model's reasoning before its answer.
 _REASONING = ("reasoning_content", "reasoning")
-#: The command ends where so many asks, the first ones, are refused, or so many in a row fail on a server that lives.
+#: The command ends if so many asks are refused before any is answered, or so many in a row fail although the server responds.
 _FIRST = 8
 _MOST_OF_MODEL = 200  # characters of a model's name
 
 
 class ServedWriter:
-    """Several requests at a time; time-outs, 429 and 5xx are repeated with longer and longer pauses. See `servers/client.py`."""
+    """Sends several requests at a time; after a time-out, 429 or 5xx a request is repeated with increasing pauses, see `servers/client.py`."""
 
     def __init__(self, settings: Settings, stop: Callable[[], bool]):
         self.settings, self.stop = settings, stop
@@ -45,7 +45,7 @@ class ServedWriter:
             self.server.reach("/v1/models")
         except Refused as error:
             if error.status in (401, 403):
-                raise self._explained(error) from None  # others have no such page
+                raise self._explained(error) from None  # with other statuses the server may only lack this page
 
     def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
         waiting = iter([ask for ask in asks if ask.key not in known])
@@ -59,7 +59,7 @@ class ServedWriter:
                 if not running:
                     return
                 done, _ = wait(running, 0.5, FIRST_COMPLETED)
-                for one in sorted(done, key=lambda one: one.exception() is not None):  # answers are kept before an error ends the command
+                for one in sorted(done, key=lambda one: one.exception() is not None):  # answers first, before an error ends the command
                     yield running.pop(one), one.result()
         except BaseException:
             self.server.end()
@@ -78,7 +78,7 @@ class ServedWriter:
         }
         if sampling.temperature:
             content |= {"seed": sampling.seed, "top_p": sampling.top_p}
-        if sampling.top_k is not None:  # not OpenAI's, but of all servers of open models
+        if sampling.top_k is not None:  # OpenAI does not have it, but all servers of open models do
             content["top_k"] = sampling.top_k
         if sampling.min_p:
             content["min_p"] = sampling.min_p
@@ -94,7 +94,7 @@ class ServedWriter:
         except ServerFailed as error:
             if error.alone is None or not self.server.lives():
                 raise
-            self._broken += self._answered == answered  # others were answered meanwhile: they are no row, though they end at one moment
+            self._broken += self._answered == answered  # no other ask was answered meanwhile
             if self._broken >= _FIRST:
                 raise
             return failed(f"the server {error.alone}")
@@ -114,7 +114,7 @@ class ServedWriter:
         return UserError(f"writer.server: {self.server.address} {error}{fix}")
 
     def _read(self, found: Any, ask: Ask) -> Answer:
-        """The answer in what the server said. What is not understood is no answer, and is not kept. Refused where it says that it gives none."""
+        """The answer in a response; a failed one if it is not understood. Refused if the response is an error."""
         found = found if isinstance(found, dict) else {}
         choices = found.get("choices")
         if not choices and found.get("error"):
@@ -123,7 +123,7 @@ class ServedWriter:
         message = choice.get("message") if choice and isinstance(choice.get("message"), dict) else {}
         text, finish = message.get("content"), choice and choice.get("finish_reason")
         reasoning = next((said for name in _REASONING if isinstance(said := message.get(name), str) and said.strip()), None)
-        if text is None and reasoning:  # it was cut off while it reasoned, which was paid for
+        if text is None and reasoning:  # it was cut off while reasoning, which cost tokens
             text = ""
         usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
         cost = counted(ask, text if isinstance(text, str) else "", usage.get("completion_tokens"), usage.get("prompt_tokens"))
@@ -135,7 +135,7 @@ class ServedWriter:
         return Answer(text, in_a_word(finish, MOST_OF_FINISH), *cost, model=named, reasoning=reasoning and len(reasoning))
 
     def _problem(self, choice: dict | None, message: dict, text: Any, finish: Any) -> str | None:
-        """Why an answer is none."""
+        """Why a response is no answer; None if it is one."""
         if choice is None:
             return "the server's answer has not one choice"
         if message.get("tool_calls") or message.get("function_call"):

@@ -1,4 +1,4 @@
-"""A writer that is a program: it reads asks as JSON lines, and writes answers as JSON lines, in whatever order. No torch."""
+"""A writer that is a program: it reads asks and writes answers as JSON lines, in any order. No torch."""
 
 import json
 import queue
@@ -19,8 +19,9 @@ _LONGEST = 64 << 20  # bytes of a line
 
 
 class ProgramWriter:
-    """A line of its stdin: `key`, `messages`, `temperature`, `max_tokens`, `top_p`, `top_k`, `min_p`, `seed`, and of a sound `audio`. Of its stdout: `key`
-    and `text`, and perhaps `finish`, `tokens`, `prompt_tokens`; or `key` and `error`. At most `writer.requests` asks wait for it at a time; its stdin is closed at the end.
+    """The program's stdin gets a line for each ask: `key`, `messages`, `temperature`, `max_tokens`, `top_p`, `top_k`, `min_p`, `seed`, and for a sound
+    `audio`. Its stdout gives a line for each answer: `key` and `text`, optionally `finish`, `tokens` and `prompt_tokens`; or `key` and `error`.
+    At most `writer.requests` asks are open at a time, and stdin is closed at the end.
     """
 
     def __init__(self, settings: Settings, stop: Callable[[], bool]):
@@ -87,7 +88,7 @@ class ProgramWriter:
             process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise UserError(f"writer.command: {self._name} cannot be started ({error.strerror}); check its name and its rights") from error
-        lines, asks = queue.SimpleQueue(), queue.SimpleQueue()  # without what an earlier process has left
+        lines, asks = queue.SimpleQueue(), queue.SimpleQueue()  # new ones, since an earlier process may have left lines in the old ones
         self._lines, self._asks = lines, asks
         said = self._said = deque(maxlen=1)
 
@@ -103,7 +104,7 @@ class ProgramWriter:
                     while (line := asks.get()) is not None:
                         process.stdin.write(line)
                         process.stdin.flush()
-            except OSError:  # it has ended, which its stdout says
+            except OSError:  # the process has ended, which `read_answers` notices
                 pass
 
         def read_messages() -> None:
@@ -133,7 +134,7 @@ class ProgramWriter:
             "min_p": sampling.min_p,
             "seed": sampling.seed,
         } | ({"audio": ask.audio.file} if ask.audio else {})
-        self._asks.put(json.dumps(line).encode() + b"\n")  # a program that does not read must not stop this one
+        self._asks.put(json.dumps(line).encode() + b"\n")  # by a thread: a program that does not read must not block this one
 
     def _read(self, line: bytes | None, running: dict[str, Ask]) -> tuple[Ask, Answer]:
         if line is None:
@@ -160,7 +161,7 @@ class ProgramWriter:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
             code = None
-        self._messages.join(1)  # its last words may come after the end of its stdout; a process that it has left may keep its stderr open
+        self._messages.join(1)  # its last message may follow the end of its stdout; but a child of it may keep its stderr open forever
         said = f"; its last words: {self._said[-1]}" if self._said else ""
         return UserError(
             f"writer.command: {self._name} has ended {f'with exit code {code} ' if code is not None else ''}before it answered all asks{said}; "

@@ -1,4 +1,4 @@
-"""A writer that is a model in this process: any that llmkd loads, adapters included. torch is loaded with the first ask that needs it."""
+"""A writer that is a model in this process, any that llmkd loads, adapters included. torch is imported with the first ask that needs it."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
@@ -24,9 +24,9 @@ _PLAIN = Source(path="asks", format="chat")
 
 
 class ModelWriter:
-    """Prompts in the model's chat template. An answer depends on the model, its ask and the seed alone; which others are in its batch changes it by rounding.
+    """Asks are rendered in the model's chat template. An answer depends on the model, its ask and the seed, and up to rounding not on its batch.
 
-    A batch is computed as a whole, where one of its answers is missing, so that each is what it would have been.
+    If one answer of a batch is missing, the whole batch is computed, so that each answer is the same as without an interruption.
     """
 
     def __init__(self, settings: Settings, device: Callable[[], Any], stop: Callable[[], bool]):
@@ -66,7 +66,7 @@ class ModelWriter:
                 yield from ((ask, answer) for ask, answer in self._batch(batch) if ask.key not in known)
 
     def _prompt(self, ask: Ask) -> Prompt | Answer:
-        """The ask as the model reads it; the reason where it cannot."""
+        """The ask as the model's prompt; a failed answer if that is not possible."""
         try:
             prompt = self._rendered(ask.messages)
         except ValueError as error:
@@ -104,6 +104,6 @@ class ModelWriter:
 
 
 def _of_key(ask: Ask) -> tuple:
-    """What asks of one batch have in common."""
+    """The sampling, which all asks of a batch must share."""
     sampling = ask.sampling
     return (sampling.temperature, sampling.max_new_tokens, sampling.seed, sampling.top_p, sampling.top_k or 0, sampling.min_p)

@@ -1,4 +1,4 @@
-"""What writers outside this process have in common: a stop that is followed, texts that are none, and tokens that are not counted. No torch."""
+"""Common code of writers outside this process: stopping after a signal, invalid texts, and token counts that are missing. No torch."""
 
 import math
 import time
@@ -9,14 +9,14 @@ from ...console import printable
 from ...errors import Stopped
 from ..asks import Ask, estimated_tokens
 
-#: Seconds in which what is being written may be finished, after a signal.
+#: Seconds after a signal in which answers that are being written may be finished.
 GRACE = 10.0
 MOST_OF_FINISH = 40  # characters
 _MOST_TOKENS = 1 << 31  # that one answer may be said to have
 
 
 class Ending:
-    """Of a writer that is asked to stop: nothing more is asked, and what is being written has `GRACE` seconds to be kept."""
+    """The end of a writer that was asked to stop: it sends no more asks, and the running ones have `GRACE` seconds to finish."""
 
     def __init__(self, stop: Callable[[], bool], setting: str):
         self._stop, self._setting, self._until = stop, setting, math.inf
@@ -28,13 +28,13 @@ class Ending:
         return self._until < math.inf
 
     def follow(self, running: int) -> None:
-        """Stopped, if it is asked to stop and nothing more is written, or the time is over."""
+        """Raise Stopped if the writer was asked to stop and no ask is running, or the time is over."""
         if self.asked and (not running or time.monotonic() > self._until):
             raise Stopped(f"stopped by a signal while {self._setting} was asked; what is written is kept, and the same command goes on")
 
 
 def bad_text(text: str) -> str | None:
-    """Why a text is none; None if it is one."""
+    """Why a text is invalid; None if it is valid."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -43,16 +43,16 @@ def bad_text(text: str) -> str | None:
 
 
 def in_a_word(text: str, most: int) -> str:
-    """A name or a reason that another program gave, in one line of characters that print."""
+    """A name or reason from another program, as one printable line of at most `most` characters."""
     return printable(" ".join(text.split()))[:most]
 
 
 def counted(ask: Ask, text: str, tokens: Any, prompt_tokens: Any) -> tuple[int, int]:
-    """Tokens written and read, as they were told; estimated, where that is no count."""
+    """Tokens written and read, as another program counts them, or estimated if its counts are invalid."""
     read = estimated_tokens(*(one["content"] for one in ask.messages))
     return told(tokens, estimated_tokens(text)), told(prompt_tokens, read)
 
 
 def told(count: Any, otherwise: int) -> int:
-    """A count that another program gave, where it is one."""
+    """A count from another program, or `otherwise` if it is invalid."""
     return count if type(count) is int and 0 <= count < _MOST_TOKENS else otherwise

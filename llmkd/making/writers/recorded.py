@@ -1,4 +1,4 @@
-"""A writer that is a file of answers: those of an earlier run, or made by hand. No torch."""
+"""A writer that is a file of answers, from an earlier run or made by hand. No torch."""
 
 import json
 from collections import defaultdict
@@ -16,7 +16,8 @@ from .outside import MOST_OF_FINISH, in_a_word
 
 
 class RecordedWriter:
-    """JSON lines: the answers.jsonl of a run, by what was asked; or `messages` and `text`, where several texts to the same messages are its samples."""
+    """Reads JSON lines: the answers.jsonl of a run, found by the hash of the ask; or lines with `messages` and `text`, of which several with the same
+    messages are samples."""
 
     def __init__(self, settings: Settings):
         self.path = Path(settings.recorded).expanduser()
@@ -35,7 +36,7 @@ class RecordedWriter:
     def _add(self, number: int, line: bytes) -> None:
         try:
             row = json.loads(line)
-            if PROBLEM in row:  # of a run: what was paid for, and was no answer
+            if PROBLEM in row:  # of a run: an ask that cost tokens and got no answer
                 return
             text = row["text"]
             text.encode()

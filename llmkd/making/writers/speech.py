@@ -1,4 +1,5 @@
-"""A writer of transcripts that is a model in this process: any of speech recognition that llmkd loads. torch is loaded with the first ask that needs it."""
+"""A writer of transcripts that is a model in this process, any speech recognition model that llmkd loads. torch is imported with the first ask that
+needs it."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ _BATCH = 8
 
 
 class SpeechWriter:
-    """The most likely tokens, without those that the model's generation config suppresses. A transcript depends on the model and its sound alone; which
-    others are in its batch changes it by rounding.
+    """Transcripts are decoded greedily, without the tokens that the model's generation config suppresses. A transcript depends on the model and its
+    sound, and up to rounding not on its batch.
 
-    A batch is computed as a whole, where one of its transcripts is missing, so that each is what it would have been.
+    If one transcript of a batch is missing, the whole batch is computed, so that each is the same as without an interruption.
     """
 
     def __init__(self, settings: Settings, device: Callable[[], Any], stop: Callable[[], bool]):
@@ -51,7 +52,7 @@ class SpeechWriter:
             )
         self.frame = frame_of(self.tokenizer, files.config, generation, settings.target_prefix, "writer.model", "writer.target_prefix")
         self.vocab = shared_vocab(self.tokenizer, {"writer.model": rows_of(files.config)})
-        self.most = decoder_positions(files.config) - len(self.frame.given) + 1  # nothing is predicted from the last one
+        self.most = decoder_positions(files.config) - len(self.frame.given) + 1  # the last token needs no position: nothing follows it
         self.identity: dict[str, Any] = self.model.fingerprint | {"targets": [*self.frame], "extractor": settings_of(self.extractor)}
         self._loaded = None
 
@@ -59,7 +60,7 @@ class SpeechWriter:
         pass
 
     def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
-        """Files of like sizes are in one batch, since their transcripts are of like lengths."""
+        """See `Writer.write`. Files of similar size are batched, since their transcripts have similar lengths."""
         for batch in by_length(list(asks), self.settings.batch_size or _BATCH, lambda ask: ask.audio.size):
             if all(ask.key in known for ask in batch):
                 continue
@@ -89,7 +90,7 @@ class SpeechWriter:
             yield ask, Answer(text, STOP if finished else CUT, len(ids) + finished, len(self.frame.given))
 
     def _clip(self, ask: Ask) -> np.ndarray | Answer:
-        """The sound's samples; the reason where it cannot be read as a whole."""
+        """The sound's samples; a failed answer if it cannot be read, or is too long."""
         rate, sound = self.extractor.sampling_rate, ask.audio
         try:
             clip = decode(sound.file, rate, sound.place)
@@ -122,7 +123,7 @@ class SpeechWriter:
 
 @dataclass(frozen=True)
 class _OfBatch:
-    """What a model reads of two sounds, as `data.inputs.Inputs`: the first and the last of a batch."""
+    """The inputs of two sounds, the first and the last of a batch, as `data.inputs.Inputs`."""
 
     inputs: "dict[str, Tensor]"
     positions = False

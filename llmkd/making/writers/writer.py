@@ -1,4 +1,4 @@
-"""The protocol of writers, and which one settings name. No torch."""
+"""The protocol of writers, and the choice of one by its settings. No torch."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
@@ -10,20 +10,20 @@ from ..asks import Answer, Ask
 class Writer(Protocol):
     """Writes answers to asks."""
 
-    identity: dict[str, Any]  # what an answer depends on besides its ask: a part of its key
-    label: str  # what names it to people
+    identity: dict[str, Any]  # everything besides the ask that an answer depends on: a part of the ask's key
+    label: str  # its name for people
 
     def check(self) -> None:
-        """UserError where it cannot be reached, before anything is asked."""
+        """UserError if the writer cannot be reached. Called before the first ask."""
 
     def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
-        """An answer to each ask whose key is not known, as they become ready, in whatever order.
+        """An answer to each ask whose key is not in `known`, in the order in which they become ready.
 
-        UserError where no ask can be answered; where one alone cannot, its answer says why (`asks.failed`).
+        UserError if no ask can be answered. If a single ask cannot, its answer says why (`asks.failed`).
         """
 
     def close(self) -> None:
-        """End what it has started."""
+        """End the processes and threads that it has started, and free its model."""
 
 
 class Nobody:
@@ -43,11 +43,11 @@ class Nobody:
 
 
 def writer_of(settings: Settings | None, device: Callable[[], Any], stop: Callable[[], bool], sounds: bool = False) -> Writer:
-    """The writer that settings name.
+    """The writer that the settings describe.
 
-    device   gives the device of a model in this process, when it is loaded
-    stop     whether the command is asked to stop
-    sounds   whether asks are of sounds
+    device   returns the device of a model in this process; called when it is loaded
+    stop     returns whether the command was asked to stop
+    sounds   whether asks are about sounds
     """
     if settings is None:
         return Nobody()

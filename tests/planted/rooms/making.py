@@ -194,8 +194,8 @@ FAULTS = [
         (
             "past-the-positions",
             "a transcript may be longer than the decoder's positions",
-            "- len(self.frame.given) + 1  # nothing",
-            "- len(self.frame.given) + 2  # nothing",
+            "- len(self.frame.given) + 1",
+            "- len(self.frame.given) + 2",
             TRANSCRIBE,
         ),
         (
