@@ -16,15 +16,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
-from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
+from ..config.recipe import Data, Loss, Mixture, Recipe, Source, Student, distils
 from ..config.schedule import in_words
 from ..config.target_weights import chosen_by
 from ..config.where import where_words
-from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
+from ..model_folder.files import ModelFiles, hub_origin, licence
 from ..model_folder.identity import record_of
 from ..model_folder.layers import layer_words
 from ..teachers.resolve import TeacherSource
 from . import markdown
+from .usage_snippets import GENERATION, full_model_snippet, usage_snippet
 
 #: For each validation metric its type on the hub, if it has one there, and its description.
 METRICS = {
@@ -41,29 +42,6 @@ METRICS = {
 
 #: Metrics that need a teacher.
 TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
-
-#: transformers' pipeline for text generation, the hub's task without a pipeline, and example inputs of other pipelines.
-GENERATION = "text-generation"
-TEXT_TO_TEXT = "text2text-generation"
-EXAMPLES = {
-    "text-classification": "A text in the form of the training data.",
-    "audio-classification": "clip.wav",
-    "image-classification": "picture.png",
-    "automatic-speech-recognition": "clip.wav",
-}
-
-#: The end of both snippets for causal language models.
-GENERATE = """
-inputs = tokenizer("Write the prompt in the format of the training data.", return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))"""
-
-#: As in `pretrained.load_pretrained`.
-REPACKING = (
-    "for module in base.modules():  # else bitsandbytes may repack weights on a CPU into a form that supports neither DoRA nor gradients\n"
-    "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
-    "        module.support_avx512bf16_for_cpu = False\n"
-)
 
 
 @dataclass(frozen=True)
@@ -136,7 +114,7 @@ def model_card(
             *introduction(recipe.student, recipe.loss, recipe.mixture, student, teachers),
             *(stopping(end_tokens) if end_tokens is not None else []),
             "\n## Use\n",
-            markdown.code_block(usage_snippet(recipe, student, pipeline), "python"),
+            markdown.code_block(usage_snippet(recipe.student, student, saved_in(recipe), pipeline), "python"),
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
@@ -323,63 +301,6 @@ def model_name(folder: Path) -> str:
     return f"{markdown.code_span(origin[0])} (revision {markdown.code_span(origin[1])})" if origin else markdown.code_span(str(folder))
 
 
-def usage_snippet(recipe: Recipe, student: ModelFiles | None, pipeline: str = GENERATION) -> str:
-    """Python code that loads the student as it was trained."""
-    lora, push = recipe.student.method == "lora", recipe.push_to_hub
-    here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
-    top = f"{here!r}  # this folder, or its id on the hub"
-    if pipeline == TEXT_TO_TEXT:
-        return (
-            "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
-            f"here = {top}\n"
-            "model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(here), AutoTokenizer.from_pretrained(here)\n"
-            'inputs = tokenizer("A text in the form of the training data.", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"
-        )
-    if pipeline != GENERATION:
-        read = EXAMPLES.get(pipeline, "FILE")
-        return f"from transformers import pipeline\n\nhere = {top}\nmodel = pipeline({pipeline!r}, model=here)\nprint(model({read!r}))"
-    if not lora:
-        return full_model_snippet(top)
-    origin, quantization = hub_origin(student.base), recipe.student.quantization
-    dtype = "auto" if recipe.student.dtype == "auto" else recipe.student.dtype
-    arguments = [repr(origin[0] if origin else str(student.base))] + ([f"revision={origin[1]!r}"] if origin else []) + [f"dtype={dtype!r}"]
-    if quantization:
-        arguments.append(f"quantization_config={bitsandbytes_config(quantization, dtype, student.config)}")
-    more = ", BitsAndBytesConfig" if quantization else ""
-    return (
-        "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig{more}\n\n"
-        f"here = {top}\n"
-        f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
-        f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
-        "model = PeftModel.from_pretrained(base, here)\n"
-        "model.generation_config = GenerationConfig.from_pretrained(here)  # it stops where answers end\n"
-        "tokenizer = AutoTokenizer.from_pretrained(here)\n" + GENERATE
-    )
-
-
-def full_model_snippet(here: str) -> str:
-    """Python code that loads and runs a whole model from `here`."""
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"here = {here}\n"
-        'model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(here)\n" + GENERATE
-    )
-
-
-def bitsandbytes_config(q: Quantization, dtype: str, config: dict) -> str:
-    """The BitsAndBytesConfig of a quantisation, as Python code."""
-    if q.type == "int8":
-        return "BitsAndBytesConfig(load_in_8bit=True)"
-    compute = loaded_dtype(config, dtype) if q.compute_dtype == "auto" else q.compute_dtype
-    return (
-        f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.type!r}, "
-        f"bnb_4bit_use_double_quant={q.double_quant}, bnb_4bit_compute_dtype={compute!r})"
-    )
-
-
 def metrics_table(summary: dict) -> list[str]:
     """A table of all held-out metrics, before and after training."""
     before, after = summary.get("before", {}), summary["validation"]
@@ -391,6 +312,13 @@ def metrics_table(summary: dict) -> list[str]:
         for name, value in after.items()
     ]
     return ["| metric | before | after |", "|---|---|---|", *rows]
+
+
+def saved_in(recipe: Recipe) -> str:
+    """The student's id on the hub if it is pushed to an owner's repository, else its folder in the run's folder."""
+    if recipe.push_to_hub and "/" in recipe.push_to_hub.repo:
+        return recipe.push_to_hub.repo
+    return str(Path(recipe.output_dir, "adapter" if recipe.student.method == "lora" else "model"))
 
 
 def title(recipe: Recipe) -> str:
