@@ -33,9 +33,11 @@ def test_a_target_begins_as_the_tokenizer_writes_it_or_as_it_is_named_and_once(l
         assert ids.tolist() == [*given, *own, END] and mask.tolist() == [False] * len(given) + [True] * (len(own) + 1)
 
 
-def test_a_tokenizer_that_writes_no_start():
+@pytest.mark.parametrize("generation", [{}, {"decoder_start_token_id": None}])
+def test_a_tokenizer_that_writes_no_start(generation):
+    """A generation config that leaves the start out, or has null for it, leaves it to config.json."""
     reader = skills.tokenizer()
-    frame = frame_of(reader, {"decoder_start_token_id": 0}, {}, None, "student.model")
+    frame = frame_of(reader, {"decoder_start_token_id": 0, "bos_token_id": 1}, generation, None, "student.model")
     (ids, mask), *_ = sequences(["it is 3 ."], reader, frame)
     own = reader("it is 3 .", add_special_tokens=False)["input_ids"]
     assert frame.given == (0,) and ids.tolist() == [0, *own, reader.eos_token_id] and mask.tolist() == [False] + [True] * (len(own) + 1)

@@ -1,5 +1,6 @@
 """Chat templates run in a process that is limited in time and memory, in the environment that transformers gives them."""
 
+import io
 import os
 import signal
 import time
@@ -103,6 +104,15 @@ def test_a_process_that_was_ended_by_others_starts_again():
     assert len(encode(rows_of(ROW), "chat", Data(), tiny())) == 1 and template_process._PROCESS._process.pid != process.pid
     close()
     assert not psutil.pid_exists(process.pid)
+
+
+def test_a_message_whose_writer_was_killed_is_the_end_and_no_row_to_refuse():
+    file = io.BytesIO()
+    template_process.template_worker.write(file, {"result": "text"})
+    whole = file.getvalue()
+    assert template_process.template_worker.read(io.BytesIO(whole)) == {"result": "text"}
+    for length in (0, 5, 8, len(whole) - 1):
+        assert template_process.template_worker.read(io.BytesIO(whole[:length])) is None
 
 
 def test_an_interrupted_question_leaves_no_answer_to_the_next(monkeypatch):

@@ -1,4 +1,4 @@
-"""How many characters a text may have and still fit. Also for the process of `template_worker.py`."""
+"""The number of characters that a text may have and still fit. Also used in the process of `template_worker.py`."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ class Bound:
     """A text with more than `most` characters is longer than data.max_length tokens.
 
     counted   the characters that count; None for all
-    cut       a longer text is cut at its end, and not left out
+    cut       whether a longer text is cut at its end instead of left out
     """
 
     most: int

@@ -1,8 +1,8 @@
-"""The arguments of tool calls: the forms in which a template is given them, and whether its text shows them as JSON.
+"""The arguments of tool calls: the forms in which a template may get them, and checks that its text shows them as JSON.
 
 Templates that write each value by itself may write true, null and lists as Python does (Qwen3-Coder's, Nemotron's); LFM2's calls are Python on
-purpose. `data.train.call_values` says what is right: such a row is refused, kept as the template writes it, or each such value is given to
-the template as JSON text. For the process of `template_worker.py`.
+purpose. `data.train.call_values` decides: such a row is refused, is kept as the template writes it, or each such value is given to the template
+as JSON text. Runs in the process of `template_worker.py`.
 """
 
 import json
@@ -11,17 +11,17 @@ from typing import Any
 
 from .locate import TemplateProbe
 
-#: In words of an error: how a user says which spelling is right.
+#: The end of error messages: how to choose a spelling.
 _FIX = "set call_values: template to train on that, or call_values: json to give such values to the template as JSON"
 
 
 class NoObject(ValueError):
-    """Arguments are text that is no JSON object."""
+    """The arguments are text that is not a JSON object."""
 
 
 def shaped(call: dict, form: str) -> dict:
-    """A call, {name, arguments}, with its arguments in a form: "" as the row has them, "objects", "text", or "values", which is objects with the
-    values that are neither text nor numbers as JSON text."""
+    """A call {name, arguments} with its arguments in a form: "" as in the row, "objects", "text", or "values": an object in which values that
+    are neither text nor numbers are JSON text."""
     given = call.get("arguments")
     if form in ("objects", "values") and isinstance(given, str):
         given = _object(given, call)
@@ -33,7 +33,7 @@ def shaped(call: dict, form: str) -> dict:
 
 
 def _in_words(value: Any) -> bool:
-    """Whether Python may write a value otherwise than JSON."""
+    """Whether Python may write the value differently from JSON."""
     return value is None or isinstance(value, bool | dict | list)
 
 
@@ -55,9 +55,9 @@ def function_of(call: dict) -> dict:
 
 
 def refuse_arguments(i: int, call: dict, neutral: str, as_json: bool) -> None:
-    """ValueError where the arguments of a call in messages[i] are shown in quotes, in part, or with `as_json` as Python writes them.
+    """ValueError if the arguments of a call in messages[i] are shown in quotes, in part, or, with `as_json`, as Python writes them.
 
-    `neutral`: the text with markers in place of all contents, so that the arguments occur in it as arguments only.
+    `neutral`: the text with markers in place of all contents, so that it has the arguments only as arguments.
     """
     function = function_of(call)
     given, where = function.get("arguments"), f"the arguments of {function.get('name')!r} in messages[{i}]"
@@ -77,7 +77,7 @@ def refuse_arguments(i: int, call: dict, neutral: str, as_json: bool) -> None:
 
 
 def refuse_quoted_values(i: int, call: dict, neutral: str) -> None:
-    """ValueError where a value that the template was given as JSON text is shown as a text, in quotes."""
+    """ValueError if a value that the template got as JSON text is shown as a quoted text."""
     name, objects, values = (
         function_of(call).get("name"),
         *(shaped(function_of(call), form)["arguments"] for form in ("objects", "values")),
@@ -95,8 +95,8 @@ _WORDS = {"True": True, "False": False, "None": None}  # as Python writes them
 
 
 def refuse_python_words(messages: list[dict], text: str, probe: TemplateProbe) -> None:
-    """ValueError where the template writes a true, false or null among the arguments of a call by itself, as Python does: the text has fewer
-    of Python's words without those values."""
+    """ValueError if the template writes true, false or null among the arguments of a call as Python does: without those values the text has fewer
+    of Python's words."""
     for word in (word for word in _WORDS if word in text):
         i = next((i for i, message in enumerate(messages) if _has(message, _WORDS[word])), None)
         if i is None:
@@ -114,7 +114,7 @@ def _has(message: dict, literal: bool | None) -> bool:
 
 
 def _without(message: dict, literal: bool | None) -> dict:
-    """The message with a text in place of one of JSON's words in the arguments of its calls."""
+    """The message with a text in place of one of JSON's literals (true, false, null) in the arguments of its calls."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, dict):
@@ -132,7 +132,7 @@ def _without(message: dict, literal: bool | None) -> dict:
 
 
 def _containers(value: Any) -> Iterator[dict | list]:
-    """The objects and lists in a value, the outermost first, that are not empty."""
+    """The objects and lists in a value that are not empty, the outermost first."""
     if isinstance(value, dict | list) and value:
         yield value
         for inner in value.values() if isinstance(value, dict) else value:
@@ -149,6 +149,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def spellings(leaf: Any) -> tuple[str, ...]:
+    """The ways in which a template may write a value."""
     as_json = json.dumps(leaf, ensure_ascii=False)
     if isinstance(leaf, str):
         return leaf, leaf.strip(), as_json[1:-1], json.dumps(leaf)[1:-1]

@@ -1,4 +1,4 @@
-"""Conversations in the tokenizer's chat template, and which characters of the text are the assistant's.
+"""Renders conversations by the tokenizer's chat template, and finds the assistant's characters in the text.
 
 The template runs in a process of its own (`template_process.py`), which also finds the assistant's turns in its text (`locate.py`).
 """
@@ -19,13 +19,14 @@ def conversation(
     call_values: str = "refuse",
     bound: Bound | None = None,
 ) -> list[Text]:
-    """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens; not those with
-    `train: False`. With `last_only` the last of them alone is, if at all. `call_values`: see `config.data.Source`.
-    Texts that exceed the bound are left out.
+    """The conversation as text.
 
-    Where a template shows earlier turns differently once later ones follow (it drops their thinking, say), there is one text for each
-    assistant turn, as the model sees it when it generates that turn. ValueError if the template raises, if it does not show a message,
-    or if the answer cannot be located in its text; UserError if it takes too much time or memory.
+    The assistant's turns from message `first` on are supervised with their end tokens, except those with `train: False`; with `last_only`
+    none but the last of them. `call_values`: see `config.data.Source`. Texts that exceed the bound are left out.
+
+    If a template shows earlier turns differently once later ones follow (without their thinking, say), there is one text for each assistant
+    turn, as the model sees it when it generates that turn. ValueError if the template raises, if it does not show a message, or if the answer
+    cannot be located in its text; UserError if it takes too much time or memory.
     """
     answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     answers = [i for i in answers if messages[i]["content"].strip() or messages[i].get("tool_calls")]

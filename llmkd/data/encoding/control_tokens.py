@@ -1,7 +1,7 @@
-"""Control tokens in user text: they stay characters, or the row is refused.
+"""Control tokens in user text are kept as characters, or the row is refused.
 
-Most control tokens are marked special, and a tokenizer can encode such a token's characters as characters. Some tokenizers have role
-tokens that are ordinary added tokens, which are always encoded as tokens: a text with one of these is refused.
+Most control tokens are marked special, and a tokenizer can encode their characters as characters. In some tokenizers the role tokens are
+ordinary added tokens, which are always encoded as tokens: a text with one of these is refused.
 """
 
 import itertools
@@ -22,16 +22,16 @@ _NEUTRAL = [{"role": role, "content": "x"} for role in ("system", "user", "assis
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the character spans of it that are supervised."""
+    """A text and its supervised spans, in characters."""
 
     text: str
     spans: list[Span]
-    raw: bool = True  # without a template: start and end tokens are added, and all of it is characters
+    raw: bool = True  # not from a template: start and end tokens are added, and all of the text is characters
     ends_with_control: bool = True  # each supervised span ends with a control token
-    #: Where the text has the characters of a control token: (begin, stop, id of the control token, or None for characters).
+    #: Only for texts with the characters of a control token: (begin, stop, id of a control token or None for characters).
     pieces: tuple[tuple[int, int, int | None], ...] = ()
     unshown: tuple[str, ...] = ()  # keys of messages that the chat template does not show
-    left_out: int = 0  # characters of a text that is known to be too long, and not here
+    left_out: int = 0  # the length in characters of a text that is left out because it is known to be too long
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Control:
 
     any: re.Pattern
     unmarked: re.Pattern | None  # role tokens that are not marked special
-    strips_spaces: dict[int, str]  # by id: added tokens whose match includes the white space beside them
+    strips_spaces: dict[int, str]  # {id: token} of added tokens whose match includes the white space beside them
 
 
 def controls(tokenizer) -> Control:
-    """The tokens marked special, and added tokens that the chat template names, or writes around any message."""
+    """The patterns of the tokens marked special, and of added tokens that the chat template names or writes around messages."""
     template = _template(tokenizer)
     known = _KNOWN.get(tokenizer)
     if known and known[0] == template:
@@ -68,14 +68,14 @@ def _template(tokenizer) -> str:
 def _written(tokenizer, messages: list[dict]) -> str:
     try:
         return rendered(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages)
-    except ValueError:  # such as for a system turn, or where there is no default template
+    except ValueError:  # it refuses a system turn, say, or there is no default template
         return ""
-    except UserError as error:  # its process was ended: before any row, so that there is none to name
+    except UserError as error:  # its process was ended, before any row that could be named
         raise UserError(f"{tokenizer.name_or_path}: {error}") from None
 
 
 def _is_markup(token: str, every: set[str]) -> bool:
-    """Whether it is one of a pair of tags, such as <think> and </think>, which an assistant writes itself."""
+    """Whether the token is one of a pair of tags, such as <think> and </think>, which the assistant writes itself."""
     name = re.fullmatch(r"</?(\w+)>", token)
     return bool(name) and {f"<{name[1]}>", f"</{name[1]}>"} <= every
 
@@ -85,7 +85,7 @@ def _pattern(tokens: set[str]) -> re.Pattern:
 
 
 def refuse_unmarked(value, control: Control) -> None:
-    """ValueError where a text contains a role token that the tokenizer would encode as a token."""
+    """ValueError if a text contains a role token that the tokenizer would encode as a token."""
     found = next((m for text in _strings(value) if (m := control.unmarked.search(text))), None) if control.unmarked else None
     if found:
         raise ValueError(
@@ -103,7 +103,7 @@ def private_use_chars(*values) -> tuple[str, str]:
 
 
 def _strings(value) -> Iterator[str]:
-    """Every text in messages, under whatever key: a template may show any of them."""
+    """Every text in the messages, keys included: a template may show any of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -115,7 +115,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def insert_guards(value, control: re.Pattern, guard: str):
-    """The messages with the guard inside every control token, so that these differ from the control tokens that the template writes."""
+    """The messages with a guard character inside every control token, which tells these from the control tokens that the template writes."""
     if isinstance(value, str):
         while control.search(value):
             before = value
@@ -129,10 +129,10 @@ def insert_guards(value, control: re.Pattern, guard: str):
 
 
 def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
-    """The text without its guards, in pieces: the template's control tokens are tokens, all the rest is characters.
+    """The text without guards, in pieces: the template's control tokens are tokens, and all the rest is characters.
 
-    Encoding in pieces must give the tokens of the text encoded at once. This is checked on the guarded text; where it does not hold
-    (tokenizers that put a space before every piece), the row is refused.
+    Encoding the pieces must give the same tokens as encoding the whole text. This is checked on the guarded text; ValueError if it does not
+    hold, as with tokenizers that put a space before every piece.
     """
     pieces, at = [], 0
     for m in control.finditer(text.text):
@@ -160,7 +160,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
 
 
 def ends_of_pieces(text: str, pieces: list[tuple[int, int, int | None]]) -> Text:
-    """The text in pieces, long ones without their middle: what a tokenizer does otherwise with a piece, it does at its ends."""
+    """The text in pieces, long ones without their middle: only at its ends may a tokenizer treat a piece differently."""
     parts, kept, at = [], [], 0
     for begin, stop, token in pieces:
         whole = stop - begin <= 2 * _END_OF_PIECE
@@ -186,7 +186,7 @@ def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
 
 
 def one_encoder(tokenizer, raw: bool) -> Encoder:
-    """A function from a text to its token ids and their character offsets. `raw`: the characters of a control token are characters."""
+    """A function from a text to its token ids and their character offsets. `raw`: control tokens in the text stay characters."""
 
     def encode(text: str) -> tuple[list[int], list[Span]]:
         made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=raw, verbose=False)

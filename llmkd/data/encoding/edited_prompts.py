@@ -1,7 +1,7 @@
 """Examples whose prompts are edited anew in every epoch, while their targets stay, token by token.
 
-A row's user texts are edited and the row is encoded again by its format, so that the template and the control tokens are as ever. What then has
-other targets, or is too long, is left as it is in that epoch.
+The user texts of a row are edited and the row is encoded again by its format, so that the template and the control tokens stay right. An
+example that would then have other targets, or be too long, keeps its prompt in that epoch.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
 
 @dataclass(frozen=True)
 class Origin:
-    """What an example was made of: a row, and which it is `of` the row's examples."""
+    """The row that an example was made from, and its `number` among the `of` examples of that row."""
 
     row: dict
     place: str
@@ -39,9 +39,9 @@ class Origin:
 class EditedExamples(TokenExamples):
     """`TokenExamples` whose training batches have edited prompts, drawn by (seed, epoch, the example's tokens).
 
-    Identity, lengths and everything that is measured without a draw are of the prompts as they are.
+    Hashes, lengths and everything that is measured without a draw belong to the prompts as they are.
 
-    clean   whether teachers read these
+    clean   whether teachers read the prompts as they are
     """
 
     origins: np.ndarray | None = None  # of Origin [examples]
@@ -76,7 +76,7 @@ class EditedExamples(TokenExamples):
         return dataclasses.replace(batch, example_N=torch.tensor(list(indices))[batch.example_N], examples=known)
 
     def drawn(self, indices: Sequence[int], draw: Draw) -> TokenExamples:
-        """Some of the examples as they are in an epoch, for the student and, where another text is read, for its teachers."""
+        """Some of the examples as edited for an epoch, for the student and, if they read another text, for its teachers."""
         plain = TokenExamples.take(self, np.array(indices, np.int64))
         views = [self.views(int(i), draw) for i in indices]
         out = dataclasses.replace(plain, **_flat([own for own, _ in views]))
@@ -86,7 +86,7 @@ class EditedExamples(TokenExamples):
         return out
 
     def views(self, i: int, draw: Draw) -> tuple[Tokens, Tokens]:
-        """An example in an epoch, as the student reads it, and with the context for the teacher if it has one."""
+        """An example as edited for an epoch, for the student and for the teacher, with its context if it has one."""
         origin, as_it_is = self.origins[i], (self.example(i), (self.teacher_view or self).example(i))
         key, counted = self.student_hash(i), Counter()
 
@@ -99,7 +99,7 @@ class EditedExamples(TokenExamples):
             data = dataclasses.replace(data, too_long="drop")
         try:
             found = encode(Rows([row], [origin.place], ""), origin.source, data, self.tokenizer)
-        except UserError:  # such as for letters that became a role token
+        except UserError:  # an edit made a role token, say
             return as_it_is
         if len(found) != origin.of:
             return as_it_is
@@ -109,7 +109,7 @@ class EditedExamples(TokenExamples):
 
 
 def with_edits(examples: TokenExamples, rows: Rows, source: Source, data: Data, tokenizer) -> EditedExamples:
-    """A source's examples, of which training batches have edited prompts."""
+    """The examples of a source, with edited prompts in training batches."""
     of, number, origins = Counter(examples.row.tolist()), Counter(), np.empty(len(examples), object)
     for i, row in enumerate(examples.row.tolist()):
         origins[i] = Origin(rows.rows[row], rows.places[row], source, number[row], of[row])
@@ -118,7 +118,7 @@ def with_edits(examples: TokenExamples, rows: Rows, source: Source, data: Data, 
 
 
 def edited_row(row: dict, edit: Callable[[str], str]) -> dict:
-    """A row of a format with a user's texts, these edited: instruction and input, prompt, or the user's messages. Answers and other messages stay."""
+    """The row with its user texts edited: instruction and input, prompt, or the user's messages. Answers and other messages stay."""
     out = dict(row)
     for name in ("instruction", "input", "prompt", "messages"):
         value = row.get(name)

@@ -1,4 +1,4 @@
-"""Texts of classifiers and encoders that are edited anew in every epoch. Targets are no part of them."""
+"""Texts of classifiers and encoders that are edited anew in every epoch. They contain no targets."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edits:
-    """How texts are edited and encoded again.
+    """The settings by which texts are edited and encoded again.
 
     asked        [{name: probability}, ...], see `prompt_edits.edited`
-    columns      of a row: the text and, of pairs, the second text
-    tokenizer    of its own, since other threads use theirs meanwhile
-    max_length   tokens, after which an edited text is cut
+    columns      the names of the text's column and, for pairs, of the second text's
+    tokenizer    a copy, since other threads use theirs meanwhile
+    max_length   tokens to which an edited text is cut
     """
 
     asked: Sequence[Mapping[str, float]]
@@ -32,7 +32,7 @@ class Edits:
     max_length: int
 
     def texts(self, row: dict, draw: Draw) -> dict[str, str]:
-        """A row's texts as they are in an epoch: a function of (seed, epoch, the texts), so the same for all tokenizers."""
+        """The texts of a row as edited for an epoch. They depend on (seed, epoch, the texts) only, so they are the same for all tokenizers."""
         given = {column: row[column] for column in self.columns if row.get(column) is not None}
         key = digest("|".join(given.values()).encode())
         return {column: edited(text, self.asked, draw.seed, draw.epoch, f"{key} {n}") for n, (column, text) in enumerate(given.items(), 1)}
@@ -40,9 +40,9 @@ class Edits:
 
 @dataclass
 class EditedTexts(TextInputs):
-    """Texts that are edited in batches with a draw. Their content, their lengths and batches without a draw are those of the texts as they are.
+    """Texts that are edited in batches with a draw. Hashes, lengths and batches without a draw belong to the texts as they are.
 
-    rows   of each text the row that it is from
+    rows   the row of each text
     """
 
     rows: Sequence[dict] = ()
@@ -66,6 +66,6 @@ class EditedTexts(TextInputs):
 def with_edits(
     texts: TextInputs, rows: Sequence[dict], asked: Sequence[Mapping[str, float]], columns: Sequence[str], max_length: int, tokenizer
 ) -> EditedTexts:
-    """The texts of rows, of which training batches are edited."""
+    """The texts of rows, edited in training batches."""
     plain = {field.name: getattr(texts, field.name) for field in fields(TextInputs)}
     return EditedTexts(**plain, rows=rows, edits=Edits(asked, columns, copy.deepcopy(tokenizer), max_length))

@@ -1,7 +1,7 @@
-"""From rows to token ids and the mask of the supervised ones. No torch here.
+"""Encodes rows of text as token ids and a mask of the supervised tokens. No torch here.
 
-A text is encoded as a whole and its supervised part is found by character offsets, so that every token is the one that the model would see
-in that text. A token across the border of prompt and answer belongs to the answer.
+A text is encoded as a whole and its supervised part is found by character offsets, so the tokens are those that the model
+sees in that text. A token across the border of prompt and answer belongs to the answer.
 """
 
 import dataclasses
@@ -36,32 +36,40 @@ _MANY = 32  # examples of one row
 _SLOW = 4.0  # seconds for one row
 
 
-#: An example as the student reads it, and as its teacher does if that has a context.
+#: An example as the student reads it and, if the teacher reads a context, as the teacher does.
 Views = tuple[Tokens, ...]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row's text, or one of several, before it is tokenised."""
+    """One of the texts of a row, before tokenisation."""
 
     row: int
     student: Text
-    teacher: Text | None  # where the teacher reads another text, with a context
-    of: int = 1  # texts of the row
+    teacher: Text | None  # with the context, if the teacher reads one
+    of: int = 1  # how many texts the row has
     last: bool = True
 
 
 def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> TokenExamples:
     """Encode rows; drop, cut, split or refuse examples that are too long; drop those with nothing supervised. UserError names every bad row.
 
-    `counts`: rows, examples, tokens and targets; too_long and unsupervised examples, and marked ones, with nothing supervised because of a
-    mark in the row; as_characters, texts that contain the characters of
-    a control token; endless, texts that a chat template ends without a control token; `rendered TOKEN`, rows whose text holds a token of
-    a chat template; `turns WORDS`, rows of format text whose text holds a conversation; `listed COLUMN`, rows with a list of messages as
-    text; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes several examples,
-    apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row; unnamed, rows of format tokens that do not say
-    which tokenizer made them. An example that is too long, or has nothing
-    supervised, for its student or its teacher is so for both.
+    An example that is too long, or has nothing supervised, for the student or the teacher is treated so for both.
+
+    Keys of the result's `counts`:
+        rows, examples, tokens, targets
+        too_long         examples that are longer than data.max_length
+        unsupervised     examples with nothing supervised
+        marked           the same because of a mark in the row
+        as_characters    texts that contain the characters of a control token
+        endless          texts that a chat template ends without a control token
+        rendered TOKEN   rows whose text contains a token of a chat template
+        turns WORDS      rows of format text whose text is a conversation
+        listed COLUMN    rows with a list of messages as text
+        unshown KEY      rows with something that the chat template does not show
+        apart            rows that the template turns into several examples; apart_examples and apart_tokens count these, and apart_last the
+                         tokens of the last example of each row
+        unnamed          rows of format tokens that do not say which tokenizer made them
     """
     errors = ErrorCollector()
     counts = {"rows": len(rows.rows), "unsupervised": 0, "marked": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
@@ -101,7 +109,7 @@ def collator_of(data: Data, tokenizer) -> Collator:
 def _of_texts(
     rows: Rows, source: Source, data: Data, tokenizer, counts: dict[str, int], errors: ErrorCollector, progress
 ) -> Iterator[tuple[int, Views, str]]:
-    """Of every example the number of its row, its tokens, and why nothing of it is supervised, if so: "unsupervised" or "marked"."""
+    """(row number, tokens, reason) of every example; "unsupervised" or "marked" is the reason to count if nothing of it is supervised."""
     texts = _render(rows, source, data, tokenizer, errors)
     errors.raise_if_any()
     counts |= _oddities(rows, source.format, texts, controls(tokenizer).any)
@@ -121,10 +129,10 @@ def _of_texts(
 
 
 def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:
-    """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`. A row marked as not trained on has no text."""
+    """The texts of all rows, for student and teacher. Bad rows are added to `errors`; rows marked as not trained on give no text."""
     texts, control, said, bound = [], controls(tokenizer), set(), bound_of(data, tokenizer)
 
-    def say(what: str) -> None:  # at once: all rows may take hours
+    def say(what: str) -> None:  # now, since rendering all rows may take hours
         kind = what.partition(" ")[0]
         if kind not in said:
             warn(f"note: {rows.places[i]}: the chat template {what}")
@@ -142,7 +150,7 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
         except ValueError as error:
             errors.add(f"{rows.places[i]}: {error}")
             continue
-        except UserError as error:  # the template's process was ended: it would be so for every row
+        except UserError as error:  # the template's process was ended, and would be for every row
             raise UserError(f"{rows.places[i]}: {error}") from None
         except RecursionError:
             errors.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
@@ -156,7 +164,7 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
 
 
 def _oddities(rows: Rows, format: str, texts: list[Rendered], control: re.Pattern) -> dict[str, int]:
-    """The counts of what may not be meant, see `encode`."""
+    """Those counts of `encode` that may point to a mistake in the data."""
     found = Counter(f"rendered {token}" for row in rows.rows if (token := turn_token(row, control)))
     columns = config.FORMATS[format].row
     found.update(f"listed {name}" for row in rows.rows if (name := listed_turns(row, columns)))
@@ -171,7 +179,7 @@ def _oddities(rows: Rows, format: str, texts: list[Rendered], control: re.Patter
 
 
 def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts: dict[str, int], errors: ErrorCollector) -> list[Rendered]:
-    """The texts without those that are known to be too long, or with their beginnings instead, so that these are not tokenised."""
+    """Drops texts that are known to be too long, or cuts them to their beginnings, so that they are not tokenised whole."""
     kept = []
     for text in texts:
         both = [one for one in (text.student, text.teacher) if one]
@@ -199,7 +207,7 @@ def _refused(place: str, length: str, data: Data, unit: str = "") -> str:
 
 
 def batches_of(texts: list[Rendered]) -> list[list[Rendered]]:
-    """The texts in batches for the tokenizer, whose output takes some hundred times the memory of its input."""
+    """The texts in batches for the tokenizer; they are bounded because its output takes about a hundred times the memory of its input."""
     batches, size = [], _MOST_CHARACTERS
     for text in texts:
         if size >= _MOST_CHARACTERS or len(batches[-1]) == _BATCH:
@@ -211,7 +219,7 @@ def batches_of(texts: list[Rendered]) -> list[list[Rendered]]:
 
 
 def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The examples one after another: ids [tokens], loss mask [tokens] and offsets [examples + 1]."""
+    """The examples concatenated: ids [tokens], loss mask [tokens] and offsets [examples + 1]."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in examples], dtype=np.int64)]).astype(np.int64)
     if not examples:
         return np.zeros(0, np.int32), np.zeros(0, bool), offsets
@@ -219,7 +227,7 @@ def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
-    """Each text's ids and loss mask. A batch goes through the tokenizer in one call, which uses all cores; a long text by itself."""
+    """Ids and loss mask of each text. The texts go through the tokenizer in one call, which uses all cores; long ones one by one."""
     made: list = [None] * len(texts)
     for i, text in enumerate(texts):
         if text.pieces:
@@ -250,7 +258,7 @@ def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
 
 
 def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dict[int, str]) -> tuple[list[int], list[Span]]:
-    """Offsets in which a control token that includes the white space beside it has only its own characters."""
+    """The ids, and offsets without the white space that some control tokens include beside their own characters."""
     if strips_spaces:
         places = list(places)
         for n, i in enumerate(ids):
@@ -263,6 +271,12 @@ def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dic
 def with_loss_mask(
     text: Text, ids: Sequence[int], places: Sequence, start: list[int], end: list[int], whole: bool
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The ids, int32 [tokens], and the mask of those that overlap a supervised span, bool [tokens].
+
+    places       the first and one past the last character of every id
+    start, end   tokens that are added around a raw text
+    whole        supervise every token of a text that has a supervised span
+    """
     flat = places if isinstance(places, np.ndarray) else np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids))
     first, last = flat.reshape(-1, 2).T
     loss_mask = np.zeros(len(ids), bool)
@@ -278,14 +292,15 @@ def with_loss_mask(
 
 
 def _too_long(views: tuple[Tokens, ...], data: Data) -> str:
-    """The length of an example that is longer than data.max_length, in words; empty for one that fits for student and teacher."""
+    """A description of the length if it exceeds data.max_length for student or teacher, else an empty text."""
     for (ids, _), reader in zip(views, ("student", "teacher"), strict=False):
         if len(ids) > data.max_length:
             return f"{len(ids)} tokens" + (f" for the {reader}" if len(views) > 1 else "")
     return ""
 
 
-def _shorten(ids, loss_mask, data: Data) -> list:
+def _shorten(ids: np.ndarray, loss_mask: np.ndarray, data: Data) -> list[Tokens]:
+    """The pieces that data.too_long leaves of an example that is too long: its beginning, all pieces, or none."""
     most = data.max_length
     if data.too_long == "truncate":
         return [(ids[:most], loss_mask[:most])]
@@ -298,7 +313,7 @@ def _shorten(ids, loss_mask, data: Data) -> list:
 
 
 def edges(tokenizer) -> tuple[list[int], list[int]]:
-    """The start token, where the tokenizer itself adds one, and the end token."""
+    """The start token, if the tokenizer itself adds one, and the end token."""
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
     return ([bos] if starts else []), [tokenizer.eos_token_id]

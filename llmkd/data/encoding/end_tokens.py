@@ -1,4 +1,4 @@
-"""The end tokens that training teaches: those that close what is supervised, and at which the saved student's generation is to stop."""
+"""The end tokens that training teaches: those that end the supervised parts. The saved student's generation stops at them."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from .control_tokens import controls
 
 
 def end_tokens(examples: TokenExamples, data: Data, tokenizer) -> set[int]:
-    """The control tokens that close supervised parts; none where every example was cut before its end, or a template writes none.
+    """The control tokens that end supervised parts; none if every example was cut before its end, or the template writes none.
 
-    A token that stands inside such parts too, as between a thought and its answer, does not end a turn.
+    A token that also occurs inside such parts, as between a thought and its answer, does not end a turn.
     """
     ids, loss_mask = examples.ids, examples.loss_mask
     goes_on = np.append(loss_mask[1:], False)  # no example's first token is supervised
@@ -26,7 +26,7 @@ def end_tokens(examples: TokenExamples, data: Data, tokenizer) -> set[int]:
 
 
 def _before_spaces(ids: np.ndarray, loss_mask: np.ndarray, places: np.ndarray, tokenizer) -> np.ndarray:
-    """The different tokens at these places, or before the white space that ends there, such as a template's last line break."""
+    """The distinct tokens at these places, or the tokens before the white space that ends there, such as a template's last line break."""
     for _ in range(8):
         blank = [i for i in np.unique(ids[places]).tolist() if not tokenizer.decode([i]).strip()]
         at_blank = np.isin(ids[places], blank) & loss_mask[places - 1]
@@ -37,7 +37,7 @@ def _before_spaces(ids: np.ndarray, loss_mask: np.ndarray, places: np.ndarray, t
 
 
 def report_end_tokens(end_tokens: set[int], settings: dict, tokenizer) -> None:
-    """One line: where the saved student's generation stops. `settings`: the generation config of what it is trained from."""
+    """Reports at which tokens the saved student's generation stops. `settings`: the generation config of the model that it is trained from."""
     if not end_tokens:
         warn("note: no example is supervised up to an end token, so the student does not learn to stop")
         return

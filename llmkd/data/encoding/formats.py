@@ -1,8 +1,9 @@
-"""The formats: from a row to texts and the characters of them that are supervised.
+"""The formats: they turn a row into texts with the spans of characters that are supervised.
 
-A format is two entries: its columns in `config.formats.FORMATS`, by which settings and rows are checked, and its functions in `FORMATS` here.
+A format has two entries: its columns in `config.formats.FORMATS`, against which settings and rows are checked, and its functions in `FORMATS`
+here.
 
-`context` is a text before all others: a conversation's system message, or the beginning of a plain text.
+`context` is put before everything else, as a conversation's system message or at the beginning of a plain text.
 
 User text never becomes a control token: in the plain formats all of it is encoded as characters; in chat (see chat.py) only the
 template writes control tokens.
@@ -55,7 +56,7 @@ def text(row: dict, source: Source, tokenizer, context: str = "", bound: Bound |
 
 
 def chat(row: dict, source: Source, tokenizer, context: str = "", bound: Bound | None = None) -> list[Text]:
-    """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised, but those marked `train: False`."""
+    """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised, except those marked `train: False`."""
     messages = _with_context(context, _with_system(row, row["messages"]))
     return conversation(
         messages, tokenizer, row.get("tools"), last_only=source.answers == "last", call_values=source.call_values, bound=bound
@@ -72,19 +73,19 @@ def prompt_completion_answer(row: dict, answer: str) -> tuple[dict, str]:
 
 
 def chat_answer(row: dict, answer: str) -> tuple[dict, str]:
-    """As prompt and completion, so that the assistant's turns in the question are not supervised."""
+    """A row of prompt and completion, so that the assistant's turns in the question are not supervised."""
     question = {"prompt": row["messages"], "completion": _assistant(answer), "tools": row.get("tools"), "system": row.get("system")}
     return question, "prompt_completion"
 
 
 @dataclass(frozen=True)
 class Format:
-    """The functions of a format. Its columns, which rows are checked by, are in `config.formats.FORMATS`."""
+    """The functions of a format. Its columns are in `config.formats.FORMATS`."""
 
     #: (row, source, tokenizer, context="", bound=None) -> its texts; those that exceed the bound may be left out.
-    #: None where a row is no text (`token_rows.py`).
+    #: None if rows are not text (`token_rows.py`).
     render: Callable[[dict, Source, object, str, Bound | None], list[Text]] | None
-    #: (a multiple-choice row, a choice) -> a row in which that choice is the answer, and the row's format. None without an answer.
+    #: (a multiple-choice row, a choice) -> a row in which that choice is the answer, and its format. None if rows have no answer.
     with_answer: Callable[[dict, str], tuple[dict, str]] | None = None
 
 
@@ -114,7 +115,7 @@ def _plain_text(prompt: str, answer: str, context: str) -> list[Text]:
 
 
 def _with_system(row: dict, messages: list[dict]) -> list[dict]:
-    """The conversation with the row's system message, unless it begins with that (row_checks refuses two different ones)."""
+    """The conversation with the row's system message in front, unless it has one (`row_checks` refuses two that differ)."""
     system = row.get("system") or ""
     if not system.strip() or messages[0]["role"] in ("system", "developer"):
         return messages
@@ -122,7 +123,7 @@ def _with_system(row: dict, messages: list[dict]) -> list[dict]:
 
 
 def _with_context(context: str, messages: list[dict]) -> list[dict]:
-    """The conversation with the context as its system message, or at the beginning of the system message that it has."""
+    """The conversation with the context as its system message, or at the beginning of its own."""
     if not context:
         return messages
     head, *rest = messages
@@ -137,7 +138,7 @@ def paragraphs(*texts: str | None) -> str:
 
 
 def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting: str) -> None:
-    """UserError where these rows need a chat template and the tokenizer has none."""
+    """UserError if these rows need a chat template and the tokenizer has none."""
     if tokenizer.chat_template:
         return
     if source.chat_template:

@@ -1,7 +1,8 @@
-"""What a template is given, in the form that it shows, and what it does not show. For the process of `template_worker.py`.
+"""Finds the form of messages that a template shows, and what it does not show. Runs in the process of `template_worker.py`.
 
-Some templates want the arguments of tool calls as text, some as objects; those of vision models want lists of parts for a content. Forms
-are tried until the template shows everything as what it is: arguments as JSON, or each by itself. No source of a template is read.
+Some templates want the arguments of tool calls as text, some as objects; those of vision models want a list of parts as
+content. Forms are tried until the template shows everything as it is: arguments as JSON, or each by itself. The source of a template is not
+read.
 """
 
 import itertools
@@ -15,21 +16,22 @@ from .call_arguments import NoObject, function_of, refuse_arguments, refuse_pyth
 from .locate import NotShown, TemplateProbe, no_spaces
 from .template import REASONING, render
 
-#: Keys of a message that are read elsewhere, or tie a tool's answer to its call: they mean nothing to the model beyond that.
+#: Keys of a message that are handled elsewhere, or only tie a tool's answer to its call.
 _OTHERWISE = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "id"}
 _WHO = {"system": "a system message", "developer": "a system message", "tool": "a tool's answer", "user": "a user's turn"}
-#: What was learned of a template: the roles whose content it shows as parts only, whether it shows tools, and see `_wants_null`.
+#: What is known about templates: the roles whose content must be a list of parts, those that show tools, and the answers of `_wants_null`.
 _PARTS: dict[str, frozenset[str]] = {}
 _SHOWS_TOOLS: set[str] = set()
 _NULL: dict[str, bool] = {}
-#: Of each template, the rows that it showed in no form. After some, lists of parts are no longer tried: there may be millions of such rows.
+#: For each template, the number of rows that it showed in no form. After _TRIALS lists of parts are no longer tried: there may be millions
+#: of such rows.
 _FAILED: Counter[str] = Counter()
 _TRIALS = 20
 
 
 @dataclass(frozen=True)
 class Forms:
-    """How messages are given to a template."""
+    """The form in which a template gets its messages."""
 
     parts: frozenset[str] = frozenset()  # roles whose content is a list of parts
     arguments: str = ""  # of tool calls, see `call_arguments.shaped`
@@ -70,9 +72,11 @@ def settle(
     end: str,
     call_values: str = "refuse",
 ) -> tuple[TemplateProbe, str, list[tuple[int, str]]]:
-    """The template with the forms in which it shows the conversation, the text of that, and (message, key) of what it does not show and
-    that is no message of its own: keys of messages, and the tools (of message -1). ValueError where it does not show a message or a call,
-    or shows arguments other than as JSON, and `call_values` does not say "template"."""
+    """(probe, text, unshown): the template with the form in which it shows the conversation, the rendered text, and the (message, key) pairs
+    that it does not show, besides whole messages; tools are (-1, "tools").
+
+    ValueError if it does not show a message or a call, or shows arguments other than as JSON unless `call_values` is "template".
+    """
     errors, hiding, null = [], None, _wants_null(template, tokens, messages, tools)
     for forms in _attempts(template, messages, call_values, null):
         program = _program(template, tokens, tools, forms)
@@ -104,7 +108,8 @@ def settle(
 
 
 def prompt(template: str, tokens: dict[str, str], messages: list[dict]) -> str:
-    """The messages with the generation prompt; with lists of parts where only so the template shows all contents. ValueError if it raises."""
+    """The rendered messages with the generation prompt, given as lists of parts if the template shows all contents only then. ValueError if the
+    template raises."""
     found: list[str | ValueError] = []
     for parts in (frozenset(), frozenset(message["role"] for message in messages)):
         try:
@@ -128,9 +133,9 @@ def _program(template: str, tokens: dict[str, str], tools: list[dict] | None, fo
 
 
 def _wants_null(template: str, tokens: dict[str, str], messages: list[dict], tools: list[dict] | None) -> bool:
-    """Whether the template writes a turn that only calls tools otherwise where its content is null, as it is in OpenAI's rows, and not as "None".
+    """Whether the content of a turn that only calls tools should be null, as in OpenAI's rows: the text differs, and does not get a "None".
 
-    DeepSeek R1's writes a second, empty turn for an empty text.
+    DeepSeek R1's template writes a second, empty turn for an empty text.
     """
     if not any(map(_only_calls, messages)):
         return False
@@ -168,7 +173,7 @@ def _attempts(template: str, messages: list[dict], call_values: str, null: bool)
 
 
 def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms) -> list[tuple[int, str]]:
-    """See `settle`."""
+    """The (message, key) pairs that the template does not show. ValueError as `settle` raises it."""
     neutral, lacking = probe.neutral(messages, text)
     for i, key in lacking:
         role = messages[i]["role"]
@@ -187,14 +192,14 @@ def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms
 
 
 def _changed(messages: list[dict], text: str) -> list[int]:
-    """The messages whose content, but for white space, is not in the text. Not answers: they are located, or their thinking is left out."""
+    """The messages whose content, white space aside, is not in the text. Answers do not count: they are located, or lose their thinking."""
     contents = [(i, message["content"].strip()) for i, message in enumerate(messages) if message["role"] != "assistant"]
     rest = [(i, content) for i, content in contents if not any(form in text for form in spellings(content))]
     return [i for i, content in rest if no_spaces(content) not in no_spaces(text)]
 
 
 def _unused_keys(messages: list[dict], text: str, program: Callable[..., str]) -> list[tuple[int, str]]:
-    """(message, key) of other keys without which the text is the same."""
+    """The (message, key) pairs of other keys that the text does not depend on."""
     keys = {key for message in messages for key in message.keys() - _OTHERWISE}
 
     def shown(*without: str) -> bool:
@@ -205,7 +210,7 @@ def _unused_keys(messages: list[dict], text: str, program: Callable[..., str]) -
 
 
 def _unused_keys_of_calls(messages: list[dict], text: str, program: Callable[..., str]) -> list[tuple[int, str]]:
-    """The same of other keys of calls, and of the `function` inside a call."""
+    """The same for other keys of calls, and of the `function` inside a call."""
 
     def others(call: dict) -> set[str]:
         inside = call["function"] if isinstance(call.get("function"), dict) else {}
@@ -221,7 +226,7 @@ def _unused_keys_of_calls(messages: list[dict], text: str, program: Callable[...
 
 
 def _without(message: dict, path: str) -> dict:
-    """The message whose calls lack a key, such as `strict`, or `function.strict`."""
+    """The message without a key of its calls, such as `strict` or `function.strict`."""
     if not message.get("tool_calls"):
         return message
     inside, key = path.startswith("function."), path.removeprefix("function.")
@@ -235,7 +240,7 @@ def _without(message: dict, path: str) -> dict:
 
 
 def _shows_tools(template: str, messages: list[dict], tools: list[dict], text: str, program: Callable[..., str]) -> bool:
-    """Whether the text would be another without each of the tools."""
+    """Whether the text depends on each of the tools."""
     lacking = [i for i, name in enumerate(function_of(tool).get("name") for tool in tools) if not (isinstance(name, str) and name in text)]
     if template not in _SHOWS_TOOLS:  # a tool's name may also be that of a call
         if not _differs(text, program, messages, tools=None):
@@ -247,5 +252,5 @@ def _shows_tools(template: str, messages: list[dict], tools: list[dict], text: s
 def _differs(text: str, program: Callable[..., str], messages: list[dict], **more) -> bool:
     try:
         return program(messages, **more) != text
-    except ValueError:  # the template wants what is left out here
+    except ValueError:  # the template needs what was left out
         return True

@@ -1,4 +1,4 @@
-"""Rows of labelled texts, or pairs of texts, to tokens and classes; and the names of classes."""
+"""Encodes rows of labelled texts, or pairs of texts, as tokens and class numbers; and the names of classes."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,21 @@ _BATCH = 1024  # texts that are tokenised at a time
 
 
 def label_names(rows: Sequence[Rows]) -> tuple[str, ...]:
-    """The names of all classes of some rows, sorted: as numbers where all are whole numbers, else as text."""
+    """The names of all classes of these rows, sorted as numbers if all are whole numbers, else as text."""
     found = {row["label"] for read in rows for row in read.rows}
     numbers = all(isinstance(label, int) for label in found)
     return tuple(str(label) for label in sorted(found)) if numbers else tuple(sorted({str(label) for label in found}))
 
 
 def is_default(names: Sequence[str]) -> bool:
-    """Whether the names are those that transformers gives where nobody has: LABEL_0, LABEL_1, ..."""
+    """Whether the names are the defaults of transformers: LABEL_0, LABEL_1, ..."""
     return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def class_numbers(read: Rows, names: tuple[str, ...], setting: str, whose: str) -> np.ndarray:
-    """The number of each row's class, int64 [rows]; numbers are those of names that nobody gave. UserError names rows of other classes.
+    """The class number of each row, int64 [rows]. With default names labels may be class numbers. UserError names the rows with other labels.
 
-    whose   the model that has the names, for messages
+    whose   the owner of the names, for messages: the student, say
     """
     known = {name: i for i, name in enumerate(names)}
     if is_default(names):
@@ -54,12 +54,12 @@ def listed(names: Sequence[str]) -> str:
 def text_inputs(
     rows: Sequence[dict], places: Sequence[str], columns: Sequence[str], data: Data, tokenizer, pad: int, setting: str
 ) -> tuple[TextInputs, np.ndarray, np.ndarray]:
-    """The tokens of rows, the numbers of the rows that are used, and of those that are longer than data.max_length.
+    """(inputs, kept, too_long): the tokens, and the numbers of the rows that are used and of those longer than data.max_length, int64 each.
 
-    Control tokens that the tokenizer puts around a text are there, as in transformers' own pipeline. UserError where data.too_long refuses
-    a row, and where none is left.
+    The control tokens that the tokenizer puts around a text are included, as in transformers' pipeline. UserError if data.too_long refuses a
+    row, or no row is left.
 
-    columns   of the text and, of pairs, of the second text
+    columns   the names of the text's column and, for pairs, of the second text's
     """
     problems = ErrorCollector()
     ids, kinds, kept, too_long = [], [], [], []
@@ -85,14 +85,14 @@ def text_inputs(
 
 
 def flat_texts(encoded: Sequence[tuple[list[int], list[int] | None]]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """`ids`, `offsets` and `kinds` of `TextInputs`."""
+    """The fields `ids`, `offsets` and `kinds` of `TextInputs`."""
     ids, kinds = zip(*encoded, strict=True)
     of_pairs = None if kinds[0] is None else np.concatenate(kinds).astype(np.int32)
     return np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)], dtype=np.int64), of_pairs
 
 
 def encoded_texts(rows: Sequence[dict], columns: Sequence[str], tokenizer, **how) -> list[tuple[list[int], list[int] | None]]:
-    """Of each row its ids and, where the tokenizer has them, its token_type_ids. Rows with a pair and rows without are encoded apart."""
+    """(ids, token_type_ids) of each row, the latter None if the tokenizer has none. Rows with and without a second text are encoded apart."""
     out: list = [None] * len(rows)
     for paired in (False, True):
         mine = [i for i, row in enumerate(rows) if (row.get(columns[-1]) is not None and len(columns) > 1) == paired]

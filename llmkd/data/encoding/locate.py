@@ -1,7 +1,7 @@
-"""Where the assistant's turns are in the text that a chat template writes. For the process of `template_worker.py`.
+"""Finds the assistant's turns in the text that a chat template writes. Runs in the process of `template_worker.py`.
 
-A template is a program: it may trim, merge or insert text, drop earlier thinking, or ignore its arguments. So neither its source nor its
-generation tags are relied on. It is rendered a second time with a marker in place of every answer and every thought; the text around the
+A template is a program: it may trim, merge or insert text, drop earlier thinking, or ignore its arguments. So this relies neither on its
+source nor on its generation tags. The template is rendered a second time with a marker in place of every answer and every thought; the text around the
 markers is the template's own.
 """
 
@@ -15,12 +15,12 @@ from .template import REASONING
 
 Span = tuple[int, int]
 
-#: Thinking that a template puts before an answer that has none, or its end where the prompt begins it: it is the template's text, not the
-#: assistant's.
+#: Empty thinking that a template puts before an answer without any, or only its end if the prompt begins it. It is the template's text, not
+#: the assistant's.
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 _THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
-_HEADER = 100  # characters: more than this of a turn's header is no header
-#: A text, its supervised spans, and whether each of them ends with a control token. Of a text that is known to be too long, its length alone.
+_HEADER = 100  # characters: longer text before a turn is not taken for its header
+#: (text, supervised spans, whether each ends with a control token). A text that is known to be too long is replaced by its length.
 Located = tuple[str | int, list[Span], bool]
 
 
@@ -30,18 +30,19 @@ class NotShown(ValueError):
 
 @dataclass(frozen=True)
 class TemplateProbe:
-    """What locates answers in rendered text: the template, a marker that occurs nowhere in the conversation, the control tokens."""
+    """Locates answers in rendered text by a template, a marker that occurs nowhere in the conversation, and the control tokens."""
 
     render: Callable[..., str]  # (messages, prompt=False)
     marker: str
     control: re.Pattern
     end: str  # the end-of-text token
-    found: set[tuple[int, str]] = field(default_factory=set)  # (message, key) that the template was seen to show
+    found: set[tuple[int, str]] = field(default_factory=set)  # (message, key) pairs that the template has shown
 
     def neutral(self, messages: list[dict], text: str) -> tuple[str, list[tuple[int, str]]]:
-        """The conversation with a marker in place of every text, and behind the name of every call: rendered; and what is not shown.
+        """The rendered conversation with a marker in place of every text and after the name of every call, and the (message, key) pairs whose
+        marker is missing in it.
 
-        ValueError if `text`, the conversation itself, has other control tokens.
+        ValueError if its control tokens differ from those of `text`, the rendered conversation itself.
         """
         marked, places = list(messages), []
 
@@ -57,7 +58,7 @@ class TemplateProbe:
         neutral = self.render(marked)
         if self.control.findall(text) != self.control.findall(neutral):
             raise ValueError("the chat template turns a message's text into control tokens; fix the row or the template")
-        one = rf"(?:{self.marker}|\\u{ord(self.marker):04x})"  # the latter by `tojson(ensure_ascii=True)`
+        one = rf"(?:{self.marker}|\\u{ord(self.marker):04x})"  # the latter is what `tojson(ensure_ascii=True)` writes
         shown = {int(n) for n in re.findall(rf"{one}(\d+){one}", neutral)}
         lacking = [place for n, place in enumerate(places) if n not in shown]
         self.found.update(set(places) - set(lacking))
@@ -68,7 +69,7 @@ class TemplateProbe:
 
 
 def _with_name(call: dict, name: Callable[[str], str]) -> dict:
-    """A call of a tool with another name: {function: {name, arguments}}, or {name, arguments}."""
+    """A tool call with another name. The call is {function: {name, arguments}} or {name, arguments}."""
     if isinstance(call.get("function"), dict):
         return call | {"function": _with_name(call["function"], name)}
     return call | {"name": name(str(call.get("name", "")))}
@@ -77,9 +78,9 @@ def _with_name(call: dict, name: Callable[[str], str]) -> dict:
 def texts(
     messages: list[dict], turns: list[int], probe: TemplateProbe, text: str, bound: Bound | None = None, guard: str = ""
 ) -> list[Located]:
-    """The text of the conversation, which is `text`, with the spans of `turns`; or a text for each, where later turns change what is before.
+    """The conversation's `text` with the spans of `turns`; or a text for each turn, if later turns change the text before them.
 
-    Turns in texts that exceed the bound, which is without the guards, are not looked for.
+    Turns in texts that exceed the bound are not located. The guard characters do not count for the bound.
     """
     ends = _ends(messages, turns, probe, text)
     if ends is not None:
@@ -105,7 +106,7 @@ def texts(
 
 
 def _ends(messages: list[dict], turns: list[int], probe: TemplateProbe, text: str) -> list[int] | None:
-    """Where each of the turns ends in the text of the conversation; None where later turns change what is before."""
+    """The position where each turn ends in the conversation's text; None if later turns change the text before them."""
     out = []
     for i in turns:
         after = text if i == len(messages) - 1 else probe.render(messages[: i + 1])
@@ -116,7 +117,7 @@ def _ends(messages: list[dict], turns: list[int], probe: TemplateProbe, text: st
 
 
 def _before(head: list[dict], after: str, probe: TemplateProbe) -> str:
-    """The text before the last turn of `head`, if it is the beginning of `after`."""
+    """The text before the last turn of `head` if `after` begins with it, else an empty text."""
     before = probe.render(head[:-1]) if len(head) > 1 else ""
     return before if after.startswith(before) else ""
 
@@ -135,10 +136,10 @@ def _refuse_hidden_calls(messages: list[dict], turns: list[int], probe: Template
 
 
 def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known: Span | None = None) -> Span:
-    """Where turn i is in `after`, the text that ends with it: from its first character to the end of its end token.
+    """The span of turn i in `after`, the text that ends with it: from its first character to the end of its end token.
 
-    The end token is the first control token after the answer, with the end-of-text token where that follows at once. Where the turn
-    calls tools, or no control token follows, the span ends with the text.
+    The end token is the first control token after the answer, together with an end-of-text token right after it. If the turn calls tools, or
+    no control token follows, the span ends with the text.
     """
     head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
     start, stop = known or _locate_turn(head, after, probe)
@@ -153,7 +154,7 @@ def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known:
 
 
 def _refuse_two_turns(head: list[dict], after: str, start: int, stop: int, probe: TemplateProbe) -> None:
-    """ValueError where the last turn of `head`, which calls tools, is ended and begun again inside: that header is the template's text."""
+    """ValueError if the template ends the last turn of `head`, which calls tools, and begins another inside it: that header is not the answer's."""
     without = probe.render(head[:-1]) if len(head) > 1 else ""
     header = after[len(os.path.commonprefix([without, after])) : start].strip()
     ends = [m for m in probe.control.finditer(after, start, stop) if after.endswith(m[0], start, stop)]
@@ -165,7 +166,7 @@ def _refuse_two_turns(head: list[dict], after: str, start: int, stop: int, probe
 
 
 def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProbe, calls: bool) -> int:
-    """The end of the text without a generation prompt: some templates always append one. It is recognised by standing before the turn too."""
+    """The end of the text without a generation prompt: some templates always append one. It is recognised because it stands before the turn too."""
     tail = after[stop:].rstrip()
     last = stop + len(tail)
     if len(head) < 2 or probe.render(head, True) != after:
@@ -186,7 +187,7 @@ def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
 
 
 def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
-    """Where the last turn of `head` is in `after`, the text that ends with it; without its end token."""
+    """The span of the last turn of `head` in `after`, the text that ends with it, without its end token."""
     i, message = len(head) - 1, head[-1]
     content = message["content"].strip()
     thoughts = [(i, key, "{}", [str(message[key])]) for key in REASONING if message.get(key)]
@@ -229,7 +230,7 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
 
 
 def _before_calls(head: list[dict], after: str, start: int, before: int | None, probe: TemplateProbe) -> int:
-    """Where the last turn of `head`, whose content begins at `start`, begins if its calls are before that (Gemma 4's)."""
+    """The start of the last turn of `head`: `start`, where its content begins, or earlier if its calls come first (Gemma 4)."""
     names = [str((call.get("function") or call).get("name")) for call in head[-1].get("tool_calls") or ()]
     if not names:
         return start
@@ -238,10 +239,10 @@ def _before_calls(head: list[dict], after: str, start: int, before: int | None, 
 
 
 def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int | None:
-    """Where the calls of the last turn of `head` begin: where the text stops being that of a turn that answers.
+    """Where the calls of the last turn of `head` begin: where the text first differs from that of a turn with an answer.
 
-    Its header is before both. Some templates have none, and begin answers with a space but not calls (Mistral's). Others always append a
-    prompt, with which calls begin and answers do not (Command R7B's).
+    The turn's header is before both. Some templates have no header, and begin answers, but not calls, with a space (Mistral). Others always
+    append a prompt, with which calls begin and answers do not (Command R7B).
     """
     header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
     start = len(os.path.commonprefix([header, after]))
@@ -252,12 +253,12 @@ def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int |
     return start if start >= len(before) and len(header) - start <= _HEADER else None
 
 
-#: A part of a message that is replaced by markers: the message's number, the key, the new text with {} for each marker, the replaced texts.
+#: A part of a message to be replaced by markers: (message number, key, new text with {} for each marker, replaced texts).
 Slot = tuple[int, str, str, list[str]]
 
 
 def _answer_forms(i: int, content: str) -> list[list[Slot]]:
-    """The forms in which a template may show an answer: as one text, or its thinking and the rest each on its own."""
+    """The ways in which a template may show an answer: as one text, or the thinking and the rest separately."""
     if not content.strip():
         return [[]]
     forms: list[list[Slot]] = [[(i, "content", "{}", [content])]]
@@ -270,9 +271,9 @@ def _answer_forms(i: int, content: str) -> list[list[Slot]]:
 
 
 def _locate(text: str, messages: list[dict], slots: list[Slot], probe: TemplateProbe) -> list[Span | None] | None:
-    """Where `text` has the text of each slot (whole or trimmed), if the rest of `text` stays the same with markers in the slots.
+    """The spans in `text` of the slots' texts (whole or trimmed), if the rest of `text` is the same with markers in the slots.
 
-    None in the list for a slot that the template does not show. None for all where it shows one twice, or its other text depends on one.
+    None in the list for a text that the template does not show. None instead of a list if it shows one twice, or its own text depends on one.
     """
     marked, replaced = list(messages), []
     for i, key, form, texts in slots:
@@ -301,17 +302,17 @@ def _trimmed(text: str) -> dict[str, None]:
 
 
 def _turn_start(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
-    """Where the last turn of `head` begins, right after the generation prompt; None if the template has no prompt or puts the turn elsewhere."""
+    """Where the last turn of `head` begins: right after the generation prompt. None if the template has no prompt or puts the turn elsewhere."""
     try:
         if len(head) > 1:
             without, prompt = render(head[:-1]), render(head[:-1], True)
             return len(prompt) if prompt != without and after.startswith(prompt) else None
-        prompt = render(head, True)[len(after) :]  # templates refuse an empty conversation: the prompt that would come next
+        prompt = render(head, True)[len(after) :]  # the prompt for the next turn, as templates refuse an empty conversation
         return after.find(prompt) + len(prompt) if prompt and prompt in after else None
     except ValueError:
         return None
 
 
 def no_spaces(text: str) -> str:
-    """A text without its white space, which templates change."""
+    """The text without white space, which templates change."""
     return "".join(text.split())

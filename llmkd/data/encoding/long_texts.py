@@ -1,9 +1,9 @@
-"""Texts that are much longer than data.max_length: what becomes of them is known, or cut, before they are tokenised.
+"""Recognises texts that are much longer than data.max_length, or cuts them, before they are tokenised.
 
-A tokenizer whose every token covers at most M characters makes more than max_length tokens of more than max_length * M characters. And where
-no entry of its vocabulary goes from another character over a space, the tokens before a space do not depend on what follows it: a text may
-be cut there, and its first tokens stay what they are. Both are read off the tokenizer; where they do not hold, a long text is tokenised in
-stretches until it has more tokens than fit.
+If every token of a tokenizer covers at most M characters, a text of more than max_length * M characters has more than max_length tokens. And if
+no entry of its vocabulary continues from another character into a space, the tokens before a space do not depend on the text after it: a text
+may be cut there without changing its first tokens. Both properties are read from the tokenizer. If they do not hold, a long text is tokenised
+in stretches until it has more tokens than fit.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from .control_tokens import Text, one_encoder
 from .stretches import end_of_first
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_FEW = 16  # characters for each token of max_length: a text that is no longer is not looked at
-_SEARCHED = 1 << 16  # characters behind the shortest cut in which a space is looked for
-_LETTERS = "".join(dict.fromkeys("eaotins" + string.ascii_letters + string.digits))  # most of most texts is made of the first few
-_SAME = 256  # characters before a cut that two texts must share
+_FEW = 16  # characters for each token of max_length: shorter texts are not checked
+_SEARCHED = 1 << 16  # characters after the shortest cut that are searched for a space
+_LETTERS = "".join(dict.fromkeys("eaotins" + string.ascii_letters + string.digits))  # the first few make up most of most texts
+_SAME = 256  # characters before a cut that must be the same in both texts
 
 
 @dataclass(frozen=True)
 class Cover:
-    """What the tokens of a tokenizer may cover.
+    """The characters that the tokens of a tokenizer may cover.
 
     most          the most characters of a text that one token covers
-    counted       the characters for which this is sure; None for all. Others may be unknown, and any number of those one token
-    cut_at_space  the tokens before a space that follows another ASCII character do not depend on the text behind it
+    counted       the characters for which this is certain; None for all. Others may be unknown, and any number of unknown ones one token
+    cut_at_space  whether the tokens before a space after another ASCII character do not depend on the text after it
     """
 
     most: int
@@ -40,7 +40,7 @@ class Cover:
 
 
 def bound_of(data: Data, tokenizer) -> Bound | None:
-    """The characters of an example that may fit; None where texts are split, and where the tokenizer does not tell."""
+    """The number of characters up to which an example may fit. None if texts are split, or the tokenizer does not tell."""
     cover = cover_of(tokenizer)
     if data.too_long == "split" or cover is None:
         return None
@@ -48,12 +48,12 @@ def bound_of(data: Data, tokenizer) -> Bound | None:
 
 
 def is_longer(text: Text, max_length: int, tokenizer) -> bool:
-    """Whether a text is known to have more than `max_length` tokens. False where it has to be tokenised to know, and may be so at once."""
+    """Whether a text is known to have more than `max_length` tokens. False if only tokenising all of it, which is cheap then, can tell."""
     return _covers_more(text.text, max_length, tokenizer) or _end_of_first(text, max_length, tokenizer) is not None
 
 
 def _covers_more(text: str, max_length: int, tokenizer) -> bool:
-    """Whether it has more characters than `max_length` tokens cover."""
+    """Whether the text has more characters than `max_length` tokens can cover."""
     if len(text) <= _FEW * max_length:
         return False
     cover = cover_of(tokenizer)
@@ -65,7 +65,7 @@ def _end_of_first(text: Text, max_length: int, tokenizer) -> int | None:
 
 
 def beginning(text: Text, max_length: int, tokenizer) -> Text:
-    """A part of a text whose first `max_length` tokens are those of the whole; the text itself where it is not much longer."""
+    """The beginning of a text, with the same first `max_length` tokens as the whole; the text itself if it is not much longer."""
     if not _covers_more(text.text, max_length, tokenizer):
         end = _end_of_first(text, max_length, tokenizer)
         return text if end is None else _cut(text, end)
@@ -74,16 +74,16 @@ def beginning(text: Text, max_length: int, tokenizer) -> Text:
     while not _covers_more(text.text[:shortest], max_length, tokenizer):
         shortest *= 2
     cut = _space(text.text, shortest) if cover.cut_at_space else None
-    end = cut and _space(text.text, cut + 1)  # what a cut may change at its edge is behind the first one
+    end = cut and _space(text.text, cut + 1)  # a cut may change tokens at its edge, all of which are after the first space
     end = end or _end_of_first(text, max_length, tokenizer)
     return text if end is None else _cut(text, end)
 
 
 def beginnings(text: Text, longer: Text, max_length: int, tokenizer) -> tuple[Text, Text]:
-    """The beginning of a text, and of the same text with a context somewhere before that place: both end at the same character.
+    """The beginnings of a text and of the same text with a context somewhere before the cut. Both end at the same character, so the supervised
+    tokens of the two stay the same.
 
-    So the supervised tokens of the two stay the same. The texts themselves where the text is not much longer, or where the other goes on
-    otherwise.
+    The texts themselves if the text is not much longer, or if the other one differs before the cut.
     """
     short = beginning(text, max_length, tokenizer)
     end = len(short.text)
@@ -101,7 +101,7 @@ def _cut(text: Text, end: int) -> Text:
 
 
 def _space(text: str, first: int) -> int | None:
-    """The place of the first space from `first` on that follows an ASCII character that is none; None if there is none near."""
+    """The position of the first space from `first` on that follows a visible ASCII character; None if there is none near."""
     at = text.find(" ", first, first + _SEARCHED)
     while at > 0 and not ("!" <= text[at - 1] <= "~"):
         at = text.find(" ", at + 1, first + _SEARCHED)
@@ -109,13 +109,14 @@ def _space(text: str, first: int) -> int | None:
 
 
 def cover_of(tokenizer) -> Cover | None:
-    """What a tokenizer's tokens cover; None where that cannot be read off it."""
+    """The cover of a tokenizer; None if it cannot be read from the tokenizer."""
     if tokenizer not in _KNOWN:
         _KNOWN[tokenizer] = cover_of_state(json.loads(tokenizer.backend_tokenizer.to_str()))
     return _KNOWN[tokenizer]
 
 
 def cover_of_state(state: dict) -> Cover | None:
+    """The cover of a tokenizer that is given as the JSON of its tokenizer.json."""
     model, added, before = state["model"], [token["content"] for token in state["added_tokens"]], state["pre_tokenizer"]
     shrinks = _shrinks(state["normalizer"])
     if (
@@ -139,7 +140,7 @@ def cover_of_state(state: dict) -> Cover | None:
 
 
 def _shrinks(normalizer: dict | None) -> int | None:
-    """At most how many characters a normaliser makes one of; None where it may remove any number."""
+    """The most characters that a normaliser turns into one; None if it may remove any number."""
     if normalizer is None:
         return 1
     kind = normalizer["type"]
@@ -163,7 +164,7 @@ def _drops(pre_tokenizer: dict | None) -> bool:
 
 
 def _every_character(model: dict, byte_level: bool) -> bool:
-    """Whether every character is in a token, and no token is for a run of unknown ones."""
+    """Whether every character becomes part of a token, and no token stands for a run of unknown ones."""
     if byte_level:
         from tokenizers.pre_tokenizers import ByteLevel
 

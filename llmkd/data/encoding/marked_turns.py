@@ -1,4 +1,4 @@
-"""Turns and rows marked as trained on or not, as `reading/turn_marks.py` reads them: those that an encoding cannot honour are refused."""
+"""Refuses marks of turns and rows as trained on or not, as `reading/turn_marks.py` reads them, if the encoding cannot honour them."""
 
 from ...config.recipe import Data
 
@@ -10,7 +10,7 @@ def has_marks(row: dict) -> bool:
 
 
 def refuse_unhonoured_marks(row: dict, data: Data) -> None:
-    """ValueError where a turn is marked as trained on and would not be, or the reverse."""
+    """ValueError if a turn is marked as trained on and would not be, or the reverse."""
     for name in ("messages", "prompt", "completion"):
         for i, message in enumerate(row[name]) if isinstance(row.get(name), list) else ():
             trained, role = message.get("train"), message["role"]

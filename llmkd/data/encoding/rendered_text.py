@@ -1,9 +1,9 @@
-"""Texts that a chat template has rendered already: they hold tokens that begin or end turns, which are only characters here, or the words."""
+"""Recognises texts that a chat template has already rendered, by the tokens or words that begin or end turns: here they are only characters."""
 
 import re
 from collections.abc import Iterable
 
-#: How templates spell such tokens: <|im_start|>, <｜User｜>, <|turn>, [|user|], and those of well-known families that are spelled otherwise.
+#: How templates spell such tokens: <|im_start|>, <｜User｜>, <|turn>, [|user|], and other spellings of well-known families.
 _TURNS = re.compile(
     r"<[|｜]/?[A-Za-z][\w▁/-]{0,40}[|｜]>|\[\|/?[a-z]\w{0,40}\|\]|"
     + "|".join(
@@ -26,13 +26,13 @@ _ANSWER = re.compile(
     + _WORDS.replace("WORDS", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|[Mm]odel|AI|GPT|gpt|助手|答|回答"),
     re.MULTILINE,
 )
-#: A list of messages as text, as JSON or as Python writes it.
+#: A list of messages as text, in the spelling of JSON or Python.
 _LIST = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
 _LOOKED_AT = 20_000  # characters: the words are at the beginning
 
 
 def turn_words(text: str) -> str | None:
-    """The words that begin the first user's turn of a text that has an answer after it."""
+    """The words that begin the first user turn of a text with an answer after it; None if there is none."""
     user = _USER.search(text, 0, _LOOKED_AT)
     return user[0].strip() if user and _ANSWER.search(text, user.end(), _LOOKED_AT) else None
 
@@ -43,7 +43,7 @@ def listed_turns(row: dict, columns: Iterable[str]) -> str | None:
 
 
 def turn_token(row: dict, control: re.Pattern) -> str | None:
-    """The first such token, or control token of the tokenizer, in a text of the row or in the content of a message."""
+    """The first token of a chat template, or control token of the tokenizer, in a text of the row or in the content of a message."""
     for value in row.values():
         contents = [one.get("content") for one in value if isinstance(one, dict)] if isinstance(value, list) else [value]
         for text in contents:

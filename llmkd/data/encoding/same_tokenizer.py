@@ -1,7 +1,7 @@
-"""Whether a model's tokenizer is the run's own: the same ids for the same texts, and the same end of text where one is written.
+"""Checks that a model's tokenizer is the run's own: the same ids for the same texts, and the same end token where texts get one.
 
-Two tokenizers of one vocabulary may name other tokens as the start and the end of a text: an instruct model ends a turn with <|im_end|>, its
-base ends a text with <|endoftext|>. That matters only where a text gets the token that is so named.
+Two tokenizers of one vocabulary may name different tokens as the start and the end of a text: an instruct model ends a turn with <|im_end|>,
+its base ends a text with <|endoftext|>. That matters only if a text gets the named token.
 """
 
 import re
@@ -18,7 +18,7 @@ _WORDS = {"eos_token": "end-of-text token", "bos_token": "start-of-text token"}
 
 
 def refuse_other_tokens(ours, theirs, setting: str, our_name: str, their_name: str, shared: int | None = None) -> None:
-    """UserError where the same id is another token, or the same text has other ids. Named tokens may differ. `shared`: see `token_differences`."""
+    """UserError if an id stands for another token, or a text has other ids. Named tokens may differ. `shared`: see `token_differences`."""
     differences = token_differences(ours, theirs, shared)
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
@@ -29,19 +29,19 @@ def refuse_other_tokens(ours, theirs, setting: str, our_name: str, their_name: s
 
 
 def report_chosen(tokenizer, own, base) -> None:
-    """One line where student.tokenizer ends or starts texts with other tokens than the base's own tokenizer does."""
+    """Reports if student.tokenizer ends or starts texts with other tokens than the base's own tokenizer."""
     for name, (one, two) in named_differences(tokenizer, own).items():
         if name in _WORDS:
             info(f"student.tokenizer: its {_WORDS[name]} is {one}, which is used, and that of {base}'s own tokenizer is {two}")
 
 
 def refuse_other_ends(tokenizer, theirs, setting: str, folder, sources: Sequence[tuple[str, Source, Rows | None]]) -> None:
-    """UserError where a text would get the student's own token for the start or end of a text, and the teacher has another one.
+    """UserError if a text would get the student's start or end token, and the teacher's tokenizer has another one.
 
-    folder   of the teacher's tokenizer
-    sources  every source with its setting's name, and its rows, where they are known
+    folder   the folder of the teacher's tokenizer
+    sources  (setting, source, rows) of every source; the rows are None if they are not known
     """
-    sources = [one for one in sources if FORMATS[one[1].format].is_text]  # to tokens that are given none is added
+    sources = [one for one in sources if FORMATS[one[1].format].is_text]  # rows of tokens get no token added
     different = {name: pair for name, pair in named_differences(tokenizer, theirs).items() if name in _WORDS}
     if not different:
         return
@@ -64,7 +64,7 @@ def refuse_other_ends(tokenizer, theirs, setting: str, folder, sources: Sequence
 
 
 def _is_plain(source: Source, rows: Rows | None) -> bool:
-    """Whether rows of the source are texts without the chat template. A stream of prompt_completion is taken to be."""
+    """Whether rows of the source are encoded without the chat template. This is assumed of a stream of prompt_completion."""
     if source.chat_template or FORMATS[source.format].template == "always":
         return False
     return rows is None or source.format != "prompt_completion" or any(isinstance(row["prompt"], str) for row in rows.rows)

@@ -1,26 +1,26 @@
-"""Long texts, tokenised in stretches: memory stays bounded, and who needs the first tokens alone stops there.
+"""Tokenises long texts in stretches, so that memory stays bounded and a caller may stop after the first tokens.
 
-Neighbouring stretches overlap, and are joined where both have the same tokens at the same places for a while. So the edges of a stretch, where
-a tokenizer may do otherwise than inside the text, are in no result. Where the two agree nowhere (one unknown token for all of it, say), the
-text is cut between two tokens of the first.
+Neighbouring stretches overlap, and are joined where both have the same tokens at the same places for a while. So the result does not contain
+the edges of a stretch, which a tokenizer may treat differently from the inside of a text. If two stretches agree nowhere (one unknown token
+covers the overlap, say), the text is cut between two tokens of the first.
 """
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-_AT_ONCE = 1 << 19  # characters: a tokenizer's output takes some hundred times the memory of its input
+_AT_ONCE = 1 << 19  # characters: a tokenizer's output takes about a hundred times the memory of its input
 _STRETCH, _OVERLAP = 1 << 18, 1 << 12  # characters
-_ALIKE = 8  # tokens in which two stretches agree where they are joined
+_ALIKE = 8  # tokens that must be the same in both stretches where they are joined
 
-#: A text's token ids [tokens] and the characters of each, first and one behind the last [tokens, 2].
+#: Token ids of a text [tokens], and the first and one past the last character of each [tokens, 2].
 Placed = tuple[np.ndarray, np.ndarray]
-#: Token ids and character offsets of a text.
+#: A function from a text to its token ids and their character offsets.
 Encoder = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 
 def is_long(text: str) -> bool:
-    """Whether a text is tokenised in stretches, and not at once."""
+    """Whether a text is tokenised in stretches instead of at once."""
     return len(text) > _AT_ONCE
 
 
@@ -31,8 +31,8 @@ def tokens(text: str, encode: Encoder) -> Placed:
 
 
 def end_of_first(text: str, encode: Encoder, most: int) -> int | None:
-    """A place behind the first `most` tokens of a long text, which stay what they are where it is cut there. None if it has no more tokens,
-    and for a text that is not long."""
+    """A position after the first `most` tokens of a long text: cutting there does not change these. None if it has no more tokens, or is not
+    long."""
     count = 0
     for ids, places in stretches(text, encode) if is_long(text) else ():
         count += len(ids)
@@ -42,7 +42,7 @@ def end_of_first(text: str, encode: Encoder, most: int) -> int | None:
 
 
 def stretches(text: str, encode: Encoder) -> Iterator[Placed]:
-    """The tokens of a text, stretch by stretch; of one that is not long at once."""
+    """The tokens of a text, stretch by stretch; all at once if it is not long."""
     if not is_long(text):
         ids, places = encode(text)
         yield np.array(ids, np.int32), np.array(places, np.int64).reshape(-1, 2)
@@ -71,13 +71,16 @@ def stretches(text: str, encode: Encoder) -> Iterator[Placed]:
 
 
 def _joint(one: Placed, other: Placed, begin: int) -> tuple[int, int] | None:
-    """Where both go on alike in the middle of their overlap, which begins at character `begin`: an index into each; None if nowhere."""
+    """An index into each from which both have the same tokens, in the middle of their overlap; None if there is none.
+
+    `begin`: the first character of the overlap.
+    """
     (ids, places), (their_ids, their_places) = one, other
     start, stop = int(np.searchsorted(places[:, 0], begin + _OVERLAP // 4)), int(np.searchsorted(places[:, 0], begin + 3 * _OVERLAP // 4))
     for i in range(max(start, 1), stop):
         j = int(np.searchsorted(their_places[:, 0], places[i, 0]))
         ours, theirs = slice(i, i + _ALIKE), slice(j, j + _ALIKE)
-        between = places[i - 1, 1] <= places[i, 0]  # and not inside a character of several tokens
+        between = places[i - 1, 1] <= places[i, 0]  # not inside a character of several tokens
         if between and np.array_equal(ids[ours], their_ids[theirs]) and np.array_equal(places[ours], their_places[theirs]):
             return i, j
     return None

@@ -1,4 +1,4 @@
-"""Texts to the sequences of a decoder: the token that it starts from, those that every target begins with, the text, and the end."""
+"""Encodes texts as the sequences of a decoder: its start token, the tokens that every target begins with, the text, and the end token."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,10 +11,10 @@ _BATCH = 1024  # texts that are tokenised at a time
 
 
 class Frame(NamedTuple):
-    """What a decoder's sequences have in common.
+    """The tokens that all sequences of a decoder have in common.
 
     start    the token that the decoder starts from
-    prefix   tokens after it that are given, and not predicted
+    prefix   tokens after it that are given, not predicted
     end      the token that ends a target
     """
 
@@ -28,9 +28,10 @@ class Frame(NamedTuple):
 
 
 def sequences(texts: Sequence[str], tokenizer, frame: Frame) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The sequence of each text, int32, and its loss mask: the text's tokens, with those that the tokenizer puts around a target, and the end.
+    """The sequence of each text, int32 [tokens], and its loss mask, bool [tokens].
 
-    What the tokenizer writes itself of a decoder's start, or of the frame's prefix, is not written a second time.
+    Supervised are the tokens of the text, those that the tokenizer puts around a target, and the end. If the tokenizer itself writes the
+    decoder's start or the frame's prefix, they are not written a second time.
     """
     out, beginnings = [], (own_beginning(tokenizer, frame.start), list(frame.prefix))
     for at in range(0, len(texts), _BATCH):
@@ -43,18 +44,18 @@ def sequences(texts: Sequence[str], tokenizer, frame: Frame) -> list[tuple[np.nd
 
 
 def own_beginning(tokenizer, start: int) -> list[int]:
-    """What a tokenizer writes before a target, from the decoder's start on, as Whisper's do; nothing where a target begins otherwise (BART's)."""
+    """The tokens that a tokenizer writes before a target if they begin with the decoder's start (Whisper); none if they do not (BART)."""
     ids = tokenizer(text_target="", add_special_tokens=True)["input_ids"]
     return [start, *(token for token in ids[1:] if token != tokenizer.eos_token_id)] if ids[:1] == [start] else []
 
 
 def frame_of(tokenizer, config: dict, generation: dict, prefix: str | None, setting: str, named: str = "data.target_prefix") -> Frame:
-    """What the sequences of a model have in common, by its tokenizer, its config.json and its generation config.
+    """The frame of a model's sequences, from its tokenizer, its config.json and its generation config.
 
-    prefix  control tokens as text, of the setting `named`; None: those of the tokenizer (Whisper's, with language and task)
+    prefix  control tokens as text, from the setting `named`; None for those of the tokenizer (for Whisper, with language and task)
     """
-    start = generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))
-    start = start if start is not None else config.get("bos_token_id")
+    named_starts = generation.get("decoder_start_token_id"), config.get("decoder_start_token_id"), config.get("bos_token_id")
+    start = next((token for token in named_starts if token is not None), None)
     if type(start) is not int:
         raise UserError(
             f"{setting}: neither config.json nor generation_config.json says from which token the decoder starts; write decoder_start_token_id into config.json"

@@ -20,9 +20,9 @@ Tokens = tuple[np.ndarray, np.ndarray]
 
 
 def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokenizer) -> list[Text] | None:
-    """The texts that the teacher reads, one for each of the student's `own`; None for a row without context.
+    """The texts that the teacher reads, one for each of the student's `own`; None for a row without a context.
 
-    ValueError where the row, its format or its template cannot take the context.
+    ValueError if the row, its format or its template cannot take the context.
     """
     context = paragraphs(data.teacher_context, row.get("teacher_context"))
     if not context:
@@ -48,10 +48,10 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
 
 
 def align(own: Tokens, theirs: Tokens, raw: bool, tokenizer) -> Tokens:
-    """The teacher's tokens, with just the student's targets supervised. ValueError where the supervised tokens differ.
+    """The teacher's tokens, with only the student's targets supervised. ValueError if the supervised tokens differ.
 
-    In a raw text nothing predicts the student's first token. The teacher has its context before that token, so it has more targets, and
-    the student's are the last of them.
+    In a raw text nothing predicts the student's first token. The teacher has its context before that token, so it has more targets, of
+    which the student's are the last.
     """
     (ids, loss_mask), targets = theirs, own[0][own[1]]
     places = np.flatnonzero(loss_mask)

@@ -1,6 +1,6 @@
-"""Chat templates as programs, in the environment that transformers gives them. For the process of `template_worker.py` only.
+"""Runs chat templates in the environment that transformers gives them. Only for the process of `template_worker.py`.
 
-A template is somebody's code: it is run in Jinja's sandbox, in a process that is limited in time and memory.
+A template is foreign code: it runs in Jinja's sandbox, in a process with limited time and memory.
 """
 
 import datetime
@@ -16,10 +16,10 @@ import jinja2.sandbox
 
 #: CPU seconds for one rendering. Templates in use take milliseconds.
 SECONDS = 5
-#: CPU seconds for a conversation, which is rendered several times for each answer.
+#: CPU seconds for all renderings of one conversation: there are several for each answer.
 ROW_SECONDS = 60
 _LONGEST = 64_000_000  # characters of a text
-#: A template that asks for today's date gets the default date of Llama 3.1's template, so that a run can be repeated.
+#: The date that templates get as today's, so that a run can be repeated: the default of Llama 3.1's template.
 _TODAY = datetime.datetime(2024, 7, 26)
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -33,7 +33,7 @@ class _Clock:
 
 
 def begin_row() -> None:
-    """The time of a conversation begins."""
+    """Start the clock of a conversation."""
     _Clock.started = time.process_time()
 
 
@@ -81,7 +81,7 @@ def environment() -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks an answer. The marks are not used: what is inside is written as it is."""
+    """`{% generation %}` marks an answer. The marks are not used: the text inside is written as it is."""
 
     tags = {"generation"}
 
@@ -103,7 +103,7 @@ def _raise(message: str) -> None:
 
 
 class _Dict:
-    """`dict` without the attributes of the type."""
+    """`dict` without the other attributes of the type."""
 
     def __call__(self, *args, **kwargs) -> dict:
         return dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The process in which chat templates run (`template_worker.py`), as the process that asks it sees it."""
+"""The client of the process in which chat templates run (`template_worker.py`)."""
 
 import atexit
 import contextlib
@@ -19,7 +19,7 @@ _START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.encoding.temp
 
 
 class _Process:
-    """Started at the first question, and again after it ended. One for all threads."""
+    """The process for all threads. It is started at the first job, and again after it has ended."""
 
     def __init__(self):
         self._process: subprocess.Popen | None = None
@@ -34,7 +34,7 @@ class _Process:
                     answer = template_worker.read(process.stdout)
                 except (BrokenPipeError, ConnectionResetError):
                     answer = None
-                except BaseException:  # such as by a signal: the answer that is still to come must not be taken for that of the next job
+                except BaseException:  # such as a signal: the answer to this job must not be taken for that to the next one
                     self.close(kill=True)
                     raise
                 if answer is not None:
@@ -44,7 +44,7 @@ class _Process:
                     raise UserError(_ended(code))
 
     def close(self, kill: bool = False) -> int | None:
-        """End the process; its exit code."""
+        """End the process and return its exit code."""
         process, self._process = self._process, None
         if not process:
             return None
@@ -56,7 +56,7 @@ class _Process:
         return process.wait()
 
     def forget(self) -> None:
-        """In the child of a fork: the process belongs to the parent."""
+        """Forget the process in the child of a fork: it belongs to the parent."""
         self._process, self._lock = None, threading.Lock()
 
     def _running(self) -> subprocess.Popen:

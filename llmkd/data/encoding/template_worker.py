@@ -1,7 +1,7 @@
-"""The process in which chat templates run: JSON in, JSON out, little memory, and CPU time for each rendering.
+"""The process in which chat templates run: JSON in, JSON out, with limits on memory and on the CPU time of a rendering.
 
-It ignores the signals of a terminal and of a launcher: it ends with the process that started it, when its input does, or when idle.
-Besides the standard library it imports Jinja only, so that it starts in a tenth of a second.
+It ignores the signals of a terminal and of a launcher: it ends when its input does, with the process that started it, or when it has been
+idle. Besides the standard library it imports Jinja only, so that it starts in a tenth of a second.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .locate import NotShown, texts
 from .template import OutOfTime, begin_row
 
 MEMORY = 1 << 30  # bytes
-OUT_OF_MEMORY = 77  # the exit code
+OUT_OF_MEMORY = 77  # exit code
 _IDLE = 60  # seconds
 
 
@@ -30,7 +30,7 @@ def rendered(job: dict) -> str:
 
 
 def conversation(job: dict) -> dict:
-    """The texts of a conversation, see `chat.conversation`, and what the template does not show."""
+    """{"texts": see `locate.texts`, "unshown": the names of keys that the template does not show}."""
     probe, text, unshown = settle(
         job["template"],
         job["tokens"],
@@ -41,7 +41,7 @@ def conversation(job: dict) -> dict:
         job["end"],
         job["call_values"],
     )
-    if job["plain"]:  # the same without guards
+    if job["plain"]:  # the conversation without guards must give the same text
         messages, tools = job["plain"]
         if text.replace(job["guard"], "") != probe.render(messages, tools=tools):
             raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
@@ -52,10 +52,10 @@ def conversation(job: dict) -> dict:
 
 
 def read(file: BinaryIO) -> dict | None:
-    """The next message; None at the end."""
-    head = file.read(8)
-    body = file.read(int.from_bytes(head)) if len(head) == 8 else b""
-    return json.loads(body) if body else None
+    """The next message; None at the end, also in the middle of a message: its writer was killed."""
+    size = int.from_bytes(file.read(8))
+    body = file.read(size)
+    return json.loads(body) if body and len(body) == size else None
 
 
 def write(file: BinaryIO, message: dict) -> None:
@@ -65,10 +65,10 @@ def write(file: BinaryIO, message: dict) -> None:
 
 
 def _address_space() -> int:
-    """Bytes, before any template."""
+    """The bytes of address space that the process has before any template."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return 0
 
 

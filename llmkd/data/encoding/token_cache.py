@@ -1,8 +1,8 @@
-"""The token cache: rows are tokenised once.
+"""The token cache: it keeps the tokens of a source, so that rows are tokenised once.
 
 An entry's key is a hash of the source's content, the tokenizer, its chat template and the settings that shape examples. An entry is a
-folder with a safetensors and a JSON file, with a hash of its content; a damaged entry is reported and made again. Of the processes of a
-launch the first makes an entry, and the others wait and read it.
+folder with a safetensors and a JSON file, the latter with a hash of the content; a damaged entry is reported and made again. The first process
+of a launch makes an entry, while the others wait and then read it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from ..reading.sources import Rows
 from .encode import collator_of, encode
 from .formats import refuse_without_template
 
-#: Raise it when the same files give other tokens, or an entry's files change. 12: arguments of tool calls that are null are none.
+#: Raise it when the same files give other tokens, or an entry's files change. 12: null as the arguments of a tool call means no arguments.
 VERSION = 12
 
 _READ = ("ids", "loss_mask", "offsets")  # the arrays of TokenExamples that a model reads
@@ -35,13 +35,13 @@ def folder(data: Data) -> Path:
 
 
 def answers_root(data: Data) -> Path:
-    """The folder of folders in which answers of servers are kept, where a teacher names none."""
+    """The folder under which the answers of servers are kept, unless a teacher names another."""
     return folder(data).parent / "answers"
 
 
 def tokenizer_hash(tokenizer, template: bool = True) -> str:
-    """A hash of vocabulary, merges, special tokens and their names, and with `template` of the chat template. A tokenizer's padding and
-    truncation settings are not in it."""
+    """A hash of the vocabulary, merges, special tokens and their names and, with `template`, the chat template, but not of the settings for padding
+    and truncation."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)
@@ -50,7 +50,7 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
 
 
 def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, warn=warn, encode=encode) -> TokenExamples:
-    """The source's examples, from the cache, or encoded now and put there. UserError when no example has a supervised token."""
+    """The source's examples, read from the cache, or encoded and stored there. UserError if no example has a supervised token."""
     shaped_by = [*shaping(source, "tokens").values(), *shaping(data, "tokens").values()]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content includes the columns' names
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
@@ -78,7 +78,7 @@ def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: s
 
 @contextlib.contextmanager
 def _lock(entry: Path):
-    """Held by one process of this machine at a time; a killed process releases it. Where nothing can be locked, it is not held."""
+    """A lock for one process of this machine at a time, released if the process is killed. Without effect if files cannot be locked."""
     try:
         place = entry.parent.with_name("locks")
         place.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _lock(entry: Path):
 
 
 def _load(entry: Path, warn) -> TokenExamples | None:
-    if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
+    if not os.path.exists(entry / "manifest.json"):  # false for a name that is too long, for which Path.exists raises
         return None
     try:
         manifest = read_object(entry / "manifest.json")
@@ -116,7 +116,7 @@ def _hash(raw: bytes, counts: dict) -> str:
 
 
 def _store(entry: Path, result: TokenExamples, warn) -> None:
-    """Write an entry. If the cache cannot be written, the run prints a warning and continues."""
+    """Write an entry. If it cannot be written, a warning is printed and the run continues."""
     from safetensors.numpy import save
 
     arrays = {name: getattr(result, name) for name in (*_READ, "row")}

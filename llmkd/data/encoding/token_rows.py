@@ -1,4 +1,4 @@
-"""Rows of token ids: checked against the student's tokenizer, and taken as they are. Nothing is added to them, also no end token."""
+"""Rows of token ids: they are checked against the student's tokenizer and used as they are. Nothing is added, not even an end token."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def of_tokens(
     rows: Rows, data: Data, tokenizer, counts: dict[str, int], errors: ErrorCollector
 ) -> Iterator[tuple[int, tuple[Tokens, ...], str]]:
-    """The examples of rows as `encode` takes them: number of the row, tokens, and why nothing of it is supervised, if so."""
+    """(row number, tokens, "unsupervised") of every example, as `encode` takes them."""
     counts["unnamed"] = sum(not row.get("tokenizer") for row in rows.rows)
     for i, row in enumerate(rows.rows):
         place = rows.places[i]
@@ -51,7 +51,7 @@ class Foreign(ValueError):
 
 
 def refuse_foreign(row: dict, tokenizer) -> None:
-    """ValueError where a row was made by another tokenizer, or has an id that this one has no token for."""
+    """ValueError if another tokenizer made the row, or it has an id without a token here."""
     known, own = _known(tokenizer)
     if (named := row.get("tokenizer")) and named != own:
         raise Foreign(
@@ -69,7 +69,7 @@ def refuse_foreign(row: dict, tokenizer) -> None:
 
 
 def split(row: dict, whole: bool) -> list[Tokens] | None:
-    """The examples of a row. None where the row does not say what is supervised, unless all of it is (`whole`)."""
+    """The examples of a row. None if the row does not say what is supervised and not all of it is (`whole`)."""
     ids, loss_mask = row["input_ids"], row["loss_mask"]
     if loss_mask is None and not whole:
         return None
@@ -83,7 +83,7 @@ def split(row: dict, whole: bool) -> list[Tokens] | None:
 
 
 def vocabulary_hash(tokenizer) -> str:
-    """Which token every id is, as 16 hex digits: equal for tokenizers whose ids mean the same, whatever their templates and named tokens."""
+    """A hash of the tokens of all ids, as 16 hex digits: equal for tokenizers whose ids mean the same, whatever their templates and named tokens."""
     return _known(tokenizer)[1]
 
 

@@ -24,9 +24,9 @@ def _refuse_other_than_text(path: Path, setting: str) -> None:
 
 
 def load_tokenizer(name: str, setting: str, revision: str | None = None, ends: bool = True) -> Any:
-    """The tokenizer in the folder of a model, adapter or tokenizer, of a hub id, or builtin:skills. UserError names `setting`.
+    """The tokenizer of a local folder (of a model, adapter or tokenizer), of a hub id, or of builtin:skills. UserError names `setting`.
 
-    ends   whether it must have an end token, with which texts are continued
+    ends   whether it must have an end token: texts are to be generated
     """
     if name == "builtin:skills":
         return skills.tokenizer()
@@ -39,10 +39,10 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None, ends: b
     except Exception as error:
         for one in ("config.json", *TOKENIZER_FILES):
             if one.endswith(".json") and (folder / one).is_file():
-                read_json(folder / one, setting)  # a damaged one is named
+                read_json(folder / one, setting)  # names a damaged file
             elif one.endswith(".jinja") and (folder / one).is_file():
                 _refuse_other_than_text(folder / one, setting)
-        where = folder / "tokenizer.json" if type(error) is Exception else name  # so are all errors of the package tokenizers
+        where = folder / "tokenizer.json" if type(error) is Exception else name  # as all errors of the package tokenizers are
         raise UserError(
             f"{setting}: no tokenizer could be loaded from {where} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); name a folder that has one"
         ) from error
@@ -54,14 +54,15 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None, ends: b
 
 
 def student_tokenizer(student: Student) -> Any:
-    """The tokenizer that a run trains with, without the weights: the student's own, or its base's where the student is an adapter."""
+    """The tokenizer that a run trains with: that of student.tokenizer, or of the student's model, or of its base if it is an adapter. No weights
+    are loaded."""
     if student.tokenizer:
         return load_tokenizer(student.tokenizer, "student.tokenizer")
     return load_tokenizer(str(student_base(student)), "student.model")
 
 
 def student_base(student: Student) -> Path:
-    """The folder of the student's model, or of its base where it is an adapter. From the hub only the files of the tokenizer are fetched."""
+    """The folder of the student's model, or of its base if it is an adapter. From the hub only the tokenizer's files are fetched."""
     folder, revision = locate(student.model, "student.model", student.revision, TOKENIZER), None
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json", "student.model")
@@ -73,10 +74,10 @@ def student_base(student: Student) -> Path:
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Save a tokenizer with transformers and compare what it loads. Of some (Mistral's, Llama 2's) it loses a setting of their class."""
+    """Save a tokenizer and check that transformers loads the same: for some (Mistral, Llama 2) it loses a setting of their class."""
     tokenizer.save_pretrained(folder)
     path, ends = folder / "tokenizer_config.json", tokenizer.eos_token_id is not None
-    for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
+    for kind in (None, "PreTrainedTokenizerFast"):  # the latter loads tokenizer.json as it is
         if kind:
             path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
         if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder), ends=ends))):
@@ -94,15 +95,15 @@ _PROBES = (
 
 
 def vocab_size(tokenizer) -> int:
-    """The highest id plus one: the rows that a model's head needs. More than the number of tokens where ids have gaps."""
+    """The highest id plus one: the number of rows that a model's head needs. It exceeds the number of tokens if ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
-    """The size of the vocabulary that the tokenizer and all models have. `rows`: of each setting's model its rows, None where unknown.
+    """The size of the vocabulary that the tokenizer and all models share. `rows`: {setting: rows of its model's head, None if unknown}.
 
     Some tokenizers have more entries than their model: Gemma 3's has an image token without a row in the 1B model. Such added tokens are
-    left out, and `refuse_unknown_tokens` refuses examples that contain one. UserError where another entry has no row: a wrong tokenizer.
+    left out, and `refuse_unknown_tokens` refuses examples that contain one. UserError if another entry has no row: it is the wrong tokenizer.
     """
     size = vocab_size(tokenizer)
     for setting, count in rows.items():
@@ -117,25 +118,25 @@ def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
 
 
 def tokenizer_differences(ours, theirs) -> list[str]:
-    """The differences of two tokenizers, padding tokens and chat templates aside. Empty if they are equal."""
+    """The differences between two tokenizers, except in padding tokens and chat templates. Empty if they are equal."""
     named = [f"{name}_id is {one} here and {two} there" for name, (one, two) in named_differences(ours, theirs).items()]
     return named + token_differences(ours, theirs)
 
 
 def named_differences(ours, theirs) -> dict[str, tuple[str, str]]:
-    """The tokens that two tokenizers name differently as the start, the end or the unknown part of a text: {eos_token: (ours, theirs)}."""
+    """The names, such as eos_token, that stand for different tokens in two tokenizers: {name: (ours, theirs)}."""
     names = {i: token for vocabulary in (theirs.get_vocab(), ours.get_vocab()) for token, i in vocabulary.items()}
     pairs = {name: (getattr(ours, f"{name}_id"), getattr(theirs, f"{name}_id")) for name in ("bos_token", "eos_token", "unk_token")}
     return {name: (_token(one, names), _token(two, names)) for name, (one, two) in pairs.items() if one != two}
 
 
 def token_differences(ours, theirs, shared: int | None = None) -> list[str]:
-    """The first entries, control tokens, rules and encodings that differ: where an id or a text does not mean the same to both.
+    """The entries, control tokens, rules and encodings that differ, so that an id or a text does not mean the same to both.
 
     Everything that the encoding of a text depends on is compared: entries, merges, scores, normaliser, pre-tokenizer, the matching of
-    added tokens. Padding tokens may differ or lack, since padding is masked. Chat templates may differ too: the student's is used.
+    added tokens. Padding tokens may differ or be missing, since padding is masked. Chat templates may differ too: the student's is used.
 
-    shared   compare the ids below it alone, and encodings without the tokens around a text: what is compared of models has no others
+    shared   compare only ids below it, and encodings without the tokens around a text: models are compared on no others
     """
     a, b = ({token: i for token, i in tok.get_vocab().items() if shared is None or i < shared} for tok in (ours, theirs))
     names = {i: token for vocabulary in (b, a) for token, i in vocabulary.items()}
@@ -169,13 +170,13 @@ def token_differences(ours, theirs, shared: int | None = None) -> list[str]:
 
 
 def _padding_alone(tokenizer, other: dict[str, int]) -> set[str]:
-    """The padding token of a tokenizer, if the other vocabulary has neither it nor its id, and it is for nothing else."""
+    """The padding token of a tokenizer, if the other vocabulary has neither it nor its id, and it has no other use."""
     token, others = tokenizer.pad_token, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
     return set() if token is None or token in others or token in other or tokenizer.pad_token_id in other.values() else {token}
 
 
 def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:
-    """The first merge, score and rule of each kind in which two tokenizers, as JSON, differ. No probe text would find all of these."""
+    """The first merge, score and rule of each kind in which two tokenizers, as JSON, differ. Probe texts would not find all of these."""
     out = []
     one, two = ([m if isinstance(m, str) else " ".join(m) for m in tok["model"].get("merges", [])] for tok in (ours, theirs))
     first = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
@@ -207,7 +208,7 @@ def _model(tokenizer: dict) -> dict:
 
 
 def _plain(rule):
-    """A rule without settings that change offsets only, and without sequences of one rule or none."""
+    """A rule without settings that only change offsets, and without sequences of one rule or none."""
     if not isinstance(rule, dict):
         return [_plain(each) for each in rule] if isinstance(rule, list) else rule
     rule = {name: _plain(value) for name, value in rule.items() if name != "trim_offsets"}
@@ -216,7 +217,7 @@ def _plain(rule):
 
 
 def _first_difference(one, two, where: str) -> tuple[str, str, str] | None:
-    """The first value that differs: its path, and both values as text."""
+    """(path, one, two) of the first value that differs, the values as text."""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         pairs = [(f"{where}.{name}", one[name], two[name]) for name in one]
     elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):

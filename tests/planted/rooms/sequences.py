@@ -128,8 +128,8 @@ FAULTS = [
         (
             "start-of-the-configuration",
             "the start that the generation config names is not read",
-            'generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))',
-            'config.get("decoder_start_token_id")',
+            'generation.get("decoder_start_token_id"), config',
+            'config.get("decoder_start_token_id"), config',
             TARGETS,
         ),
     ),

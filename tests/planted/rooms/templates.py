@@ -82,7 +82,7 @@ FAULTS = [
         (
             "wishes-are-faults",
             "a key without which the template raises counts as unused",
-            "    except ValueError:  # the template wants what is left out here\n        return True",
+            "    except ValueError:  # the template needs what was left out\n        return True",
             "    except ValueError:\n        return False",
             SHOWN,
         ),
