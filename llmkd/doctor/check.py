@@ -1,4 +1,4 @@
-"""A check of the doctor: a question about a run's recipe, asked of a `Setup`, and its result."""
+"""A check of the doctor: a question about a recipe, answered on a `Setup`, and its result."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,11 +15,12 @@ Status = Literal["passed", "failed", "warned", "not asked"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. A failed or warned one says how to put it right; one that could not be asked says why in `found`.
+    """The result of a check. A failed or warned one has a fix; one that could not be asked says why in `found`.
 
-    check, group  of the check; `stage` of a pipeline that it was asked of
-    shown    what it looked at, such as decoded examples: texts of some lines each
-    seconds  that it took
+    check, group  the check's name and heading
+    stage    the stage of a pipeline that was checked
+    shown    what the check looked at, such as decoded examples: texts of a few lines each
+    seconds  the time that the check took
     """
 
     status: Status
@@ -52,7 +53,7 @@ def not_asked(why: str) -> Result:
 
 
 class ChecksFailed(UserError):
-    """The end of a command of which a check failed; `results` is what it would have returned."""
+    """A check of the command failed. `results`: what the command would have returned."""
 
     def __init__(self, text: str, results: dict):
         super().__init__(text)
@@ -61,12 +62,12 @@ class ChecksFailed(UserError):
 
 @dataclass(frozen=True)
 class Check:
-    """`run` answers; an exception in it is a failed check.
+    """A check. `run` answers it; an exception in `run` is a failed check.
 
-    name   what is true where it passes, in a few words
-    group  the heading that it stands under
-    needs  what of the setup must exist: nothing, the data that were read, or the models that were loaded
-    fix    what to do where `run` raises
+    name   what is true if the check passes, in a few words
+    group  the heading above it
+    needs  the part of the setup that must exist: nothing, the data read, or the models loaded
+    fix    what to do if `run` raises
     """
 
     name: str
@@ -76,10 +77,10 @@ class Check:
     run: Callable[["Setup"], Result]
 
 
-#: Only where the recipe, the rows and rounding cannot be the cause.
+#: The fix if neither the recipe, nor the rows, nor rounding can be the cause.
 BUG = "this is a mistake of llmkd, of a library it uses, or in the model's own code, not in the recipe: do not train; report it with this page"
 
 
 def short(x: float) -> str:
-    """A difference: 0, or with two digits."""
+    """A difference in two digits, or 0."""
     return f"{x:.1e}" if x else "0"

@@ -1,4 +1,4 @@
-"""Checks of the data: that they are read, what is supervised of them beside the prompt, where each target stands, and how an answer ends."""
+"""Checks of the data: whether they can be read, what is supervised, and where each target stands; and the tokens that end answers."""
 
 from collections import Counter
 
@@ -12,12 +12,12 @@ from ..data.examples import TokenExamples
 from .check import BUG, Check, Result, failed, passed
 from .setup import Setup
 
-SHOWN = 3  # examples that are shown
-_LONG = 400  # characters of a part that are shown
+SHOWN = 3  # examples
+_LONG = 400  # characters of a part of an example; longer ones are shown without their middle
 
 
 def read(setup: Setup) -> Result:
-    """What a run checks before it loads a model. UserError says what is wrong."""
+    """The checks that a run makes before it loads a model. UserError says what is wrong."""
     setup.read()
     train = setup.prepared.train
     whole = setup.small.data
@@ -29,7 +29,7 @@ def read(setup: Setup) -> Result:
 
 
 def supervised_text(setup: Setup) -> Result:
-    """Decoded examples. Of each row the answer is to be supervised, and the prompt not."""
+    """In each row the answer must be supervised, and the prompt must not. Shows decoded examples."""
     few, data = setup.few, setup.small.data
     shown = tuple(_shown(few, i, setup.prepared.tokenizer) for i in range(min(SHOWN, len(few))))
     if setup.rows is None:
@@ -62,7 +62,7 @@ def supervised_text(setup: Setup) -> Result:
 
 
 def _supervised_of_row(setup: Setup, number: int, form: str) -> str | None:
-    """The supervised text of all examples of a row, squeezed; None where one of them may be cut."""
+    """The supervised text of all examples of a row, squeezed; None if one of them may be cut."""
     every, tokenizer = setup.prepared.train, setup.prepared.tokenizer
     texts = []
     for i in np.flatnonzero(every.row == number):
@@ -76,7 +76,7 @@ def _supervised_of_row(setup: Setup, number: int, form: str) -> str | None:
 
 
 def answers_and_prompts(row: dict, form: str, tokenizer) -> tuple[list[str], list[str]]:
-    """The texts of a row that are to be learnt, and those that are not. Of a row of tokens only the first."""
+    """(answers, prompts) of a row: the texts that are to be learnt, and those that are not. A row of tokens has answers only."""
     if row.get("train") is False or (form == "tokens" and row["loss_mask"] is None):
         return [], []
     if form == "tokens":
@@ -98,7 +98,7 @@ def answers_and_prompts(row: dict, form: str, tokenizer) -> tuple[list[str], lis
 
 
 def squeezed(text: str) -> str:
-    """Without white space, which tokenizers and templates change."""
+    """The text without white space, which tokenizers and templates change."""
     return "".join(text.split())
 
 
@@ -114,7 +114,7 @@ def _shown(examples: TokenExamples, i: int, tokenizer) -> str:
 
 
 def targets(setup: Setup) -> Result:
-    """In a padded and in a packed micro-batch, for student and teacher: each target is the token after its position, and each once."""
+    """In a padded and in a packed micro-batch, for student and teacher, each target must be the token after its position, and occur once."""
     few, views = setup.few, 0
     for packed in (False, True):
         batch = setup.batch(packing=packed)
@@ -127,7 +127,7 @@ def targets(setup: Setup) -> Result:
 
 
 def misplaced(batch: Batch, view, examples: TokenExamples) -> str:
-    """What is wrong with a view's targets; empty where nothing is."""
+    """A description of the first fault in a view's targets; empty if there is none."""
     ids = view.inputs["input_ids"].cpu().numpy()
     width, places = ids.shape[1], view.rows_N.cpu().numpy()
     at = view.inputs["position_ids"].cpu().numpy().reshape(-1)[places] if "position_ids" in view.inputs else places % width
@@ -149,7 +149,7 @@ def misplaced(batch: Batch, view, examples: TokenExamples) -> str:
 
 
 def last_tokens(setup: Setup) -> Counter:
-    """For each example that is whole the control token in its last three supervised tokens, or None, with their number."""
+    """How many whole examples have each control token, or None, as the last one among their last three supervised tokens."""
     tokenizer, train = setup.prepared.tokenizer, setup.prepared.train
     known, found = controls(tokenizer).any, Counter()
     for i in range(len(train)):

@@ -1,4 +1,4 @@
-"""All checks, in their order, and how they are asked one after the other."""
+"""All checks in their order, and the function that asks them one after another."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from .setup import Setup
 
 
 def load(setup: Setup) -> Result:
-    """What a run loads and tries before its first step. UserError says what is wrong."""
+    """Loads and tries what a run does before its first step. UserError says what is wrong."""
     setup.load()
     return passed(
         "loaded: " + ", ".join(f"{name} ({sum(p.numel() for p in one.parameters()):,} parameters)" for name, one in setup.models.items())
@@ -47,13 +47,13 @@ def examine(
     on_result: Callable[[Check, Result], None] = lambda check, result: None,
     stand_ins: frozenset[str] = frozenset(),
 ) -> list[Result]:
-    """Ask every check. `on_result` is called after each. Writes to a temporary folder alone; the random state stays as it was.
+    """The results of all checks. `on_result` is called after each. Only a temporary folder is written to, and the random state is kept.
 
-    stand_ins  settings of models that are to be trained first, in whose place the recipe names untrained ones
+    stand_ins  the settings of models that are still to be trained, for which the recipe names untrained ones
     """
     cache = os.environ.get("LLMKD_CACHE")
     with temporary_folder("doctor") as folder, torch.random.fork_rng():
-        with contextlib.suppress(OSError, RuntimeError):  # hashes of large weights are known from there
+        with contextlib.suppress(OSError, RuntimeError):  # so that large weights need not be hashed again
             shutil.copytree(cache_root() / "hashes", folder / "cache" / "hashes")
         os.environ["LLMKD_CACHE"] = f"{folder}/cache"
         try:
@@ -66,7 +66,7 @@ def examine(
 
 
 def ask_all(setup: Setup, checks: tuple[Check, ...], on_result: Callable[[Check, Result], None]) -> list[Result]:
-    """The checks' results, in their order. Where the data or models are not to be had, the checks that need them are not asked."""
+    """The checks' results, in their order. If the data cannot be read or the models not be loaded, checks that need them are not asked."""
     results, lacking = [], ""
     for check in checks:
         if lacking and check.needs != "nothing":

@@ -1,4 +1,4 @@
-"""Checks of what a run writes and reads: the saved and the exported student, its end tokens, the teacher cache, free disk."""
+"""Checks of the files that a run writes and reads: the saved and the exported student, its end tokens, the teacher cache, free disk space."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ from .losses import logits
 from .setup import Setup
 from .weights import moved, round_at_random_, widened
 
-MOST_BYTES = 8 << 30  # of a model that is written for a check
+MOST_BYTES = 8 << 30  # size of a model that is written for a check
 
 
 def saved(setup: Setup) -> Result:
-    """The student with its weights moved, written as a run does at its end, and loaded again as an evaluation does."""
+    """The student with changed weights, written as at the end of a run and loaded again as for an evaluation, must have the same logits."""
     if why := _too_large(setup, whole=setup.small.student.method == "full"):
         return not_asked(why)
     student, settings = setup.student, setup.small.student
@@ -49,7 +49,7 @@ def saved(setup: Setup) -> Result:
 
 
 def exported(setup: Setup) -> Result:
-    """The same, merged into its base as `llmkd export` does, and loaded by transformers alone."""
+    """The same for the student merged into its base, as by `llmkd export`, and loaded by transformers alone."""
     student, settings = setup.student, setup.small.student
     if settings.method == "full":
         return not_asked("the student trains in full and is a plain model already")
@@ -101,8 +101,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _moved_far(setup: Setup) -> tuple[Path, Tensor, float]:
-    """The student saved with its weights moved until its logits differ by a third, as a trained adapter's may: a merge that is wrong by
-    1 % would not show in a new adapter's. With it those logits [n, V], computed in at least float32, and by how much they differ."""
+    """(folder, logits, change): the student saved with its weights moved until the logits change by a third, as those of a trained adapter may.
+
+    In a new adapter a merge that is wrong by 1 % would not show. The logits [n, V] are computed in at least float32; the change is relative.
+    """
     with widened(setup.student.model):
         old = _logits(setup).double().cpu()
     change, share = 0.0, 0.01
@@ -129,7 +131,7 @@ def _size(x: Tensor) -> float:
 
 
 def end_tokens(setup: Setup) -> Result:
-    """The token that ends the answers, among those at which the saved student's generation stops."""
+    """The token that ends the answers must be one at which the saved student's generation stops."""
     tokenizer, found = setup.prepared.tokenizer, last_tokens(setup)
     if not found:
         return not_asked("every example is cut at data.max_length, so no answer ends")
@@ -156,7 +158,7 @@ def generation_ends(setup: Setup) -> list[int]:
 
 
 def cache(setup: Setup) -> Result:
-    """What the cache says of the rows, against the model that it was made by; of one that is not written yet, what it would say."""
+    """The cache's content for the rows against the model that wrote it; for a cache not written yet, the content that it would get."""
     asked, why, wrong = [], [], False
     for number, source in enumerate(setup.prepared.teachers):
         planned = setup.unwritten.get(source.setting)
@@ -177,7 +179,7 @@ def cache(setup: Setup) -> Result:
 
 
 def _against_live(setup: Setup, source: TeacherSource, mine: list[int], planned: Cache | None) -> tuple[str, bool]:
-    """What was compared, and whether it is wrong. `planned`: settings of a cache that is not written; its records are made in memory."""
+    """(what was compared, whether it is wrong). `planned`: the settings of a cache not written yet, whose records are made in memory."""
     batch, every = setup.batch(mine), slice(None)
     model = setup.live.get(source.setting)
     if model is None:
@@ -202,7 +204,7 @@ def _against_live(setup: Setup, source: TeacherSource, mine: list[int], planned:
 
 
 def _on_one_set(log_p_NV: Tensor, kept) -> tuple[Tensor, Tensor]:
-    """The live and the cached distribution over the events that the cache has: all tokens, or its top k and the rest together."""
+    """The live and the cached log-probabilities [N, E] over the cache's events: all tokens, or its top k and the rest together."""
     if not isinstance(kept, TopK):
         return log_p_NV, torch.log_softmax(kept.log_probs(slice(None)).double(), -1)
     named_NV = torch.zeros_like(log_p_NV).scatter(1, kept.ids_NK, (kept.log_p_NK > -torch.inf).double())
@@ -213,12 +215,12 @@ def _on_one_set(log_p_NV: Tensor, kept) -> tuple[Tensor, Tensor]:
 
 
 def disk(setup: Setup) -> Result:
-    """Room for checkpoints and the finished student where output_dir is to be."""
+    """Free space for checkpoints and the finished student on the disk of output_dir."""
     recipe, state = setup.small, setup.state
     trained = sum(p.numel() * p.element_size() for p in state.parameters.values())
     size = sum(p.numel() * p.element_size() for p in setup.student.parameters()) if recipe.student.method == "full" else trained
     keeps = recipe.checkpoint.keep + 1 + bool(recipe.checkpoint.best_by)  # the next one is written before the oldest is removed
-    needed = keeps * 3 * trained + size  # weights and the two moments of each checkpoint, and the finished student
+    needed = keeps * 3 * trained + size  # each checkpoint has the weights and two moments
     folder = Path(recipe.output_dir).expanduser().absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -257,7 +259,7 @@ def _gap(before_NV: Tensor, after_NV: Tensor) -> float:
 
 
 def _too_large(setup: Setup, whole: bool) -> str:
-    """Why the student is not written; empty where it can be."""
+    """The reason not to write the student; empty if it can be written."""
     tensors = setup.student.model.parameters() if whole else setup.state.parameters.values()
     size, free = sum(p.numel() * p.element_size() for p in tensors), shutil.disk_usage(setup.folder).free
     if size > MOST_BYTES:

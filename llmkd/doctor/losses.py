@@ -1,4 +1,4 @@
-"""Checks of the loss: its value and gradient against the textbook's, its zero, and that each target has its own."""
+"""Checks of the loss: it is 0 for equal models, its value and gradient are those of the textbook, and each target has a term of its own."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from .setup import MOST_TARGETS, Setup
 
 
 def itself(setup: Setup) -> Result:
-    """KL(student || student) by the run's own loss, with the student as its own teacher."""
+    """The run's own loss must be 0, with gradient 0, if the student is its own teacher."""
     if not setup.distils:
         return not_asked("the recipe's loss has no teacher (loss.kd_ratio is 0)")
     batch = setup.batch()
@@ -38,7 +38,7 @@ def itself(setup: Setup) -> Result:
 
 
 def as_the_textbook(setup: Setup) -> Result:
-    """Terms at each target, the gradient of the hidden states, and which targets count, against float64."""
+    """The terms at each target, the gradient of the hidden states, and the targets that count, against the textbook in float64."""
     loss, head, gaps, slopes, targets, dtypes, kept = setup.small.loss, setup.student.head, {}, [], 0, set(), 0
     for i in range(len(setup.few)):
         batch = setup.batch([i])
@@ -91,7 +91,7 @@ def as_the_textbook(setup: Setup) -> Result:
     found = f"at {targets} targets " + ", ".join(f"{name} differs by {short(gap)}" for name, gap in gaps.items())
     found += f", the gradient by {short(max(slopes))} of its size"
     found += f"; {kept} count, those with the {'lowest' if setup.keep.invert else 'highest'} scores" if setup.keep else ""
-    exact = dtypes == {torch.float64}  # of both models: a float32 teacher, or a cache of one, is rounded as float32 is
+    exact = dtypes == {torch.float64}  # student and teacher: a float32 teacher, or its cache, is rounded as float32
     near = {torch.float64: 1e-8 if exact else 1e-3, torch.float32: 1e-3}.get(setup.student.dtype, 3e-2)
     if max(gaps.values()) <= (1e-9 if exact else 1e-4) and max(slopes) <= near:
         return passed(found)
@@ -99,7 +99,7 @@ def as_the_textbook(setup: Setup) -> Result:
 
 
 def _kept(keep: Keep, hidden_NH: Tensor, head: Head, logits_NV: Tensor, signal: Signal | None, few: Batch) -> tuple[int, str]:
-    """How many targets of one example count, and what is wrong with them, up to rounding: "" for nothing."""
+    """(the number of targets of an example that count, a description of what is wrong with them beyond rounding, or "")."""
     kept = keep(hidden_NH, head, signal, few, 7).carriers("ce")
     score_n = plain.target_weights(TargetWeights(by=keep.rule.name), logits_NV, signal, few.labels_N, few.position_N)
     mask_n = torch.zeros(few.num_targets, dtype=torch.bool, device=score_n.device)
@@ -117,7 +117,7 @@ def _kept(keep: Keep, hidden_NH: Tensor, head: Head, logits_NV: Tensor, signal: 
 
 
 def one_position(setup: Setup) -> Result:
-    """Other logits at one target move that target's terms alone, and the loss by just that."""
+    """Other logits at one target must change that target's terms only, and the loss by exactly that."""
     batch = setup.batch()
     signal, head = setup.signal(batch), setup.student.head
     with torch.no_grad():
@@ -144,7 +144,7 @@ def one_position(setup: Setup) -> Result:
 
 
 def later_tokens(setup: Setup) -> Result:
-    """Another token in one example changes no logits at or before its own prediction, none of another example, and later ones."""
+    """Another token in an example must change the logits after it, none before it, and none of other examples."""
     batch, problems, asked = setup.batch(), [], 0
     for setting, model in setup.models.items():
         view = batch.student if setting == "student" else batch.teacher
@@ -154,7 +154,7 @@ def later_tokens(setup: Setup) -> Result:
         for e in range(min(2, len(setup.few))):
             mine_N = (view.rows_N // T) == e
             own = view.rows_N[mine_N] % T
-            at = int(own[len(own) // 2])  # the token behind this position is another one; the position predicts it
+            at = int(own[len(own) // 2])  # the token after this position, which predicts it, is changed
             if at + 1 >= T or at + 1 > int(own.max()):
                 continue
             asked += 1
@@ -189,7 +189,7 @@ def _logits_gap(model: LanguageModel, view: View, other: View) -> Tensor:
 
 
 def logits(setup: Setup, setting: str, model: LanguageModel, batch: Batch) -> Tensor:
-    """A model's logits at the sampled targets of a batch, [n, V]; the teachers read the teacher's view."""
+    """A model's logits at the sampled targets of a batch, [n, V]. Teachers read the teacher's view."""
     view = batch.student if setting == "student" else batch.teacher
     with torch.no_grad():
         hidden_NH = model.hidden(view.each(lambda x: x.to(model.device)))
@@ -197,7 +197,7 @@ def logits(setup: Setup, setting: str, model: LanguageModel, batch: Batch) -> Te
 
 
 def head_logits(model: LanguageModel, hidden_NH: Tensor) -> Tensor:
-    weight = getattr(model.head.project, "weight", hidden_NH)  # the head of a teacher that is elsewhere is on the student's device
+    weight = getattr(model.head.project, "weight", hidden_NH)  # a teacher on another device has its head on the student's
     return model.head.logits(hidden_NH.to(weight.device))
 
 
@@ -206,7 +206,7 @@ def _most(x: Tensor) -> float:
 
 
 def wide_logits(setup: Setup) -> Result:
-    """How far bfloat16 logits would turn the gradient, and that the run's own are far from that."""
+    """The run's own logits must turn the gradient by much less than bfloat16 logits would."""
     head = setup.student.head
     if type(head.project) is not torch.nn.Linear:
         return not_asked("the head has an adapter or is quantised, so there are no exact logits to compare with")

@@ -1,4 +1,4 @@
-"""Checks of the models: vocabularies, logits, adapters; that the teacher says the same twice and knows the rows better than the student."""
+"""Checks of the models: vocabularies, logits and adapters; and that the teacher is deterministic and knows the rows better than the student."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from .setup import Setup
 
 
 def vocabularies(setup: Setup) -> Result:
-    """Tokenizers with the same entries that split the rows alike, and a row for every token in every model."""
+    """The tokenizers must have the same entries and split the rows alike, and every model must have a row for every token."""
     prepared, ours = setup.prepared, setup.prepared.tokenizer
     texts, problems = [ours.decode(setup.few.example(i)[0].tolist()) for i in range(len(setup.few))], []
     compared = 0
@@ -47,7 +47,7 @@ def vocabularies(setup: Setup) -> Result:
 
 
 def own_logits(setup: Setup) -> Result:
-    """llmkd's logits against transformers' forward pass, example by example."""
+    """llmkd's logits against those of transformers' forward pass, example by example."""
     gaps, problems = {}, []
     batch = setup.batch()
     for setting, model in setup.models.items():
@@ -78,7 +78,7 @@ def _transformers_logits(setup: Setup, setting: str, model: LanguageModel, i: in
 
 
 def adapters(setup: Setup) -> Result:
-    """Each teacher that is an adapter, with it and without."""
+    """A teacher with an adapter must differ from its base."""
     changed, problems, why = {}, [], []
     batch = setup.batch()
     for source in setup.prepared.teachers:
@@ -106,7 +106,7 @@ def adapters(setup: Setup) -> Result:
 
 @contextlib.contextmanager
 def _base_alone(model: LanguageModel) -> Iterator[None]:
-    """The model without its adapter. PEFT lets an adapter train that it has switched on again."""
+    """The model without its adapter while the block lasts. PEFT makes an adapter trainable when it enables it again, which is undone."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
         with model.model.disable_adapter():
@@ -117,7 +117,7 @@ def _base_alone(model: LanguageModel) -> Iterator[None]:
 
 
 def deterministic(setup: Setup) -> Result:
-    """Two passes of the teacher over the same rows."""
+    """Two passes of the teacher over the same rows must agree."""
     if setup.teacher is None:
         return not_asked("the recipe loads no teacher")
     if not setup.live:

@@ -1,4 +1,4 @@
-"""Checks of on-policy distillation: that the student writes what it would say, and that its answers stand in the data as they should."""
+"""Checks of on-policy distillation: the student's answers follow its own distributions, and they are put into the data correctly."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,21 +18,23 @@ from .check import BUG, Check, Result, failed, not_asked, passed, warned
 from .setup import Setup
 from .weights import moved
 
-PROMPTS, TOKENS = 4, 24  # answers that are written, and tokens of each at most
-_VAGUE = 0.1  # of a probability: where rounding may change more, draws are not compared
+PROMPTS, TOKENS = 4, 24  # answers that are written, and the most tokens of each
+_VAGUE = 0.1  # of a probability: if rounding may change it by more, draws are not compared
 _NO = "on_policy is not set, so the student writes nothing"
 
 
 def written_as_said(setup: Setup) -> Result:
-    """The student's answers to some prompts, shown. Each token is to be the one that its whole forward pass of the text so far, and the number drawn for that
-    place, give."""
+    """Each token of the student's answers must follow from a full forward pass over the text so far and the number drawn for that place.
+
+    Shows the answers.
+    """
     if not writes(setup.small.on_policy):
         return not_asked(_NO)
     source, chosen = _source(setup), _chosen(setup)
     sampling = dataclasses.replace(source.sampling, max_new_tokens=min(source.sampling.max_new_tokens, TOKENS))
     prompts, keys = source.prompts.ids(source.examples, chosen), list(range(len(chosen)))
     slack = 2 * setup.rounding(setup.student) * max(1.0, setup.largest_logit) / (sampling.temperature or 1.0)
-    with moved(setup):  # a new adapter's dropout would not show
+    with moved(setup):  # in a new adapter dropout would not show
         setup.student.train()
         found, mode = source.writer.write(prompts, keys, sampling), setup.student.training
         setup.student.eval()
@@ -62,7 +64,7 @@ def written_as_said(setup: Setup) -> Result:
 
 
 def answers_in_place(setup: Setup) -> Result:
-    """Examples with answers of the student in place of the data's, as a step has them, against the rows and the answers."""
+    """The examples of a step, with the student's answers in place of the data's, against the rows and the answers."""
     if not writes(setup.small.on_policy):
         return not_asked(_NO)
     source, asked = _source(setup), []
@@ -103,7 +105,7 @@ def answers_in_place(setup: Setup) -> Result:
 
 
 def _source(setup: Setup) -> OnPolicySource:
-    """The source of a run of the few rows in which every answer is the student's."""
+    """The batch source of a run over the few rows in which the student writes every answer."""
     prepared, settings = setup.prepared, setup.small.on_policy
     writer = local_writer(setup.student, prepared, settings.batch_size)
     return OnPolicySource(prepared.source.for_rank(0, 1), prepared.prompts, writer, settings, prepared.vocab)
@@ -116,7 +118,7 @@ def _chosen(setup: Setup) -> list[int]:
 
 
 def _prompts(setup: Setup, source: OnPolicySource) -> Iterator[list[int]]:
-    """The prompt of each example by its loss mask: all before the first token that is supervised, or of one without a prompt its first tokens."""
+    """The prompt of each example by its loss mask: all tokens before the first supervised one, or without a prompt the first tokens."""
     for i in range(len(source.examples)):
         ids, mask = source.examples.example(i)
         first = int(np.flatnonzero(mask)[0])
@@ -124,7 +126,7 @@ def _prompts(setup: Setup, source: OnPolicySource) -> Iterator[list[int]]:
 
 
 def _misplaced(data: TokenExamples, i: int, answers: dict[tuple, list[Completion]], beginnings: set[tuple] | None) -> str:
-    """What is wrong with an example that was written; empty where nothing is. `beginnings`: the prompts that there are."""
+    """A description of what is wrong with a written example; empty if nothing is. `beginnings`: all prompts; None not to compare them."""
     ids, mask = data.example(i)
     first = int(np.flatnonzero(mask)[0])
     prompt, answer = tuple(ids[:first].tolist()), tuple(ids[first:].tolist())
@@ -146,7 +148,7 @@ def _closing_tokens(setup: Setup) -> set[int]:
 
 
 def _does_not_end(setup: Setup, source: OnPolicySource) -> str:
-    """What is wrong with how an answer ends: one of its tokens is declared an end token, and it is written again."""
+    """A description of what is wrong with an answer's end, or "". One of its tokens is declared an end token, and it is written again."""
     sampling, (example, *_) = (
         dataclasses.replace(source.sampling, max_new_tokens=min(source.sampling.max_new_tokens, TOKENS)),
         _chosen(setup),
@@ -164,7 +166,7 @@ def _does_not_end(setup: Setup, source: OnPolicySource) -> str:
 
 @torch.no_grad()
 def _distributions(setup: Setup, prompt: list[int], answer: tuple[int, ...]) -> np.ndarray:
-    """What the student says at each token of an answer, at the temperature of sampling: by one forward pass of the text, float64 [tokens, V]."""
+    """The student's distribution at each token of an answer, at the sampling temperature, by one forward pass: float64 [tokens, V]."""
     ids = torch.tensor([[*prompt, *answer]], device=setup.device)
     student, temperature = setup.student, setup.small.on_policy.temperature or 1.0
     student.set_active_adapter()
@@ -174,7 +176,7 @@ def _distributions(setup: Setup, prompt: list[int], answer: tuple[int, ...]) -> 
 
 
 def _may_be(token: int, p_V: np.ndarray, sampling: Sampling, drawn: float, slack: float) -> bool:
-    """Whether a token may have been chosen from such a distribution, whose values rounding may have changed by `slack` of them."""
+    """Whether a token may have been chosen from a distribution, if rounding may have changed its values by the share `slack`."""
     if not sampling.temperature:
         return bool(p_V[token] >= p_V.max() * (1 - slack))
     if sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0:
@@ -184,7 +186,7 @@ def _may_be(token: int, p_V: np.ndarray, sampling: Sampling, drawn: float, slack
 
 
 def _least(p_V: np.ndarray, sampling: Sampling) -> float:
-    """The probability of the least likely token that is kept."""
+    """The probability of the least likely token that top_k, top_p and min_p keep."""
     sorted_V = np.sort(p_V)[::-1][: sampling.top_k]
     passed_V = np.cumsum(sorted_V)
     kept = 1 + int((passed_V[:-1] < sampling.top_p * passed_V[-1]).sum()) if sampling.top_p < 1 else len(sorted_V)
@@ -196,7 +198,7 @@ def _token(setup: Setup, token: int) -> str:
 
 
 def _shown(setup: Setup, prompt: list[int], answer: Completion) -> str:
-    """A prompt and the answer to it, marked as the supervised part is."""
+    """A prompt and its answer, the latter marked like a supervised part."""
     before, after = (
         printable(setup.prepared.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in (prompt[-100:], answer.ids)
     )

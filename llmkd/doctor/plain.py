@@ -1,6 +1,6 @@
-"""The loss as textbooks have it, in float64 and with nothing of llmkd's own loss in it: what the run's loss is compared with.
+"""The loss as in textbooks, in float64 and without any of llmkd's own loss code: the run's loss is compared with it.
 
-Slow and wasteful on purpose. log_q and log_p are log-probabilities [N, E] of student and teacher.
+Slow and wasteful on purpose. log_q and log_p are the log-probabilities [N, E] of student and teacher over E events.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def distance(logits_NV: Tensor, signal: Signal, divergence: str, options: dict[str, float], temperature: float) -> Tensor:
     """T^2 D between the student, by its logits in float64, and a signal about the same targets, [N].
 
-    TypeError for a signal that has no textbook form: a top-k record at a temperature that its tail is not kept for, or whose distribution
+    TypeError for a signal without a textbook form: a top-k record at a temperature for which it does not hold the tail, or whose distribution
     is mixed with another teacher's (its tail then follows the student's).
     """
     log_q_NV = torch.log_softmax(logits_NV / temperature, -1)
@@ -112,7 +112,7 @@ def _distance(log_q_NV: Tensor, signal: Signal, divergence: Callable, options: d
 
 
 def target_weights(settings: TargetWeights, logits_NV: Tensor, signal: Signal | None, labels_N: Tensor, position_N: Tensor) -> Tensor:
-    """The weight of each target by a rule, [N], from the student's logits in float64 and a signal. TypeError for a rule or a signal that has no
+    """The weight of each target by a rule, [N], from the student's logits in float64 and a signal. TypeError for a rule or a signal without a
     textbook form."""
     log_q_NV = torch.log_softmax(logits_NV.detach().double(), -1)
     match settings.by:
@@ -170,11 +170,11 @@ def _shares(signal: Mixed) -> list[Tensor]:
 
 
 def logits(head: Head, hidden_NH: Tensor) -> Tensor:
-    """Logits in float64, [N, V]. Of a plain linear head the product is taken in float64, of any other as it is computed."""
+    """Logits in float64, [N, V]. The product with a plain linear head is computed in float64; other heads compute it themselves."""
     project = head.project
     if type(project) is not torch.nn.Linear:
         return head.logits(hidden_NH).double()
-    weight_VH, hidden_NH = project.weight[: head.vocab], hidden_NH.to(project.weight.dtype)  # as its own product would take it
+    weight_VH, hidden_NH = project.weight[: head.vocab], hidden_NH.to(project.weight.dtype)  # rounded as for the head's own product
     blocks = [hidden_NH.double() @ weight_VH[at : at + 8192].double().T for at in range(0, len(weight_VH), 8192)]
     out_NV = torch.cat(blocks, 1)
     if project.bias is not None:
@@ -193,8 +193,8 @@ def between_states(distance: str, ours_NE: Tensor, theirs_NE: Tensor) -> Tensor:
 
 
 def maps_apart(student: AttentionInputs, teacher: AttentionInputs, places: Sequence[int], mean: bool) -> Tensor:
-    """KL of the teacher's attention from the student's, [n], for targets at these places of a single row: the mean over heads, or that of the
-    heads' mean maps."""
+    """KL(teacher's attention || student's), [n], for targets at these places of a single row: the mean over heads, or, with `mean`, of the maps
+    averaged over heads."""
 
     def row(one: AttentionInputs, t: int, first: int) -> Tensor:
         h, g = one.query.shape[1], one.key.shape[1]
@@ -207,7 +207,7 @@ def maps_apart(student: AttentionInputs, teacher: AttentionInputs, places: Seque
 
 
 def relations_apart(student: AttentionInputs, teacher: AttentionInputs, places: Sequence[int], parts: int) -> Tensor:
-    """The same of the relations of queries, of keys and of values with one another, in so many parts, added up."""
+    """The same for the relations of queries, of keys and of values with one another (MiniLMv2), each in `parts` heads; the sum of the three."""
 
     def row(one: AttentionInputs, t: int, first: int, name: str) -> Tensor:
         vectors_Tpd = getattr(one, name)[0].transpose(0, 1).flatten(1).unflatten(1, (parts, -1))

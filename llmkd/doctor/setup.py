@@ -1,4 +1,4 @@
-"""What the checks look at: a recipe's data, models and loss, made as a run makes them, of a few rows and once for all checks."""
+"""The subject of the checks: a recipe's data, models and loss, built as in a run, from a few rows and once for all checks."""
 
 import contextlib
 import dataclasses
@@ -46,19 +46,19 @@ from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
 from .check import BUG
 
-MOST_EXAMPLES = 8  # that are computed with; the teacher is compared with the student on all rows that were read
-MOST_TOKENS = 2048  # of them together, unless the two shortest have more
-MOST_TARGETS = 32  # of each example, where logits of several models are held at once
+MOST_EXAMPLES = 8  # for computations; only teacher and student are compared on all rows that were read
+MOST_TOKENS = 2048  # of all these examples together, unless the two shortest have more
+MOST_TARGETS = 32  # of each example, if logits of several models are held at once
 
 
 class Setup:
     """The parts of a run, which exist after `read` and `load`.
 
     small     the user's recipe with the first `rows` rows of each source
-    unwritten caches that are not written yet, by their teachers' settings; `small` has the teachers themselves in their place
-    keep      what chooses the targets that count, where not all do; with `small` all do
+    unwritten the caches that are not written yet, by their teachers' settings; `small` has the teachers themselves instead
+    keep      the rule that chooses the targets that count, or None; in `small` all count
     folder    an empty folder, the only one that checks write to
-    stand_ins models by setting that are to be trained first, in whose place untrained ones stand
+    stand_ins the settings of models that are still to be trained, for which the recipe names untrained ones
     prepared  data, tokenizer and the models' files (after `read`)
     few       the examples that checks compute with (after `read`)
     student, state, teacher, live   (after `load`) the student; with its loss and optimizer; its teacher, or None; the teachers that are
@@ -104,7 +104,7 @@ class Setup:
             start_features(recipe.loss.features, term, self.student, self.teacher, ([self.batch()], [self.batch()]))
         self.student.eval()
 
-    # ---- what checks need of them
+    # ---- what checks use
 
     @property
     def distils(self) -> bool:
@@ -121,7 +121,7 @@ class Setup:
 
     @functools.cached_property
     def rows(self) -> list[dict] | None:
-        """The rows that the training examples were made of; `Examples.row` numbers them. None for a stream."""
+        """The rows that the training examples were made from, indexed by `Examples.row`. None for a stream."""
         read = read_data(self.small.data)["data.train"]
         return [row for one in read for row in one.rows] or None
 
@@ -140,7 +140,7 @@ class Setup:
         return self.divergences[1 + example.source]
 
     def batch(self, indices: list[int] | None = None, packing: bool = False, weighted: bool = False) -> Batch:
-        """Some of the few examples, or all of them, as a batch on the student's device; all targets alike, or with their sources' weights."""
+        """Some or all of the few examples as a batch on the student's device, with equal weights or, if `weighted`, those of their sources."""
         indices = list(range(len(self.few))) if indices is None else indices
         few = self.few if weighted else self.few.unweighted()
         if not packing:
@@ -163,7 +163,7 @@ class Setup:
         return Objective(loss.kd_ratio if kd_ratio is None else kd_ratio, loss.temperature, divergence)
 
     def term(self, kd_ratio: float | None = None, chunk: int | None = None) -> HeadTerm:
-        """Cross-entropy and divergence as a run computes them, or with another weight or chunk."""
+        """Cross-entropy and divergence as a run computes them, or with another kd_ratio or chunk size."""
         if kd_ratio is None:
             (term,) = build_terms(self.small.loss, chunk, divergences=self.divergences)
             term.chunk_size = chunk or term.chunk_size
@@ -183,7 +183,7 @@ class Setup:
 
     @property
     def cause(self) -> str:
-        """What to do where numbers differ by more than rounding should leave."""
+        """What to do if numbers differ by more than rounding explains."""
         dtypes = {dtype for model in self.models.values() for dtype in (model.dtype, model.autocast) if dtype}
         if dtypes <= {torch.float32, torch.float64} and not self.small.student.quantization:
             return BUG
@@ -193,7 +193,7 @@ class Setup:
         )
 
     def rounding(self, model: LanguageModel) -> float:
-        """The difference that rounding may leave in a model's logits, relative to the largest."""
+        """The difference that rounding may cause in a model's logits, relative to the largest."""
         return tolerance(model, *([model.autocast] if model.autocast else []))
 
     @functools.cached_property
@@ -204,13 +204,13 @@ class Setup:
 
     @property
     def allowed(self) -> float:
-        """The difference that rounding in the models may leave in a term of the loss at one target; in their mean a tenth of it."""
+        """The difference that rounding in the models may cause in a term of the loss at one target; in the mean over targets a tenth of it."""
         most = max(self.rounding(model) for model in self.models.values())
         return most * max(self.largest_logit, 1.0) * max(1.0, self.small.loss.temperature)
 
     @contextlib.contextmanager
     def as_trained(self) -> Iterator[None]:
-        """The student in training mode, unless it has dropout: then two passes would differ."""
+        """The student in training mode while the block lasts, unless it has dropout, with which two passes would differ."""
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.student.modules())
         config = self.student.base_model.config.get_text_config()
         dropout = dropout or any("drop" in name and isinstance(v, float) and v for name, v in config.to_dict().items())
@@ -222,7 +222,7 @@ class Setup:
 
     @contextlib.contextmanager
     def weights_kept(self) -> Iterator[None]:
-        """What trains is as it was afterwards."""
+        """Restores the trained weights when the block ends."""
         parameters = self.state.parameters
         before = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
         try:
@@ -235,12 +235,12 @@ class Setup:
 
 
 def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is.
+    """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream stays as it is.
 
-    A student that writes its answers writes all of them itself, with no replay, since so few rows have fewer steps. Maps of hidden states start at
-    random, which needs no number of rows. A schedule of the loss stands at its middle. All targets count: with a
-    share of them rounding may choose others (`Setup.keep` is looked at by itself). A loss is divided by the number of targets: its gradient is
-    then that of the textbook's mean.
+    Further changes: with on-policy distillation the student writes all answers, with no replay, as so few rows have too few steps. Maps of hidden
+    states start at random, for which few rows suffice. Schedules of the loss have their middle value. All targets count, since rounding may change
+    the choice of a share (`Setup.keep` is checked separately). The loss is divided by the number of targets, so that its gradient is that of the
+    textbook's mean.
     """
     data, loss = recipe.data, recipe.loss
     if loss.features and loss.features.init == "least_squares":
@@ -269,7 +269,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
 
 
 def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:
-    """The recipe with live teachers where their caches are still to be written, and those caches."""
+    """The recipe with live teachers in place of caches that are not written yet, and these caches by setting."""
     named = with_setting_names(recipe.teacher, "teacher")
     waiting = {
         setting: one.cache for setting, one in named if one.model_path and one.cache and not Path(one.cache.path).expanduser().exists()
@@ -279,7 +279,7 @@ def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:
 
 
 def few_examples(examples: Examples) -> Examples:
-    """At most MOST_EXAMPLES of them, the same for every call: drawn at random, without those that exceed MOST_TOKENS together."""
+    """At most MOST_EXAMPLES examples with at most MOST_TOKENS tokens together, drawn at random but the same for every call."""
     lengths, chosen, tokens = examples.max_lengths, [], 0
     for i in random.Random("doctor").sample(range(len(examples)), len(examples)):
         if len(chosen) < MOST_EXAMPLES and tokens + lengths[i] <= MOST_TOKENS:

@@ -1,4 +1,4 @@
-"""Checks of loss.features and loss.attention: their values and gradients on the user's own rows against the textbook's in float64."""
+"""Checks of loss.features and loss.attention: their values and gradients on the user's own rows against the textbook in float64."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from . import plain
 from .check import BUG, Check, Result, failed, not_asked, passed, short
 from .setup import Setup
 
-_TARGETS = 8  # of each example, or up to twice as many: the textbook takes them one by one
+_TARGETS = 8  # of each example, up to twice as many; the textbook computes them one by one
 
 
 def hidden_states(setup: Setup) -> Result:
-    """At each target, and for the student's states and the maps; and the scales that were measured."""
+    """The values at each target, the gradients of the student's states and of the maps, and the measured scales."""
     settings = setup.small.loss.features
     if not settings:
         return not_asked("the recipe has no loss.features")
@@ -45,7 +45,7 @@ def hidden_states(setup: Setup) -> Result:
 
 
 def attention(setup: Setup) -> Result:
-    """At each target, and for the student's queries, keys and values."""
+    """The values at each target, and the gradients of the student's queries, keys and values."""
     settings = setup.small.loss.attention
     if not settings:
         return not_asked("the recipe has no loss.attention")
@@ -98,7 +98,7 @@ def _compared(setup: Setup, term: Term, textbook: Callable[..., Tensor], paramet
 
 
 def _one_by_one(setup: Setup) -> Iterator[Batch]:
-    """Each of the few examples in a row of its own, with a few of its targets."""
+    """A batch for each of the few examples, with a few of its targets."""
     for i in range(len(setup.few)):
         batch = setup.batch([i])
         chosen_n = torch.arange(0, batch.num_targets, max(1, batch.num_targets // _TARGETS), device=setup.device)

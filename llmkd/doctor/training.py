@@ -1,4 +1,4 @@
-"""Checks of a step: what trains, and that neither micro-batches, padding, packing nor ranks change the loss or its gradient."""
+"""Checks of a step: which weights train, and that micro-batches, padding, packing and ranks do not change the loss or its gradient."""
 
 import re
 
@@ -18,7 +18,7 @@ from .setup import Setup
 
 
 def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None, state: StudentState | None = None) -> dict[str, Tensor]:
-    """The gradient of a step over all few examples, as the loop computes it, by parameter; on the CPU."""
+    """The gradient of a step over all few examples, as the training loop computes it: {parameter: gradient on the CPU}."""
     accelerator, state, counts = accelerator or setup.accelerator, state or setup.state, TargetCounts(int(setup.few.num_targets.sum()))
     with setup.as_trained():
         teacher = setup.teacher if setup.distils else None
@@ -28,14 +28,14 @@ def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None, state:
 
 
 def _taken(setup: Setup) -> dict[str, Tensor]:
-    """The gradients that the parameters hold, which they then no longer hold."""
+    """The gradients of the parameters, which are then cleared."""
     taken = {name: p.grad.detach().to("cpu", copy=True) for name, p in setup.state.parameters.items() if p.grad is not None}
     setup.state.optimizer.zero_grad(set_to_none=True)
     return taken
 
 
 def gap(these: dict[str, Tensor], those: dict[str, Tensor]) -> float:
-    """The norm of the difference of two gradients, relative to that of the first; infinite where they are of other parameters."""
+    """The norm of the difference of two gradients, relative to that of the first; infinite if their parameters differ."""
     if these.keys() != those.keys():
         return float("inf")
     pairs = [(these[name].double(), those[name].double()) for name in these]
@@ -44,13 +44,13 @@ def gap(these: dict[str, Tensor], those: dict[str, Tensor]) -> float:
 
 
 def _limit(setup: Setup) -> float:
-    """What rounding may change of a gradient, relative to it: bfloat16 rounds each of many sums."""
+    """The relative change that rounding may cause in a gradient; bfloat16 rounds each of many sums."""
     rounding = max(setup.rounding(model) for model in setup.models.values())
     return {1e-9: 1e-7, 1e-4: 1e-3}.get(rounding, 5 * rounding)
 
 
 def splits(setup: Setup) -> Result:
-    """One micro-batch, one for each example, and a plain loss whose mean autograd differentiates."""
+    """The gradients of one micro-batch, of one for each example, and of the mean of a plain loss by autograd must agree."""
     n = len(setup.few)
     if n < 2:
         return not_asked("there is one example only, which cannot be split")
@@ -67,7 +67,7 @@ def splits(setup: Setup) -> Result:
 
 
 def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
-    """Of the mean over all targets of the textbook's loss; None for a signal or a term that has no textbook form, and for float64 logits
+    """The gradients of the textbook loss, averaged over all targets. None for a signal or a term without a textbook form, and for float64 logits
     above 1 GB."""
     loss, targets = setup.small.loss, int(setup.few.num_targets.sum())
     if loss.features or loss.attention or int(setup.few.num_targets.max()) * setup.prepared.vocab > 1 << 27:
@@ -99,7 +99,8 @@ def _weighted_sum(term_N: Tensor, weight_N: Tensor | None) -> Tensor:
 
 
 def ranks(setup: Setup) -> Result:
-    """Two ranks: their examples, the mean of their gradients, and, without a GPU, what two processes exchange."""
+    """Two ranks must share out the examples, and the mean of their gradients, without a GPU also the one that two processes exchange, must be that
+    of one process."""
     n = len(setup.few)
     if n < 2:
         return not_asked("there is one example only, and two ranks would have to share it")
@@ -128,14 +129,14 @@ def ranks(setup: Setup) -> Result:
 
 
 def padding(setup: Setup) -> Result:
-    """Each example alone, and all in one padded micro-batch."""
+    """The loss of each example alone and in one padded micro-batch of all must agree."""
     if len(set(setup.few.max_lengths.tolist())) < 2:
         return not_asked("the examples have one length, so there is no padding")
     return _unmoved(setup, setup.batch(), "padding", "train.micro_batch_size: 1 avoids it, and ")
 
 
 def packing(setup: Setup) -> Result:
-    """Each example alone, and all in one packed row."""
+    """The loss of each example alone and in one packed row of all must agree."""
     if not setup.small.data.packing:
         return not_asked("data.packing is false")
     words = "packing with shared prefixes" if setup.small.data.share_prefixes else "packing"
@@ -154,7 +155,7 @@ def _unmoved(setup: Setup, batch: Batch, what: str, fix: str) -> Result:
 
 
 def parameters(setup: Setup) -> Result:
-    """Those that the recipe means, no others; each is the optimizer's and gets a gradient; one step changes them and nothing else."""
+    """Exactly the parameters that the recipe means train: the optimizer has them, each gets a gradient, and a step changes nothing else."""
     student, state = setup.student, setup.state
     wanted, trained = intended(setup), set(state.parameters)
     if wanted != trained:
@@ -198,7 +199,7 @@ def parameters(setup: Setup) -> Result:
 
 
 def _other_adapter(setup: Setup) -> str:
-    """Where a new adapter is another than `student.lora` describes; empty where it is as described, or is none."""
+    """A description of how a new adapter differs from `student.lora`; empty if it does not differ, or the student has no new adapter."""
     settings, lora = setup.small.student, setup.small.student.lora or Lora()
     if settings.method != "lora" or setup.prepared.student.adapter:
         return ""
@@ -214,7 +215,7 @@ def _other_adapter(setup: Setup) -> str:
 
 
 def intended(setup: Setup) -> set[str]:
-    """The names of the parameters that the recipe means to train: the student's, and maps of its hidden states."""
+    """The names of the parameters that should train by the recipe: the student's, and the maps of its hidden states."""
     return _of_student(setup) | {f"terms.features.maps.{n}.{name}" for n in range(_maps(setup)) for name in ("weight", "bias")}
 
 
@@ -237,7 +238,7 @@ def _of_student(setup: Setup) -> set[str]:
 
 
 def _sums(models: list, trained: set[str]) -> dict[str, int]:
-    """For each tensor that does not train a sum over its bytes."""
+    """A sum over the bytes of each tensor that does not train."""
     out = {}
     for number, model in enumerate(models):
         for name, x in [*model.model.named_parameters(), *model.model.named_buffers()]:
@@ -249,7 +250,7 @@ def _sums(models: list, trained: set[str]) -> dict[str, int]:
 
 
 def _partner_is_zero(parameters: dict[str, nn.Parameter], name: str) -> bool:
-    """Whether a tensor is the half of a new adapter's pair whose other half is 0: A of a linear layer, B of an embedding."""
+    """Whether a tensor belongs to a pair of a new adapter whose other matrix is 0: A of a linear layer, B of an embedding."""
     other = name.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_B.", ".lora_embedding_A.")
     return other != name and other in parameters and not parameters[other].any()
 

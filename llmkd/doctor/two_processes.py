@@ -1,4 +1,4 @@
-"""A step on two processes that exchange gradients over gloo, as two ranks of a run on CPUs do. They are forked, so nothing is loaded again."""
+"""A step on two processes that exchange gradients over gloo, as two ranks of a run on CPUs do. They are forked, so that nothing is loaded again."""
 
 import contextlib
 import dataclasses
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .setup import Setup
 
-SECONDS = 60  # that they have together
+SECONDS = 60  # for both processes
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What the loop uses of an accelerator, for one process of several."""
+    """One process of several: the part of an accelerator that the training loop uses."""
 
     device: torch.device
     process_index: int
@@ -35,17 +35,17 @@ class Rank:
 
 
 def can_fork() -> bool:
-    """Not with a GPU, which a forked process cannot use."""
+    """Whether processes can be forked here: not with a GPU, which a forked process cannot use."""
     return hasattr(os, "fork") and torch.distributed.is_available() and not torch.cuda.is_available()
 
 
 def exchanged_gradients(setup: Setup, dealt: list[list[list[int]]], step) -> dict[str, Tensor]:
-    """The gradient that the first of two processes has at the end of a step, by parameter.
+    """The gradient that the first of two processes has at the end of a step: {parameter: gradient}.
 
-    dealt  for each rank the examples of its micro-batches
+    dealt  the examples of each micro-batch of each rank
     step   (setup, micro-batches, accelerator, state) -> gradients
 
-    RuntimeError with what a process met; TimeoutError where they do not end.
+    RuntimeError with the error of a process; TimeoutError if they do not end.
     """
     for name in ("gradients", "error", "meeting"):
         (setup.folder / name).unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def run_rank(setup: Setup, rank: int, micro_batches: list[list[int]], step) -> N
 
 @contextlib.contextmanager
 def _forked(jobs: list) -> Iterator[list[int]]:
-    """A process for each job; those in the list at the end are killed."""
+    """A forked process for each job. Those that are still in the list at the end are killed."""
     children: list[int] = []
     try:
         for job in jobs:
@@ -91,7 +91,7 @@ def _forked(jobs: list) -> Iterator[list[int]]:
                 try:
                     job()
                 finally:
-                    os._exit(0)  # nothing of the parent's is closed or flushed
+                    os._exit(0)  # without closing or flushing anything of the parent
             children.append(child)
         yield children
     finally:

@@ -1,4 +1,4 @@
-"""Models with other weights while a check lasts: moved, in a wider dtype, or rounded otherwise."""
+"""Changes of a model's weights for the time of a check: moved at random, in a wider dtype, or rounded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .setup import Setup
 def moved(setup: Setup, share: float = 0.1) -> Iterator[None]:
     """The student's trained weights moved while the block lasts, since a new adapter changes nothing yet.
 
-    share  of a tensor's root mean square, or of 0.02 where that is more, by which its values are moved at random
+    share  the size of the random changes, as a share of a tensor's root mean square, or of 0.02 if that is more
     """
     generator = torch.Generator().manual_seed(0)
     idle = setup.student.capabilities.parameters_without_gradient
@@ -27,7 +27,7 @@ def moved(setup: Setup, share: float = 0.1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """The model's weights in at least float32 while the block lasts, so that it computes without a narrow dtype's rounding; then as they were."""
+    """The model's weights in at least float32 while the block lasts, so that it computes without the rounding of a narrow dtype."""
     held = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     wide = torch.float64 if any(dtype == torch.float64 for _, dtype in held) else torch.float32
     for t, _ in held:
@@ -41,7 +41,7 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def round_at_random_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change every weight by as much as rounding to `dtype` can: at random, up to half of the gap between its neighbours there."""
+    """Change every weight at random by as much as rounding to `dtype` can: up to half the gap between neighbouring values."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         gap = torch.ldexp(torch.full_like(p, torch.finfo(dtype).eps), torch.frexp(p)[1] - 1) * (p != 0)

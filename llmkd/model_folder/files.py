@@ -38,24 +38,24 @@ class ModelFiles:
 
     @property
     def with_tokenizer(self) -> Path:
-        """The folder that has the tokenizer: the adapter's where it has one of its own, else the base's."""
+        """The folder of the tokenizer: the adapter's if it has a tokenizer, else the base's."""
         return self.adapter if self.adapter and (self.adapter / "tokenizer.json").exists() else self.base
 
 
 def saved_dtype(config: dict) -> str | None:
-    """The type of a model's weights on disk by its config.json, for every version of transformers; None if it is not recorded."""
+    """The type of a model's weights on disk according to its config.json, of any version of transformers; None if it is not recorded."""
     return config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
 
 
 def loaded_dtype(config: dict, wanted: str) -> str:
-    """The type of the weights in memory: the wanted one, or for `auto` the saved one; float32 where that is not known."""
+    """The type of the weights in memory: the wanted one, or for `auto` the saved one; float32 if that is not recorded."""
     return (saved_dtype(config) or "float32") if wanted == "auto" else wanted
 
 
 def find(name: str, setting: str, revision: str | None = None, base: str | None = None) -> ModelFiles:
-    """The files of a model or an adapter, by a folder or a hub id. UserError where they are missing or do not belong together.
+    """The files of a model or an adapter, by its folder or hub id. UserError if they are missing or do not belong together.
 
-    base  the folder or hub id of an adapter's base, where the one in its adapter_config.json is not to be used
+    base  the folder or hub id of an adapter's base, in place of the one in its adapter_config.json
     """
     folder = locate(name, setting, revision)
     if not (folder / "adapter_config.json").exists():
@@ -89,7 +89,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
 
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
-    """The folder of a name: itself, or a hub id's, downloaded or from the hub's cache. A mistyped path never goes to the network."""
+    """The folder of a model: `name` itself, or that of a hub id, downloaded or in the hub's cache. A mistyped path never goes to the network."""
     if (path := Path(name).expanduser()).is_dir():
         refuse_what_is_no_file(path, setting)
         return path
@@ -110,13 +110,13 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
                 f"unset it, or fetch the model first (hf download {name})",
             )
         raise UserError(f"{setting}: {name} is no folder here and could not be downloaded from the hub ({why}); {hint}") from None
-    with contextlib.suppress(Exception):  # the card, for the licence: apart, since a filled cache may lack it
+    with contextlib.suppress(Exception):  # the card, for the licence; separately, since a filled cache may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
     return folder
 
 
 def student_folder(run: str | Path) -> Path:
-    """The folder of a finished run's student: `adapter` or `model`. UserError where there is none."""
+    """The folder of a finished run's student: `adapter` or `model`. UserError if there is none."""
     for name in ("adapter", "model"):
         if (Path(run) / name).is_dir():
             return Path(run) / name
@@ -133,7 +133,7 @@ def student_folder(run: str | Path) -> Path:
 
 
 def refuse_mistyped_folder(name: str, setting: str) -> None:
-    """Raise UserError for a name that is neither a folder nor can be a hub id; nothing is loaded or downloaded."""
+    """UserError for a name that is neither a folder nor a possible hub id. Nothing is loaded or downloaded."""
     path = Path(name).expanduser()
     if path.is_dir():
         return
@@ -145,13 +145,13 @@ def refuse_mistyped_folder(name: str, setting: str) -> None:
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:
-    """The repository's id and the commit of a folder in the hub's cache; None for any other folder."""
+    """(repository id, commit) of a folder in the hub's cache; None for any other folder."""
     match = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.as_posix())
     return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def licence(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` as the folder's model card gives them; empty where it does not."""
+    """`license`, `license_name` and `license_link` as the folder's model card gives them; those that it does not give are left out."""
     try:
         front_matter = re.match(r"\s*---\s*\n(.*?)\n---", read_file(folder / "README.md").decode("utf-8"), re.DOTALL)
         card = yaml.safe_load(front_matter[1]) if front_matter else {}
@@ -162,7 +162,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 
 def check_config(config: dict, where: str, setting: str) -> None:
-    """UserError for a configuration that has code run which is not in transformers: its own, or kernels that are fetched from the hub."""
+    """UserError for a configuration that would run code from outside transformers: its own, or kernels fetched from the hub."""
     if "auto_map" in config:
         raise UserError(
             f"{setting}: {where} asks to run its own code (auto_map), which llmkd never does; use a model whose architecture is in transformers"
@@ -212,14 +212,14 @@ def _config(folder: Path, name: str, setting: str) -> dict:
 
 
 def classifier_class(config: dict) -> str | None:
-    """The name of transformers' class that loads a classifier; None for a configuration of none."""
+    """The name of transformers' class that loads a classifier; None if the configuration is not that of a classifier."""
     kinds = ("SequenceClassification", "AudioClassification", "ImageClassification")
     named = " ".join(config.get("architectures") or [])
     return next((f"AutoModelFor{kind}" for kind in kinds if kind in named), None)
 
 
 def encoder_decoder_class(config: dict) -> str | None:
-    """The same of an encoder-decoder model."""
+    """The name of transformers' class that loads an encoder-decoder; None if the configuration is not that of one."""
     if not config.get("is_encoder_decoder"):
         return None
     sound = any(name in config for name in ("num_mel_bins", "input_feat_per_channel")) or config.get("model_type") == "moonshine"
@@ -227,30 +227,30 @@ def encoder_decoder_class(config: dict) -> str | None:
 
 
 def positions(config: dict) -> int | None:
-    """The longest sequence of a model in tokens, under the name of its family; None where it has no bound."""
+    """The longest sequence that a model takes, in tokens; None if there is no bound. Families have different names for it."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
 
 
 def layers_of(config: dict) -> int | None:
-    """The number of a model's layers, by its configuration; None where that does not say."""
+    """The number of a model's layers; None if its configuration does not say."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.get(name)), None)
 
 
 def attention_heads(config: dict) -> int | None:
-    """The number of a model's query heads, by its configuration; None where that does not say, or says it for each layer."""
+    """The number of a model's query heads; None if its configuration does not say, or gives a number for each layer."""
     config = config.get("text_config", config)
     found = (config.get(name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads"))
     return next((number for number in found if isinstance(number, int)), None)
 
 
 def rows_of(config: dict) -> int | None:
-    """The rows of a model's embedding, by its configuration."""
+    """The number of rows of a model's embedding; None if its configuration does not say."""
     return config.get("text_config", config).get("vocab_size")
 
 
 def width_of(config: dict) -> int | None:
-    """The width of the hidden states between a model's layers, by its configuration; None where that does not say."""
+    """The width of the hidden states between a model's layers; None if its configuration does not say."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("hidden_size", "n_embd", "d_model") if config.get(name)), None)

@@ -1,6 +1,6 @@
-"""The generation config of a saved student, as JSON: that of what it was trained from, with the end tokens that it has learnt.
+"""The generation config of a saved student, as JSON: that of the model it was trained from, with the end tokens that it has learnt.
 
-It is not written by transformers, which refuses to save some of the settings that it loads (a temperature without do_sample).
+transformers does not write it, as it refuses to save some of the settings that it loads (a temperature without do_sample).
 """
 
 import json
@@ -14,7 +14,7 @@ NAME = "generation_config.json"
 
 
 def generation_settings(config: dict, folders: Sequence[Path | None], setting: str) -> dict:
-    """The generation config in the first of the folders that has one, else the tokens that a model's configuration names."""
+    """The generation config of the first folder that has one, else the special tokens that the model's configuration names."""
     for folder in folders:
         if folder and (folder / NAME).is_file():
             return _checked(read_json(folder / NAME, setting), folder / NAME, setting)
@@ -37,13 +37,13 @@ def stops_at(settings: dict) -> list[int]:
 
 
 def stopping_at(settings: dict, end_tokens: Iterable[int]) -> dict:
-    """The settings, with these ids after those at which generation stops already."""
+    """The settings with these ids added to those at which generation stops."""
     known = stops_at(settings)
     new = [i for i in sorted(end_tokens) if i not in known]
     if not new:
         return settings
     eos = known + new
-    # with _from_model_config transformers would take the ids of config.json again
+    # left in, _from_model_config would make transformers use the ids of config.json
     rest = {key: value for key, value in settings.items() if key != "_from_model_config"}
     return rest | {"eos_token_id": eos if len(eos) > 1 else eos[0]}
 

@@ -1,8 +1,9 @@
-"""Hashes of whole weight files, tensor by tensor: read in parallel, kept in the user's cache folder, so that a file is read once.
+"""Hashes of whole weight files, tensor by tensor. Files are read in parallel, and hashes are kept in the user's cache folder, so that a file is
+read once.
 
-A kept hash is used as long as the file's size, inode, time of writing and time of change are what they were. The last is set by the
-file system and by nothing else, so a file that was written to is read again, whatever time it was given. A hash of a file that was
-changed less than `SETTLED` seconds before is not kept: it may be written to again within the clock's resolution. No torch.
+A kept hash is used as long as the file's size, inode, and times of writing and of change are the same. Only the file system sets the time of
+change, so a file that was written to is read again whatever time of writing it was given. The hash of a file that was changed less than
+`SETTLED` seconds before is not kept: it may be written to again within the clock's resolution. No torch.
 """
 
 import concurrent.futures
@@ -20,23 +21,23 @@ from ..files import lock_file, read_file, remove_leftovers, write_atomic
 from .weights import tensors
 
 VERSION = 1  # raise it when the hash of the same tensors changes
-PIECE = 32 << 20  # bytes that are hashed one after another: a tensor's hash is that of the hashes of its pieces
-SETTLED = 2.0  # seconds; the coarsest clock of a usual file system
-KEPT_FROM = 64 << 20  # bytes; smaller files are read as fast as their kept hash
+PIECE = 32 << 20  # bytes hashed by one thread; a tensor's hash is the hash of its pieces' hashes
+SETTLED = 2.0  # seconds; the coarsest resolution of a usual file system's clock
+KEPT_FROM = 64 << 20  # bytes; reading a smaller file is as fast as looking up its hash
 
 kept: dict[Path, tuple[list[int], dict[str, str]]] = {}  # of this process
 _local = threading.local()
 
 
 def cache_root() -> Path:
-    """The folder of llmkd's caches: LLMKD_CACHE, or else ~/.cache/llmkd. RuntimeError where there is no home folder."""
+    """The folder of llmkd's caches: LLMKD_CACHE, or else ~/.cache/llmkd. RuntimeError if there is no home folder."""
     return Path(os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser()
 
 
 def tensor_hashes(paths: Sequence[Path]) -> list[dict[str, str]]:
-    """For each safetensors file {tensor: "dtype shape sha256"}, of all of its bytes.
+    """{tensor: "dtype shape sha256"} of each safetensors file, over all bytes.
 
-    ValueError for a damaged file, or one that is changed while it is read; OSError where it cannot be read.
+    ValueError for a file that is damaged, or changed while it is read; OSError if it cannot be read.
     """
     found = {path: known for path in paths if (known := _known(path))}
     lacking = [path for path in paths if path not in found]
@@ -50,7 +51,7 @@ def tensor_hashes(paths: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def stamp(path: Path) -> list[int]:
-    """Size, inode, and the times of the last writing and the last change in nanoseconds: equal for a file that was left alone."""
+    """Size, inode, and the times of the last writing and the last change in nanoseconds: they stay the same if a file is left alone."""
     about = os.stat(path)
     return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
 
@@ -111,7 +112,7 @@ def hash_piece(path: Path, name: str, at: int, stop: int) -> bytes:
 
 
 def _known(path: Path) -> dict[str, str] | None:
-    """The hashes of a file that has not changed since they were kept."""
+    """The kept hashes of a file; None if there are none, or the file has changed since."""
     now = stamp(path)
     if path in kept and kept[path][0] == now:
         return kept[path][1]
@@ -126,7 +127,7 @@ def _known(path: Path) -> dict[str, str] | None:
 
 
 def _keep(path: Path, before: list[int], hashes: dict[str, str]) -> None:
-    """In memory, and for a large file on disk. Where the cache cannot be written, the file is read again the next time."""
+    """Keep hashes in memory and, for a large file, on disk. If the cache cannot be written, the file is read again the next time."""
     kept[path] = before, hashes
     if before[0] < KEPT_FROM:
         return
@@ -147,7 +148,7 @@ def _checksum(entry: dict) -> str:
 
 @contextlib.contextmanager
 def _lock(paths: list[Path]) -> Iterator[None]:
-    """Held by one process of this machine at a time, so that the others wait and use its result. Where nothing can be locked, it is not held."""
+    """A lock for one process of this machine at a time, so that the others wait and use its result. Without effect if files cannot be locked."""
     name = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:32]
     try:
         place = cache_root() / "locks"

@@ -1,4 +1,4 @@
-"""Whether a model's files are what they were: hashes of all that it is made of, and the record beside a student that llmkd wrote. No torch."""
+"""Checks that a model's files have not changed, by hashes of everything it consists of and the record beside a student of llmkd. No torch."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from .hashes import stamp, tensor_hashes
 from .weights import INDEX, read_json, tensors, weight_files
 
 RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
-WHOLE = "sha256:"  # begins a fingerprint of all bytes; those of earlier versions have no such beginning
+WHOLE = "sha256:"  # the beginning of fingerprints of all bytes, which those of earlier versions do not have
 CONFIGS = ("adapter_config.json", "config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -28,14 +28,14 @@ _BOOKKEEPING = {
 def fingerprint(folder: Path, setting: str) -> str:
     """A hash of all weights in a folder: names, shapes, types and every byte. UserError for a damaged file.
 
-    It does not depend on how the tensors are spread over files, nor on the type they are loaded in. The files are read whole once, and
-    again only when they have changed (see hashes.py).
+    It depends neither on how the tensors are spread over files, nor on the type that they are loaded in. The files are read whole once, and
+    again only after a change (see hashes.py).
     """
     return WHOLE + _digest(row for rows in _hashes(folder, setting).values() for row in rows)
 
 
 def _hashes(folder: Path, setting: str) -> dict[str, list[str]]:
-    """For each weight file "tensor dtype shape sha256" of its tensors."""
+    """{weight file: ["tensor dtype shape sha256", ...]}."""
     paths = weight_files(folder, setting)
     try:
         found = tensor_hashes(paths)
@@ -51,14 +51,14 @@ def _digest(rows) -> str:
 
 
 def same_weights(recorded: str, folder: Path, setting: str) -> bool:
-    """Whether a folder holds the weights of a recorded fingerprint. Records of earlier versions hold one of samples, which is compared as such."""
+    """Whether a folder holds the weights of a recorded fingerprint. Those of earlier versions, which were made of samples, are compared as such."""
     return recorded == (fingerprint if recorded.startswith(WHOLE) else sampled_fingerprint)(folder, setting)
 
 
 def sampled_fingerprint(folder: Path, setting: str) -> str:
     """The fingerprint of earlier versions: names, shapes, types and three samples of 1 KiB of every tensor."""
     rows = []
-    for path in sorted(folder.glob("*.safetensors")):  # all of them counted then
+    for path in sorted(folder.glob("*.safetensors")):  # earlier versions counted all of them
         with open_file(path) as file:
             for name, t in tensors(path).items():
                 digest = hashlib.sha256()
@@ -75,12 +75,12 @@ def config_hash(folder: Path, setting: str) -> str:
 
 
 def base_config_hash(folder: Path, setting: str) -> str:
-    """The same of an adapter's base, without its ids of tokens: those at which the adapter's texts end are saved with the adapter."""
+    """The same for an adapter's base, without its token ids: the end tokens of the adapter's texts are saved with the adapter."""
     return _config_hash(folder / "config.json", setting, "_token_id")
 
 
 def _config_hash(path: Path, setting: str, without: str | None = None) -> str:
-    """`without`: how the names of fields end that do not count either."""
+    """`without`: the ending of the names of further fields that do not count."""
     said = {key: value for key, value in read_json(path, setting).items() if key not in _BOOKKEEPING}
     said = {key: value for key, value in said.items() if without is None or not key.endswith(without)}
     if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
@@ -89,7 +89,7 @@ def _config_hash(path: Path, setting: str, without: str | None = None) -> str:
 
 
 def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> dict[str, str]:
-    """What `--resume` compares of a model: {"the student's base (model.safetensors)": hash of its tensors, ... (config.json): ...}."""
+    """The hashes that `--resume` compares: {"the student's base (model.safetensors)": hash of its tensors, "... (config.json)": ...}."""
     found = {}
     for kind, folder in (("base", base), ("adapter", adapter)):
         if folder:
@@ -99,7 +99,7 @@ def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> di
 
 
 def weights_of(base: Path, adapter: Path | None, setting: str) -> dict[str, str | None]:
-    """What a model computes with, as one text for its base and one for its adapter (None without one): weights and configuration."""
+    """A text for the weights and configuration of the base, and one for those of the adapter (None without one): {"base": ..., "adapter": ...}."""
     folders = {"base": base, "adapter": adapter}
     return {name: folder and f"{fingerprint(folder, setting)} {config_hash(folder, setting)}" for name, folder in folders.items()}
 
@@ -107,7 +107,7 @@ def weights_of(base: Path, adapter: Path | None, setting: str) -> dict[str, str 
 def record_of(folder: Path, setting: str = "model") -> dict:
     """The record beside a student that llmkd wrote, checked against its own hash; empty for other models.
 
-    base_fingerprint, base_config, dtype and quantization of an adapter; weights and files, their hashes.
+    Of an adapter it has base_fingerprint, base_config, dtype and quantization; of every student weights and files, which are hashes.
     """
     if not (folder / RECORD).exists():
         return {}
@@ -119,7 +119,7 @@ def record_of(folder: Path, setting: str = "model") -> dict:
 
 
 def is_made_here(base: Path) -> bool:
-    """Whether a base is a model that llmkd has made of another, such as one of fewer layers or with a new head: it is nowhere else."""
+    """Whether llmkd has made a base from another model, with fewer layers or a new head, say: it exists nowhere else."""
     return record_of(base).get("student") == "base"
 
 
@@ -128,7 +128,7 @@ def _record_hash(record: dict) -> str:
 
 
 def write_record(folder: Path, setting: str, **record) -> None:
-    """Write llmkd.json, to be called when all other files of a student are written: `record`, and the hashes of weights and files."""
+    """Write `record` and the hashes of weights and files to llmkd.json. To be called when all other files of a student are written."""
     files = {name: _file_hash(folder / name, setting) for name in (*CONFIGS, *TOKENIZER_FILES) if (folder / name).is_file()}
     record |= {"weights": fingerprint(folder, setting), "files": files}
     text = json.dumps(record | {"record": _record_hash(json.loads(json.dumps(record)))}, indent=1)
@@ -140,7 +140,7 @@ def _file_hash(path: Path, setting: str) -> str:
 
 
 def verify(base: Path, adapter: Path | None, setting: str) -> None:
-    """UserError unless model, adapter and the adapter's base are those that the records beside them name. They are read whole."""
+    """UserError unless the model, the adapter and the adapter's base match the records beside them. All weights are read."""
     for folder in (base, adapter):
         if folder and (record := record_of(folder, setting)):
             _verify_files(folder, record, setting)
@@ -168,7 +168,7 @@ def verify(base: Path, adapter: Path | None, setting: str) -> None:
 def unchanged(folders: Sequence[Path], setting: str) -> Iterator[None]:
     """ChangedFiles if a weight file of the folders is written to while the block reads them, whatever error that leads to."""
     paths = [path for folder in folders for path in weight_files(folder, setting)]
-    before = [stamp(path)[:3] for path in paths]  # a new link to it, which counts as a change of the file, is none of its content
+    before = [stamp(path)[:3] for path in paths]  # not the time of change, which a new link to the file sets too
     try:
         yield
     finally:
@@ -178,7 +178,7 @@ def unchanged(folders: Sequence[Path], setting: str) -> Iterator[None]:
 
 
 def verify_small_files(folder: Path, setting: str) -> None:
-    """UserError unless the configurations and the tokenizer's files of a student that llmkd wrote are what it wrote. Weights are not read."""
+    """UserError if the configurations or tokenizer files of a student have changed since llmkd wrote them. Weights are not read."""
     if record := record_of(folder, setting):
         _verify_small_files(folder, record, setting)
 

@@ -1,6 +1,7 @@
-"""Some layers of a model as an ordinary smaller one, from its files alone: the tensors of the others are left out, the rest are renumbered.
+"""Makes an ordinary smaller model of some layers of a model, from its files alone: the other layers' tensors are left out, and the rest are
+renumbered.
 
-No torch: which layers a family allows to leave out is for `models/depth.py` to say.
+No torch. `models/depth.py` knows which layers of a family may be left out.
 """
 
 import copy
@@ -15,15 +16,15 @@ from ..files import open_file
 from .files import TOKENIZER
 from .weights import MODEL, headers, tensors, weight_files
 
-#: The names of the number of layers in config.json, as families have them.
+#: The names that families have for the number of layers in config.json.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-#: The name of a layer's tensor: before the number, the number, behind it.
+#: The name of a layer's tensor: the text before the number, the number, the text after it.
 NUMBERED = re.compile(r"(.*?\.)?(\d+)\.(.+)")
 _CHUNK = 16 << 20
 
 
 def layer_count(config: dict, setting: str = "student.layers") -> tuple[str, int]:
-    """The name and the value of the number of layers in a config.json. UserError where there is none, or where a model has more parts."""
+    """(name, value) of the number of layers in a config.json. UserError if there is none, or the model has more than one stack of layers."""
     if "text_config" in config or config.get("is_encoder_decoder"):
         what = "more parts than one stack of layers (text_config)" if "text_config" in config else "an encoder and a decoder"
         raise UserError(f"{setting}: student.model ({config.get('model_type')}) has {what}, which llmkd does not cut; leave it out")
@@ -40,7 +41,7 @@ def layer_words(kept: Sequence[int]) -> str:
 
 
 def cut_config(config: dict, kept: tuple[int, ...], lists: dict[str, list]) -> dict:
-    """config.json of the smaller model. `lists`: the settings that have one entry for each layer of the whole model."""
+    """The config.json of the smaller model. `lists`: the settings with one entry for each layer of the whole model."""
     name, _ = layer_count(config)
     return copy.deepcopy(config) | {name: len(kept)} | {key: [values[i] for i in kept] for key, values in lists.items()}
 
@@ -50,16 +51,16 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def write_layers(folder: Path, to: Path, config: dict, kept: tuple[int, ...], count: int, setting: str) -> None:
-    """Write a model of some of the layers of the model in `folder`, with this config.json, into the empty folder `to`.
+    """Write a model with this config.json and the layers `kept` of the model in `folder` into the empty folder `to`.
 
-    Every byte of a tensor that is kept is as it was. UserError where the tensors of `count` layers cannot be told by their names.
+    Tensors are copied byte by byte. UserError if the tensors of `count` layers cannot be recognised by their names.
     """
     prefix = _prefix_of_layers(list(headers(folder, setting)), count, folder, setting)
     write_lists(folder, to, config, {prefix: kept}, setting)
 
 
 def write_lists(folder: Path, to: Path, config: dict, kept: dict[str, tuple[int, ...]], setting: str) -> None:
-    """The same of a model with several lists of layers: `kept` by what the names of a list's tensors begin with. Of others all are kept."""
+    """The same for a model with several lists of layers. `kept`: {beginning of the names of a list's tensors: layers}; other lists stay whole."""
     new = {prefix: {old: number for number, old in enumerate(own)} for prefix, own in kept.items()}
     names = {}
     for name in headers(folder, setting):
@@ -77,7 +78,7 @@ def write_lists(folder: Path, to: Path, config: dict, kept: dict[str, tuple[int,
 
 
 def _prefix_of_layers(names: list[str], count: int, folder: Path, setting: str) -> str:
-    """What the names of the layers' tensors begin with, up to the number."""
+    """The beginning of the names of the layers' tensors, up to the number."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         if at := NUMBERED.fullmatch(name):

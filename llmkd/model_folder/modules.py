@@ -1,4 +1,4 @@
-"""The modules of a model by its weight files and its family's source in transformers, neither of which is run. No torch."""
+"""Checks names of modules against a model's weight files and its family's source in transformers, which is read but not run. No torch."""
 
 import contextlib
 import difflib
@@ -12,12 +12,13 @@ from .weights import headers
 
 
 def refuse_missing_modules(folder: Path, config: dict, targets: str | Sequence[str], copies: Sequence[str]) -> None:
-    """UserError for modules of `student.lora` that a model cannot have: neither its weights nor its family's source have the name.
+    """UserError for modules of `student.lora` that the model cannot have: the name is neither in its weights nor in its family's source.
 
     config   the folder's config.json
-    targets  student.lora.target_modules, and `copies` its modules_to_save
+    targets  student.lora.target_modules
+    copies   student.lora.modules_to_save
 
-    What is not certain by that (a regular expression, a family whose source is elsewhere) is for `models/lora.py` to see.
+    Where that does not decide (a regular expression, a family whose source is elsewhere), `models/lora.py` checks the loaded model.
     """
     stored = headers(folder, "student.model")
     whole = {key.rpartition(".")[0] for key in stored}
@@ -39,7 +40,7 @@ def refuse_missing_modules(folder: Path, config: dict, targets: str | Sequence[s
 
 
 def refuse_large_rank(folder: Path, rank: int) -> None:
-    """UserError for a rank of student.lora beyond every dimension of the model's matrices."""
+    """UserError if student.lora.rank exceeds every dimension of the model's matrices."""
     largest = max((max(one["shape"]) for one in headers(folder, "student.model").values() if len(one["shape"]) == 2), default=rank)
     if rank > largest:
         raise UserError(
@@ -48,7 +49,7 @@ def refuse_large_rank(folder: Path, rank: int) -> None:
 
 
 def refuse_unknown_family(architecture: dict) -> None:
-    """UserError for a model_type of student.architecture that is nearly one of transformers' families, and none."""
+    """UserError if student.architecture.model_type is a misspelling of one of transformers' families."""
     family, models, text = architecture.get("model_type"), _models(), ""
     for name in ("auto_mappings.py", "configuration_auto.py") if models else ():
         with contextlib.suppress(OSError, ValueError):
@@ -59,9 +60,9 @@ def refuse_unknown_family(architecture: dict) -> None:
 
 
 def _names_in(text: str, whole: set[str], known: set[str]) -> list[str]:
-    """The names in a text that is no regular expression; none in one that is, or that matches a module.
+    """The names in a text that is not a regular expression; none if it is one, or is a module's whole name.
 
-    UserError for names of modules where a regular expression for whole names is expected.
+    UserError for names of modules in place of a regular expression for whole names.
     """
     names = [name for name in re.split(r"[,\s]+", text) if name]
     if not all(re.fullmatch(r"[\w-]+", name) for name in names) or text in whole:
@@ -76,13 +77,13 @@ def _names_in(text: str, whole: set[str], known: set[str]) -> list[str]:
 
 
 def _models() -> Path | None:
-    """The folder of the families in transformers, which is not imported."""
+    """The folder of the families in transformers, found without importing it."""
     spec = importlib.util.find_spec("transformers")
     return Path(spec.submodule_search_locations[0]) / "models" if spec and spec.submodule_search_locations else None
 
 
 def _source(config: dict) -> str:
-    """The text of the files in which transformers defines the families of a configuration; empty unless all of them are found."""
+    """The source in which transformers defines the families of a configuration; empty unless all of it is found."""
     if not (models := _models()):
         return ""
     families = [one.get("model_type") for one in (config, *config.values()) if isinstance(one, dict) and "model_type" in one]

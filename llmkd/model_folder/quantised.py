@@ -1,11 +1,11 @@
-"""Models whose weights on disk are quantised: by whom they can be read. No torch."""
+"""Models whose weights on disk are quantised, and the packages that can read them. No torch."""
 
 import importlib.util
 from pathlib import Path
 
 from ..errors import UserError
 
-#: The package that transformers needs to read weights of a method, by the method's name in config.json: as it is imported, as it is installed.
+#: {quantisation method in config.json: the package that transformers needs to read it, as (name to import, name to install)}.
 _PACKAGES = {
     "aqlm": ("aqlm", "aqlm"),
     "awq": ("gptqmodel", "gptqmodel"),
@@ -23,10 +23,10 @@ _PACKAGES = {
 
 
 def refuse_quantised(folder: Path, config: dict, setting: str, again: bool) -> None:
-    """UserError for a model that is quantised on disk and is to be quantised `again`, or whose method needs a package that is not installed.
+    """UserError for a model that is quantised on disk if it is to be quantised `again`, or if its method needs a package that is not installed.
 
     config   the folder's config.json
-    setting  of the model: student.model, teacher.model, ...
+    setting  the model's setting: student.model, teacher.model, ...
     """
     if not (saved := config.get("quantization_config")):
         return
@@ -45,5 +45,5 @@ def refuse_quantised(folder: Path, config: dict, setting: str, again: bool) -> N
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # of the package around it
         return False

@@ -1,11 +1,11 @@
-"""Models of which not all weights can be trained (student.method: full). No torch."""
+"""Models that cannot be trained in full (student.method: full). No torch."""
 
 from ..errors import UserError
 from .files import ModelFiles
 
 
 def refuse_untrainable(files: ModelFiles | None, quantised: bool, dtype: str) -> None:
-    """UserError for an adapter, for weights that are `quantised`, and for float16; `dtype` is that of the weights in memory."""
+    """UserError for an adapter, for `quantised` weights, and for float16. `dtype`: the type of the weights in memory."""
     if files and files.adapter:
         raise UserError(
             f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or use method: lora"

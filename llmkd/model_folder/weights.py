@@ -1,4 +1,4 @@
-"""Which files of a model's folder hold its weights, as transformers chooses them, and the headers of safetensors files. No torch."""
+"""Finds the files of a folder that hold a model's weights, as transformers chooses them, and reads the headers of safetensors files. No torch."""
 
 import json
 import re
@@ -15,8 +15,8 @@ MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "ad
 def weight_files(folder: Path, setting: str) -> list[Path]:
     """The weight files of a model or an adapter that transformers and PEFT load from its folder, and no others.
 
-    UserError where there are none, where an index is damaged or names a file that is missing, and where a name leads out of the folder.
-    A link is followed wherever it leads (the hub's cache consists of links).
+    UserError if there are none, if an index is damaged or names a missing file, or if a name leads out of the folder. Links are followed
+    wherever they lead (the hub's cache consists of links).
     """
     if (folder / "adapter_config.json").exists():
         if not (folder / ADAPTER).exists():
@@ -54,7 +54,7 @@ def _inside(folder: Path, name: object, where: str, setting: str) -> str:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights holds."""
+    """A description of what a folder without weights holds."""
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     other = sorted(path.name for path in folder.glob("*.safetensors"))
     if other:
@@ -71,7 +71,7 @@ def some(folder: Path) -> str:
 
 
 def read_json(path: Path, setting: str) -> dict:
-    """An object from a JSON file. UserError where it cannot be read or is something else."""
+    """The object in a JSON file. UserError if it cannot be read, or is something else."""
     try:
         found = json.loads(read_file(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -82,7 +82,7 @@ def read_json(path: Path, setting: str) -> dict:
 
 
 def refuse_what_is_no_file(folder: Path, setting: str) -> None:
-    """UserError for a folder, or a link that leads nowhere, under the name of a model's file: libraries would go on as if it were not there."""
+    """UserError for a folder or a broken link with the name of a model's file: libraries would continue as if it were not there."""
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors") and not path.is_file():
             what = "a folder" if path.is_dir() else "a link that leads nowhere" if path.is_symlink() else "no file"
@@ -90,7 +90,7 @@ def refuse_what_is_no_file(folder: Path, setting: str) -> None:
 
 
 def tensors(path: Path) -> dict[str, dict]:
-    """The header of a safetensors file: {name: {dtype, shape, data_offsets, start, stop}}; the last two are places in the file, in bytes.
+    """The header of a safetensors file: {name: {dtype, shape, data_offsets, start, stop}}. start and stop are byte positions in the file.
 
     ValueError if it is damaged.
     """
@@ -127,7 +127,7 @@ def headers(folder: Path, setting: str) -> dict[str, dict]:
 
 
 def modules_are_named(folder: Path, targets: str | Sequence[str], copies: Sequence[str]) -> bool:
-    """Whether the weight files name all modules that an adapter is to be put on, `targets` (of `student.lora.target_modules`), and `copies`."""
+    """Whether the weight files have all modules of an adapter by name: `targets` (student.lora.target_modules) and `copies` (modules_to_save)."""
     if targets == "all-linear" and not copies:
         return True
     try:
