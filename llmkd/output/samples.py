@@ -23,7 +23,7 @@ def in_training(record: dict) -> bool:
 def add_samples(folder: Path, step: int, records: Sequence[dict]) -> str:
     """Write a step's answers, all from validation or all from training, after those of earlier steps. Later answers in the file come from another
     attempt and are dropped. Returns the file's hash."""
-    own = [*map(in_training, records)] == [True] * len(records)
+    own = all(map(in_training, records))
     before = [one for one in read_samples(folder, warn) if one["step"] < step or (one["step"] == step and in_training(one) and not own)]
     content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [*before, *records])
     write_atomic(folder / "samples.jsonl", content)

@@ -15,7 +15,7 @@ def test_a_run_that_becomes_far_slower_says_so_once():
     slowdown = Slowdown()
     said = [slowdown(speed) for speed in (90, 500, 110, 100, 100, 34, 30, 32, 34, 30, 30, 28, 20, 10)]
     assert [i for i, text in enumerate(said) if text] == [11], "the third in a row below a third of 100; 34 is none"
-    assert said[11].startswith("note: 30 targets/s, and 100 at the beginning: other programs")
+    assert said[11].startswith("note: 30 targets/s, but 100 at the beginning: other programs")
 
 
 def test_a_steady_or_faster_run_says_nothing():

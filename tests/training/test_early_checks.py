@@ -103,7 +103,7 @@ def test_what_a_models_own_configuration_says(first, world, tmp_path):
         (False, 2, None, "cuda:2", "this process sees 2"),
         (False, 2, None, "cuda:1", None),
         (False, 2, "0", "cuda:1", "this process sees 1 (see CUDA_VISIBLE_DEVICES)"),
-        (False, None, "", "cuda", "sees none (CUDA_VISIBLE_DEVICES"),
+        (False, None, "", "cuda", "sees none (see CUDA_VISIBLE_DEVICES"),
         (False, None, None, "cuda:7", None),  # no driver's folder, as in some containers: torch will tell
         (False, 8, None, "npu:0", None),
         (False, 8, None, "cpu", None),
