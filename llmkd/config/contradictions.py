@@ -1,4 +1,4 @@
-"""Settings of a recipe that are each valid, but not together."""
+"""Finds settings of a recipe that are valid by themselves, but not together."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from .views import view_contradictions
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (the settings involved, the one that the message names first; problem and fix)."""
+    """Yields (settings, problem and fix): the settings involved, of which the message names the first."""
     student, data, optim, train = recipe.student, recipe.data, recipe.optim, recipe.train
     if not recipe.output_dir.strip("\0 "):
         yield ("output_dir",), "not given; name a folder for the run, such as runs/first"
@@ -51,7 +51,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of teachers, the terms of the loss and their weights."""
+    """Contradictions of teachers, the terms of the loss and their weights."""
     student, data, loss, train = recipe.student, recipe.data, recipe.loss, recipe.train
     if recipe.mixture != Mixture() and len(as_tuple(recipe.teacher)) < 2:
         yield ("mixture", "teacher"), "set, but there are not several teachers to mix; leave it out"
@@ -107,7 +107,7 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _step_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of steps, micro-batches and how they are computed."""
+    """Contradictions of steps, micro-batches and their computation."""
     student, data, optim, train = recipe.student, recipe.data, recipe.optim, recipe.train
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
@@ -138,7 +138,7 @@ def _step_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _held_out_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of what is measured and sampled on held-out rows."""
+    """Contradictions of metrics and samples on held-out rows."""
     data, loss = recipe.data, recipe.loss
     if recipe.validation.samples and not (as_tuple(data.validation) or data.validation_fraction):
         fix = "give data.validation or data.validation_fraction, or set it to 0"
@@ -154,7 +154,7 @@ def _held_out_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
-    learns = recipe.teacher and loss.kd_ratio != 0  # null is not resolved yet, and will be above 0
+    learns = recipe.teacher and loss.kd_ratio != 0  # null will be resolved to more than 0
     if recipe.checkpoint.best_by not in (None, *OF_THE_STUDENT) and not (learns or uses_teacher(recipe)):
         remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
         yield (
@@ -214,7 +214,7 @@ def _student_contradictions(student: Student, reads_text: bool) -> Iterator[tupl
 
 
 def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Weights of sources that leave nothing to train on or to measure, or are nothing in float32."""
+    """Weights of sources that leave nothing to train on or to measure, or are 0 in float32."""
     data, ratio = recipe.data, recipe.loss.kd_ratio
     ratio = (0.5 if recipe.teacher else 0.0) if ratio is None else ratio
     train, held_out = (
@@ -223,7 +223,7 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
     train, held_out = list(train), list(held_out)
     for path, source in [*train, *held_out]:
         for name, weight in vars(source.loss).items():
-            if 0 < abs(weight) < 1e-6:  # far below it is 0 in float32
+            if 0 < abs(weight) < 1e-6:  # far smaller ones are 0 in float32
                 yield (f"{path}.loss.{name}",), f"found {weight:g}, expected 0, or a number of 1e-06 or more, or of -1e-06 or less"
             elif weight != 1 and name in ("features", "attention") and getattr(recipe.loss, name) is None:
                 yield (f"{path}.loss.{name}", f"loss.{name}"), f"found {weight:g}, and there is no loss.{name}; leave it out"

@@ -191,7 +191,7 @@ def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
 
 
 def data_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the data that are each valid, but not together, in the form of `contradictions.contradictions`."""
+    """Contradictions of the data's settings, in the form of `contradictions.contradictions`."""
     if not as_tuple(data.train):
         yield ("data.train",), "not given; name the training data, such as {path: train.jsonl, format: alpaca}"
     if data.validation == ():
@@ -236,7 +236,7 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
 
 
 def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
-    """Where the rows come from, and which of them: yields (setting of the source, problem and fix), as the next two do."""
+    """Contradictions of the rows' origin and choice: yields (setting of the source, problem and fix), as the next two functions do."""
     choices, row_format = setting == "data.choices", FORMATS[source.format]
     if source.path == "builtin:skills" and not row_format.file and (source.name == "kinds") != (row_format.supervised == "label"):
         fix = "set name: kinds" if row_format.supervised == "label" else "set format: labelled, with task: classification"
@@ -267,7 +267,7 @@ def _origin_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
 
 
 def _use_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
-    """How the rows are rendered, weighed and learnt from."""
+    """Contradictions of rendering, weights and training."""
     choices, row_format = setting == "data.choices", FORMATS[source.format]
     if choices and row_format.supervised != "answer":
         *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
@@ -294,7 +294,7 @@ def _use_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str
 
 
 def _name_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
-    """The names of columns and roles."""
+    """Contradictions of the names of columns and roles."""
     choices, row_format = setting == "data.choices", FORMATS[source.format]
     known, columns = row_format.names(choices), row_format.columns | row_format.views
     for column in source.fields:

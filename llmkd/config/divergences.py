@@ -1,4 +1,4 @@
-"""The divergences with their options, and what is wrong with those that a setting gives. A part of `recipe.py`."""
+"""The divergences and their options, and contradictions of the options. A part of `recipe.py`."""
 
 from collections.abc import Iterator
 
@@ -14,18 +14,21 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "total_variation": {},
     "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
 }
-#: Those that mix the two distributions, and the least share of one of them: the logarithm of 1 - (1 - share) is rounding with far smaller ones.
+#: The divergences that mix the two distributions, and the least share of one of them: for far smaller shares the logarithm of 1 - (1 - share) is
+#: only rounding.
 _MIXING, LEAST_MIXED = ("generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl"), 1e-3
 
 
 def with_defaults(name: str, options: dict[str, float]) -> dict[str, float]:
-    """All options of a divergence."""
+    """All options of a divergence, those not given with their defaults."""
     return {option: options.get(option, default) for option, (_, _, default) in DIVERGENCES[name].items()}
 
 
 def option_contradictions(name: str, options: dict[str, float], section: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is wrong with the options of a divergence, in the form of `contradictions.contradictions`. `section`: of the settings `divergence`
-    and `divergence_options`."""
+    """Contradictions of the options of a divergence, in the form of `contradictions.contradictions`.
+
+    `section`: the section with the settings `divergence` and `divergence_options`.
+    """
     known = DIVERGENCES[name]
     for option, value in options.items():
         paths = (f"{section}.divergence_options.{option}", f"{section}.divergence")

@@ -7,9 +7,9 @@ from .schedule import is_schedule
 
 
 def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]:
-    """A settings object or a mapping, or a part of one, as {dotted path: value}. An empty mapping is a value, and so is a schedule.
+    """A settings object or a mapping, or a part of one, as {dotted path: value}. An empty mapping or a schedule is one value.
 
-    `lists`: the lists of sources and teachers too, their items by number.
+    `lists`: flatten lists of sources and teachers too, with the numbers of their items as keys.
     """
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -24,12 +24,12 @@ def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]
 
 
 def keys_of(dotted: str) -> tuple[str | int, ...]:
-    """The keys behind a dotted path; those of a list's items are numbers."""
+    """The keys of a dotted path; those of list items are numbers."""
     return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
 
 
 def replaced(value: typing.Any, old: str, new: str | int) -> typing.Any:
-    """A copy with `old` replaced by `new` in every text, at any depth. Of a number, a text that is `old` and nothing else becomes that number."""
+    """A copy with `old` replaced by `new` in every text, at any depth. If `new` is a number, a text that equals `old` becomes that number."""
     if isinstance(value, dict):
         return {key: replaced(inner, old, new) for key, inner in value.items()}
     if isinstance(value, list):

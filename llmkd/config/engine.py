@@ -1,4 +1,4 @@
-"""Settings of the engine that writes in on-policy distillation: the model in this process, or a server. A part of `on_policy.py`."""
+"""Settings of the engine that generates in on-policy distillation: the model in this process, or a server. A part of `on_policy.py`."""
 
 import re
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ _HERE = "on_policy.engine"
 
 
 def engine_contradictions(settings: Any, student: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What cannot be together with a server that writes, in the form of `contradictions.contradictions`. `settings`: those of `on_policy`."""
+    """Contradictions of a server that generates, in the form of `contradictions.contradictions`. `settings`: those of `on_policy`."""
     engine = settings.engine
     if engine == "local":
         return

@@ -60,7 +60,7 @@ class Features:
 def feature_problems(
     features: Features, student: tuple[int | None, int | None], teacher: tuple[int | None, int | None]
 ) -> Iterator[tuple[str, str]]:
-    """What two models do not have, of their numbers of layers and widths: yields (setting, problem and fix). None: not known yet."""
+    """Contradictions with the numbers of layers and widths of the two models, None if not known yet: yields (setting, problem and fix)."""
     if student[0] and teacher[0]:
         try:
             layer_pairs(features.layers, student[0], teacher[0])
@@ -78,7 +78,7 @@ def feature_problems(
 def feature_contradictions(
     features: Features, new_weights: bool, setting: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each valid, but not together, in the form of `contradictions.contradictions`. `new_weights`: student.architecture is given."""
+    """Contradictions of `loss.features`, in the form of `contradictions.contradictions`. `new_weights`: whether student.architecture is given."""
     teachers = with_setting_names(setting, "teacher")
     if not features.weight:
         yield ("loss.features.weight",), "found 0; leave loss.features out"
@@ -129,6 +129,6 @@ def feature_contradictions(
 
 
 def feature_teacher(features: Features | None, setting: Teacher | tuple[Teacher, ...] | None) -> str:
-    """The name of the setting of the teacher whose hidden states are learned: teacher, or teacher.0, ...; "" where none are."""
+    """The setting of the teacher whose hidden states are learned: teacher, or teacher.0, ...; "" if none are."""
     named = with_setting_names(setting, "teacher") if features else []
     return next((path for path, one in named if len(named) == 1 or one.name == features.teacher), "")

@@ -18,9 +18,9 @@ config_dataclass = dataclass(frozen=True, config=ConfigDict(extra="forbid", stri
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-#: A temperature whose square, and logits divided by it, float32 still tells from 0, from rounding and from infinity.
+#: A temperature. The limits keep its square, and logits divided by it, away from 0, rounding and infinity in float32.
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
-#: Seconds of waiting, far below what the system's clocks hold.
+#: Seconds of waiting; the limit is far below what the system's clocks hold.
 Seconds = Annotated[float, Field(ge=0.01, le=1e6)]
 Patience = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -64,7 +64,7 @@ def metadata(kind: type, name: str) -> Metadata:
 
 
 def shaping(section: Any, cache: CacheName) -> dict[str, Any]:
-    """The settings of a section on which a cache's content depends, by name, in the order of their declaration."""
+    """{name: value} of the settings of a section on which a cache's content depends, in the order of their declaration."""
     names = [field.name for field in dataclasses.fields(section)]
     return {name: getattr(section, name) for name in names if cache in metadata(type(section), name).shapes}
 
@@ -75,11 +75,11 @@ T = TypeVar("T")
 
 
 def form(value) -> str:
-    """Which of the forms of a setting a value has: one item, several or none."""
+    """The form that a value has: one item, several or none."""
     return "none" if value is None else "several" if isinstance(value, list | tuple) else "one"
 
 
-#: An item, a list of items or null. The tags make pydantic report the errors of the given form alone.
+#: An item, a list of items or null. The tags make pydantic report only the errors of the given form.
 OneOrMany = Annotated[
     Annotated[T, Tag("one")] | Annotated[tuple[T, ...], Tag("several")] | Annotated[None, Tag("none")],
     Discriminator(form),
@@ -88,7 +88,7 @@ OneOrMany = Annotated[
 
 @functools.cache
 def part_of(share: float, n: int) -> int:
-    """ceil(share n), of the share as it is written: 0.07 of 100 are 7, where 0.07 * 100 is more than 7 in floating point."""
+    """ceil(share * n) in decimal arithmetic: 0.07 of 100 is 7, though 0.07 * 100 is more than 7 in floating point."""
     return math.ceil(Fraction(repr(share)) * n)
 
 

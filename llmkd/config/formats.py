@@ -1,11 +1,11 @@
-"""The formats of rows: their columns, by which settings and rows are checked."""
+"""The formats of rows: their columns, against which settings and rows are checked."""
 
 import dataclasses
 from collections.abc import Collection
 from typing import Literal
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-#: Kinds of columns that name files, or hold them.
+#: The kinds of columns that name or hold files.
 FILES = ("audio", "image")
 
 
@@ -17,21 +17,21 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """The columns of a format. How a row becomes text is in data/encoding/formats.py: a new format is one entry here and one there."""
+    """The columns of a format. data/encoding/formats.py turns rows into text: a new format is one entry here and one there."""
 
     row: dict[str, Column]
-    answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
-    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens. "label": its class.
+    answer: str | None = None  # the column that a multiple-choice question lacks, since its choices take the place
+    #: "all": every token, so that choices cannot replace an answer, and a text may be split. "marked": tokens that the row marks. "label": a class.
     supervised: Literal["answer", "all", "marked", "label", "transcript"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
     file: str | None = None  # the column that names a sound or an image, or holds it
-    notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
-    reads: str | None = None  # the column that a student reads, where a teacher may read another one
+    notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for human readers; they are ignored
+    reads: str | None = None  # the column that a student reads, if a teacher may read another one
     views: dict[str, Column] = dataclasses.field(default_factory=dict)  # columns that a teacher may read in its place (`teacher.reads`)
 
     @property
     def is_text(self) -> bool:
-        """Whether its rows are text to be continued, before which a teacher may read a context."""
+        """Whether its rows are text for a decoder, before which a teacher may read a context."""
         return self.supervised not in ("marked", "label", "transcript")
 
     @property
@@ -40,11 +40,11 @@ class RowFormat:
         return {**self.row, **({"teacher_context": Column(optional=True)} if self.is_text else {})}
 
     def columns_for(self, views: Collection[str]) -> dict[str, Column]:
-        """The columns of a row of which teachers read those in `views`, too."""
+        """The columns of a row, including those in `views`, which teachers read."""
         return {**self.columns, **{name: Column(column.kind) for name, column in self.views.items() if name in views}}
 
     def kind_of(self, column: str) -> str:
-        """text, audio or image: of the column that a student reads, or of one that a teacher may read."""
+        """The kind of a column that a student or a teacher may read: text, audio or image."""
         return (self.row | self.views)[column].kind.removesuffix(" or messages")
 
     @property
@@ -65,7 +65,7 @@ def _of_classes(reads: Literal["text", "audio", "image"], **more: Column) -> Row
         file=None if reads == "text" else reads,
         reads=reads,
         views={kind: Column(kind, optional=True) for kind in ("text", *FILES) if kind != reads}
-        | ({"prompt": Column(optional=True)} if reads == "text" else {}),  # another text than the student's
+        | ({"prompt": Column(optional=True)} if reads == "text" else {}),  # a text for the teacher in place of the student's
     )
 
 

@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 20
 
 
 def parse_overrides(words: list[str], options: tuple[str, ...] = ("config",)) -> dict[str, typing.Any]:
-    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings and `options` as they are."""
+    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}. Values are read as YAML, except those of text settings and of `options`."""
     literal = {*options} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
     out, rest = {}, list(words)
     while rest:
@@ -53,7 +53,7 @@ def parse_overrides(words: list[str], options: tuple[str, ...] = ("config",)) ->
 
 
 def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
-    """The data of a file, the line of each setting, and the problems found. UserError if it cannot be read or is no mapping."""
+    """The data of a file, the line of each setting, and the problems found. UserError if it cannot be read or is not a mapping."""
     try:
         raw = read_file(path)
     except NotAFile:
@@ -185,7 +185,7 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
 
 
 def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) -> None:
-    """UserError for every `recipe:` of a pipeline or a sweep that is no file, at its line."""
+    """UserError for every `recipe:` of a pipeline or a sweep that is not a file, with its line."""
     named = [
         (keys, mapping[key])
         for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded))
@@ -215,7 +215,7 @@ def _bad_stage(name: str, stage: Stage) -> str | None:
 
 
 def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:
-    """A sweep's file. An override that is no setting of the sweep itself applies to every arm."""
+    """A sweep's file. An override that is not a setting of the sweep itself applies to every arm."""
     data, lines, problems = read(path)
     own = {field.name for field in dataclasses.fields(Sweep)}
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
@@ -234,7 +234,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     if bad := _bad_stages(sweep, path, lines):
         raise UserError(*bad)
     _refuse_missing_recipes(sweep, locator(str(path), lines, changed))
-    sweep.set.update(for_arms)  # again, since checking has made plain text of what is `Placed`, and that is relative to the file
+    sweep.set.update(for_arms)  # again, since checking has made `Placed` paths plain text, which is relative to the file
     return sweep
 
 
@@ -266,7 +266,7 @@ def dump(recipe, folder: str | Path | None = None) -> str:
 
 
 def comparable(recipe: Recipe) -> dict[str, typing.Any]:
-    """A recipe by dotted path, with absolute local paths, so that recipes read in different folders can be compared."""
+    """A recipe as {dotted path: value} with absolute local paths, so that recipes read in different folders can be compared."""
     flat = flatten(recipe, lists=True)
     for mapping, key, _, what in paths.paths_in(Recipe, flat):
         if paths.is_local(mapping[key], what):

@@ -25,16 +25,16 @@ from .teacher import Attention, Dtype, Quantization, Teacher, loaded_by
 from .validation import check, locator
 from .yaml_loader import Dumper
 
-#: The settings of the writer that belong to one kind of it alone.
+#: The settings that only one kind of writer has.
 _LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size", "target_prefix")
 _SERVED = ("api_key_env", "requests", "timeout", "patience", "body")
-#: Fields of a request that are settings of the writer, or that llmkd relies on.
+#: Fields of a request that settings of the writer fill, or that llmkd relies on.
 _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "best_of", "stream", "logprobs", "tools")
-#: Other names of max_new_tokens, by which limit_tokens counts.
+#: Other names of max_new_tokens; limit_tokens counts by that setting.
 _LONGEST = ("max_completion_tokens", "max_output_tokens", "max_new_tokens", "n_predict", "num_predict")
 
-#: Names under which a secret may stand; and such an argument of a program: an option that ends so or has the secret behind an equals sign, a variable that is
-#: set to it (and not to another variable), a header.
+#: Names that a secret may have; and arguments of a program that may contain one: an option with such an ending or with the secret after an equals
+#: sign, a variable that is set to it (not to another variable), a header.
 _SECRET = re.compile(r"key|authorization|secret|password|(^|[-_])token$", re.IGNORECASE)
 _SECRET_ARGUMENT = re.compile(
     r"^-.*(api[-_]?key|secret|password|[-_](auth|access|api|hf)[-_]?token)(=|$)"
@@ -99,7 +99,7 @@ class Writer:
 
     @property
     def loaded(self) -> Teacher:
-        """How a model that llmkd loads is loaded."""
+        """The settings for loading a model that llmkd itself loads."""
         return loaded_by(self)
 
     def of_server(self, name: str) -> Any:
@@ -142,7 +142,7 @@ class StageSettings:
 
     @property
     def asks(self) -> bool:
-        """Whether it asks the writer."""
+        """Whether the stage asks the writer."""
         return self.do not in WITHOUT_WRITER
 
 
@@ -160,7 +160,7 @@ class MakeSettings:
 
 
 def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, check_inputs: bool = False, written_later="") -> MakeSettings:
-    """The settings of a file, checked; paths in it are relative to it. UserError with every problem, one line each.
+    """The checked settings of a file, whose paths are relative to it. UserError with every problem, one line each.
 
     check_inputs    refuse local models and files that do not exist
     written_later   a folder that earlier stages of a pipeline will write: paths in it may be missing
@@ -185,7 +185,7 @@ def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, chec
 
 
 def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], problems: list[str]) -> StageSettings | None:
-    """A stage's settings; what is wrong with them is added to `problems`."""
+    """A stage's settings; their problems are added to `problems`."""
     line = lines.get(("stages", index), lines.get(("stages",)))
     place = f"{path}:{line}: stages.{index}"
     if not isinstance(found, dict) or not isinstance(found.get("do"), str):
@@ -209,7 +209,7 @@ def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], probl
 
 
 def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[tuple[tuple, str]]:
-    """Settings that are each valid, but not together: (the keys of one of them, problem and fix)."""
+    """Settings that are valid by themselves, but not together: (the keys of one of them, problem and fix)."""
     if make.writer is not None:
         yield from ((("writer", name), problem) for name, problem in _of_writer(make.writer))
     elif asking := next((stage for stage in stages if stage.asks), None):
@@ -290,7 +290,7 @@ def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
 
 
 def _holds_secret(found: Any, name: str = "") -> bool:
-    """Whether a text in it has a name as keys have."""
+    """Whether a text in the value has a name that secrets have."""
     if isinstance(found, dict):
         return any(_holds_secret(value, str(name)) for name, value in found.items())
     if isinstance(found, list | tuple):
@@ -311,7 +311,7 @@ def _missing(make: Make, path, where, written_later: str) -> list[str]:
 
 
 def dump_make(settings: MakeSettings, folder: str | Path | None = None) -> str:
-    """The settings as YAML that `load_make` reads back to equal ones. Paths are as a file in `folder` names them, or in any folder."""
+    """The settings as YAML that `load_make` reads back to equal ones. Paths are written for a file in `folder`, or for one in any folder."""
     data = json.loads(json.dumps(dataclasses.asdict(settings.make)))
     data["stages"] = [{"do": one.do} | json.loads(json.dumps(dataclasses.asdict(one.settings))) for one in settings.stages]
     for kind, part in ((Make, {k: v for k, v in data.items() if k != "stages"}), *((STAGES[one["do"]], one) for one in data["stages"])):

@@ -10,11 +10,11 @@ from .make_stages import STAGES
 
 
 def place_make_changes(changes: dict[str, Any], path: str | Path, folder: str, output_dir: str) -> dict[str, Any]:
-    """The changes with their paths placed, as `paths.place_changes` does it. UserError has every problem.
+    """The changes with their paths placed, as by `paths.place_changes`. UserError with every problem.
 
-    path        the file of make, which says of what stage `stages.1.prompt` is
-    folder      of the file that names the changes
-    output_dir  what `{output_dir}` stands for
+    path        the file of make, whose stages decide which settings are paths
+    folder      the folder of the file with the changes
+    output_dir  the value of `{output_dir}`
     """
     out, problems = {}, []
     stages = changes["stages"] if "stages" in changes else loader.read(path)[0].get("stages")
@@ -48,5 +48,5 @@ def _item(stages: Any, number: str) -> Any:
 
 
 def _kind(stage: Any) -> type | None:
-    """The class of a stage's settings; None for what is no stage."""
+    """The class of a stage's settings; None if it is not a stage."""
     return STAGES.get(stage["do"]) if isinstance(stage, dict) and isinstance(stage.get("do"), str) else None

@@ -143,7 +143,7 @@ class Keep:
     balance: Balance | None = Field(None, description="Leave out rows of kinds that are too frequent.")
 
 
-#: Settings that belong to another one.
+#: Settings that need another one.
 _PARTS = {
     "refusal_phrases": "refusals",
     "wer_normaliser": "wer_below",
@@ -154,13 +154,13 @@ _PARTS = {
 
 
 def more_than_most(settings: Any) -> Iterator[tuple[str, str]]:
-    """Of settings with min_words and max_words: (setting, problem and fix)."""
+    """Contradictions of min_words and max_words: (setting, problem and fix)."""
     if settings.min_words and settings.max_words and settings.min_words > settings.max_words:
         yield "min_words", f"found {settings.min_words}, more than max_words ({settings.max_words}), so that nothing is left; swap them"
 
 
 def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
-    """Settings of the stage that are each valid, but not together: (setting, problem and fix)."""
+    """Contradictions of the stage's settings: (setting, problem and fix)."""
     for part, whole in _PARTS.items():
         if getattr(settings, part) is not None and not getattr(settings, whole):
             yield part, f"set without {whole}, to which it belongs; set {whole}, or leave it out"

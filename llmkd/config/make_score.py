@@ -8,7 +8,7 @@ from pydantic import Field
 from .fields import Count, config_dataclass, path_to
 from .teacher import Attention, Dtype, Quantization, Teacher, loaded_by
 
-#: A score, and the columns of a row that have it.
+#: {score: the columns of a row that hold it}.
 SCORES = {"ce": ("ce",), "ifd": ("ce", "ce_alone", "ifd"), "rifd": ("rifd",), "teacher_ce": ("teacher_ce",), "kl": ("kl",)}
 OF_TEACHER = ("teacher_ce", "kl")
 
@@ -28,7 +28,7 @@ class ScoringModel:
 
     @property
     def loaded(self) -> Teacher:
-        """How it is loaded."""
+        """The settings for loading it."""
         return loaded_by(self)
 
 
@@ -87,7 +87,7 @@ class Select:
 
 
 def score_contradictions(settings: Score) -> Iterator[tuple[str, str]]:
-    """Settings of the stage that are each valid, but not together: (setting, problem and fix)."""
+    """Contradictions of the stage's settings: (setting, problem and fix)."""
     needing = [name for name in settings.scores if name in OF_TEACHER]
     if needing and settings.teacher is None:
         yield "teacher", f"not given, and {needing[0]} is a score of it; name the teacher, or leave {needing[0]} out"

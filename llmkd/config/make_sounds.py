@@ -1,4 +1,4 @@
-"""What does not go with seeds that are sounds, and what needs them, in a file of `llmkd make`. A part of `make.py`. No torch."""
+"""Settings of `llmkd make` that cannot be combined with seeds that are sounds, or need them. A part of `make.py`. No torch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,17 +7,18 @@ from .fields import as_tuple, with_setting_names
 
 #: The stages that read sounds and their transcripts.
 _STAGES = ("transcribe", "keep")
-#: Settings of keep about the text of a question, or about several answers to one. `near_duplicate` is one of a transcript with near_duplicate_of: answer.
+#: Settings of keep about the text of a question, or about several answers to one. With near_duplicate_of: answer `near_duplicate` is about
+#: transcripts.
 _OF_QUESTIONS = ("echo", "agreement", "near_duplicate")
 
 
 def reads_sounds(make: Any) -> bool:
-    """Whether the rows are sounds. `make`: the settings of the file, without those of its stages."""
+    """Whether the rows are sounds. `make`: the file's settings, without those of its stages."""
     return any(source.format == "speech" for source in as_tuple(make.seeds))
 
 
 def sound_contradictions(make: Any, stages: Sequence[Any]) -> Iterator[tuple[tuple, str]]:
-    """In the form of `make._contradictions`."""
+    """Contradictions, in the form of `make._contradictions`."""
     if not reads_sounds(make):
         for one in stages:
             if one.do == "transcribe":

@@ -144,7 +144,7 @@ STAGES: dict[str, type] = {
     "transcribe": Transcribe,
 }
 
-#: Those that ask for no text. `--dry_run` takes the rows past them: they are then at most as many.
+#: The stages that ask for no text. `--dry_run` passes all rows on from them, though they may leave some out.
 WITHOUT_WRITER = ("keep", "score", "select")
 
 
@@ -162,7 +162,7 @@ _CONTRADICTIONS = {"keep": keep_contradictions, "score": score_contradictions, "
 
 
 def stage_contradictions(do: str, settings: Any, temperature: float | None) -> Iterator[tuple[str, str]]:
-    """Settings of a stage that are each valid, but not together: (setting, problem and fix). `temperature`: the writer's, if there is one."""
+    """Contradictions of a stage's settings: (setting, problem and fix). `temperature`: the writer's, if there is one."""
     if do in _CONTRADICTIONS:
         yield from _CONTRADICTIONS[do](settings)
     if temperature == 0 and do in ("answer", "paraphrase") and settings.samples > 1:
@@ -176,7 +176,7 @@ def stage_contradictions(do: str, settings: Any, temperature: float | None) -> I
 
 
 def _tree_problem(tree: Any) -> str | None:
-    """What is wrong with a tree of topics."""
+    """The problems of a tree of topics."""
     if not tree:
         return "found none; name a topic"
     for value in tree.values() if isinstance(tree, dict) else ():

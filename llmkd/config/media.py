@@ -53,7 +53,7 @@ class Augment:
     )
 
 
-#: Files that are augmented, by the setting: those of rows of these formats.
+#: {setting of data.augment: the formats whose files it augments}.
 AUGMENTED = {"audio": ("audio", "speech"), "image": ("image",)}
 
 
@@ -64,7 +64,7 @@ def reads_files(data: Any) -> bool:
 
 
 def media_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of sounds and images, in the form of `contradictions.contradictions`. `recipe`: whole."""
+    """Contradictions of sounds and images, in the form of `contradictions.contradictions`. `recipe`: the whole recipe."""
     data, features, augment = recipe.data, recipe.data.features, recipe.data.augment
     formats = {source.format for source in (*as_tuple(data.train), *as_tuple(data.validation))}
     new = (recipe.student.architecture or {}).get("model_type") == "builtin_cnn"
@@ -131,7 +131,7 @@ def _feature_contradictions(features: InputFeatures, formats: set[str]) -> Itera
 
 
 def pattern_problem(pattern: str, column: str) -> str | None:
-    """What is wrong with a source's `pattern`: found, expected; None where nothing is. `column`: the format's own name for the file."""
+    """The problem with a source's `pattern`, as found and expected; None if there is none. `column`: the format's own name for the file."""
     try:
         groups = re.compile(pattern).groupindex
     except re.error as error:

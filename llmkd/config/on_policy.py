@@ -181,10 +181,10 @@ class OnPolicy:
 
 
 def most_at(share: "float | dict[str, Any] | AdaptiveShare", step: int, total_steps: int) -> float:
-    """The share in a step, or the most that it may be there."""
+    """The share in a step, or its upper bound there."""
     return 1.0 if isinstance(share, AdaptiveShare) else value_at(share, step, total_steps)
 
 
 def writes(settings: OnPolicy | None) -> bool:
-    """Whether anything is written in a run, by student or teacher."""
+    """Whether student or teacher write anything in a run."""
     return settings is not None and bool(settings.share != 0 or settings.teacher_writes)

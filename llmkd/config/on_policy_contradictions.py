@@ -1,4 +1,4 @@
-"""What cannot be together with on-policy distillation, in the form of `contradictions.contradictions`."""
+"""Contradictions of on-policy distillation, in the form of `contradictions.contradictions`."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from .schedule import schedule_contradictions
 from .target_weights import BEFORE_THE_TARGET
 from .teacher import Mixture, Teacher
 
-#: Of a part that needs the student to write.
+#: The problem of a part that needs the student to write.
 _NOTHING_WRITTEN = "set, but on_policy.share is 0, so the student writes nothing; leave it out"
 Teachers = Teacher | tuple[Teacher, ...] | None
 Found = Iterator[tuple[tuple[str, ...], str]]
@@ -25,9 +25,9 @@ def on_policy_contradictions(
     max_steps: int | None,
     validation_every: int | None,
 ) -> Found:
-    """In the form of `contradictions.contradictions`.
+    """Contradictions of `on_policy`, in the form of `contradictions.contradictions`.
 
-    kd_ratio       as it will be, or a schedule
+    kd_ratio       the resolved value, or a schedule
     reads_inside   whether the loss reads hidden states or attention, from which a student learns without kd_ratio too
     """
     yield from _share_contradictions(settings, max_steps, validation_every)
@@ -70,7 +70,7 @@ def _replay_contradictions(settings: OnPolicy, max_steps: int | None) -> Found:
 
 
 def _use_contradictions(settings: OnPolicy, kd_ratio, reads_inside: bool, teacher: Teachers, data: Data) -> Found:
-    """What makes written answers useless, or hides where their prompts end."""
+    """Settings that make written answers useless, or hide where their prompts end."""
     named, who = ("share", "student") if settings.share != 0 else ("teacher_writes", "teacher")
     share, is_to = (f"on_policy.{named}", "on_policy"), f"the {who} is to write, but"
     sources = with_setting_names(data.train, "data.train")
@@ -146,7 +146,7 @@ def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers, mixtur
 
 
 def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, data: Data, mixture: Mixture) -> Found:
-    """What cannot be together with on_policy.long_horizon. `loss`, `mixture`: the recipe's."""
+    """Contradictions of on_policy.long_horizon. `loss`, `mixture`: those of the recipe."""
     here, ahead = "on_policy.long_horizon", settings.long_horizon
     if ahead is None:
         return
@@ -195,7 +195,7 @@ def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, dat
 
 
 def _sampled_contradictions(loss, data: Data, mixture: Mixture) -> Found:
-    """Rewards of the tokens that were written have the reverse KL at temperature 1 as their expectation, and no other."""
+    """The expected reward of the written tokens is the reverse KL at temperature 1; other divergences are refused."""
     here, exact = "on_policy.long_horizon", "set on_policy.long_horizon.rewards: exact"
     if loss.divergence != "reverse_kl":
         yield (

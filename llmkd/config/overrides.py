@@ -1,4 +1,4 @@
-"""Settings of the command line, set in a file's data before it is checked."""
+"""Puts settings of the command line into a file's data before it is checked."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from .schema import describe, join_or
 
 
 def override(data: dict, overrides: dict[str, Any], problems: list[str]) -> set[tuple]:
-    """Set {dotted path: value} in `data` and return the keys of each. A path that has no place there is added to `problems`."""
+    """Set {dotted path: value} in `data` and return the keys of each. A path that cannot be set there is added to `problems`."""
     changed = set()
     for dotted, value in overrides.items():
         place: Any = data
@@ -43,7 +43,7 @@ def override(data: dict, overrides: dict[str, Any], problems: list[str]) -> set[
 
 
 def _no_section(here: str, found: Any, dotted: str, value: Any) -> str:
-    """The problem with a setting below one that has a single value."""
+    """The problem with a setting below another that has a single value."""
     below, type_ = dotted[len(here) + 1 :], next((type_ for path, type_, *_ in describe() if path == here), "")
     if "mapping" in type_:
         return f"{here} is {json.dumps(found)} here, which has no {below}; give it whole: --{here} '{{{below}: {value}, ...}}'"
@@ -55,5 +55,5 @@ def _items(place: list) -> str:
 
 
 def _index(place: Any, key: str) -> str | int:
-    """A key of a mapping, or of a list the index."""
+    """A key of a mapping, or an index of a list."""
     return int(key) if isinstance(place, list) and key.isdigit() and int(key) < len(place) else key

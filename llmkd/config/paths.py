@@ -1,10 +1,10 @@
 """Paths in recipes, pipelines and sweeps: the folder that they are relative to, and the expansion of ~ and variables.
 
-What is read (models, tokenizers, data, other recipes) is relative to the file that names it. What is written (`output_dir`,
-`teacher.cache.path`, `data.cache_dir`) is relative to the working folder, as is everything given on the command line. A path that
-begins with `{cwd}` is relative to the working folder in every setting: so a recipe can read the output of an earlier run.
-`~`, `$NAME`, `${NAME}` and `${NAME:-default}` are expanded. A name that can be one of the hub, and is no file or folder next to the recipe, is left to
-the hub. Which settings are paths is declared at their fields: see `fields.path_to`.
+Paths that are read (models, tokenizers, data, other recipes) are relative to the file that names them. Paths that are written (`output_dir`,
+`teacher.cache.path`, `data.cache_dir`) are relative to the working folder, as is every path on the command line. A path that begins with
+`{cwd}` is relative to the working folder in every setting, so that a recipe can read the output of an earlier run.
+`~`, `$NAME`, `${NAME}` and `${NAME:-default}` are expanded. A name that may be a hub id, and is not a file or
+folder next to the recipe, is left to the hub. Settings that are paths are declared by `fields.path_to`.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow|ya?ml)", re.IGNORECASE)
 
 
 class Placed(str):
-    """A path that `place` has placed already, and leaves as it is: its text may begin with what would mean something else."""
+    """A path that `place` has already placed and does not change again, as its text may begin with a special character."""
 
 
 def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[dict, Any, tuple, PathKind]]:
@@ -37,7 +37,7 @@ def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[d
             yield from paths_in(kind, item, (*path, i))
     elif isinstance(data, dict) and kind is not None:
         for dotted, value in data.items():
-            *sections, last = str(dotted).split(".")  # in `set:` a key is a dotted path
+            *sections, last = str(dotted).split(".")  # keys of `set:` are dotted paths
             inner: type | None = kind
             for section in sections:
                 inner = inner if section.isdigit() or inner is None else section_of(inner, section)
@@ -45,7 +45,7 @@ def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[d
                 continue
             what = metadata(inner, last).path
             if what == "model" and any(data.get(".".join([*sections, other])) for other in ("server", "command")):
-                continue  # the name under which a server or a program has it
+                continue  # the name of the model on a server or of a program
             if what and isinstance(value, str):
                 yield data, dotted, (*path, dotted), what
             elif isinstance(value, dict | list):
@@ -53,13 +53,14 @@ def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[d
 
 
 def place(value: str, what: PathKind, folder: str = "") -> str:
-    """A path of a file in `folder` as it can be opened from the working folder; a hub id is returned unchanged. ValueError with the problem.
+    """A path in a file of `folder`, made such that it can be opened from the working folder. A hub id is returned unchanged. ValueError with the
+    problem.
 
-    `folder` is empty for a path that was given on the command line.
+    `folder` is empty for a path from the command line.
     """
     if isinstance(value, Placed) or value.startswith("builtin:"):
         return value
-    is_name = not value.startswith(("~", "$", CWD)) and os.path.exists(os.path.join(folder, value))  # a dollar sign may be one of a name
+    is_name = not value.startswith(("~", "$", CWD)) and os.path.exists(os.path.join(folder, value))  # a dollar sign may be part of a name
     text = value if is_name else _expand(value)
     if text.startswith(CWD):
         return text.removeprefix(CWD).lstrip("/") or "."
@@ -82,12 +83,12 @@ def may_be_on_hub(text: str, what: PathKind) -> bool:
 
 
 def is_local(text: str, what: PathKind) -> bool:
-    """Whether a placed path is on this machine, and not a hub id or built-in data."""
+    """Whether a placed path is on this machine, that is, neither a hub id nor built-in data."""
     return not text.startswith("builtin:") and (os.path.exists(text) or os.path.isabs(text) or not may_be_on_hub(text, what))
 
 
 def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
-    """The inverse of `place`: a placed path as a file in `folder`, or in any folder, names it. Absolute paths, outputs and hub ids stay."""
+    """The inverse of `place`: a placed path as it is written in a file of `folder`, or of any folder. Absolute paths, outputs and hub ids stay."""
     if what == "output" or os.path.isabs(text) or not is_local(text, what):
         return text
     if folder is None:
@@ -97,12 +98,13 @@ def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
 
 
 def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "", kind: type | None = Recipe) -> dict[str, Any]:
-    """The `set:` of a pipeline or a sweep, or an arm's changes, with its paths placed: `{output_dir}` is the folder that it writes.
+    """The `set:` of a pipeline or a sweep, or an arm's changes, with paths placed.
 
-    kind   of the settings that are changed
+    output_dir   the folder that the pipeline or sweep writes, for `{output_dir}`
+    kind         the class of the settings that are changed
 
-    They are `Placed`, so that they may be changes of a recipe or a sweep in any folder. UserError has every problem, with the name of
-    its setting.
+    The paths are `Placed`, so that the changes may be applied to a recipe or a sweep in any folder. UserError with every problem and the name
+    of its setting.
     """
     written, problems = replaced(changes, "{output_dir}", output_dir), []
     for before, after in zip(paths_in(kind, changes), paths_in(kind, written), strict=True):
@@ -128,7 +130,7 @@ def _expand(value: str) -> str:
     text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::-([^{}]+))?\})", variable, value))
     if text.startswith("~") and not os.path.lexists(text):
         raise ValueError(f"found {value}, and no home folder of that name is known; set HOME, or write the path out")
-    if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd|seed)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name
+    if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd|seed)\}", text.removeprefix(CWD)):  # elsewhere a brace is part of a name
         places = {
             "{output_dir}": ", or in the set: of a pipeline or sweep with {output_dir}",
             "{seed}": "; {seed} is for the arms of a sweep with seeds",
@@ -139,7 +141,7 @@ def _expand(value: str) -> str:
 
 
 def missing(text: str, what: PathKind, folder: str) -> str | None:
-    """The problem with a placed path that cannot be read because it does not exist; None if it exists or may be on the hub."""
+    """The problem with a placed path that does not exist; None if it exists or may be on the hub."""
     if what == "output" or not is_local(text, what) or os.path.exists(text):
         return None
     place = Path(os.path.abspath(text))
@@ -154,7 +156,7 @@ def missing(text: str, what: PathKind, folder: str) -> str | None:
 
 
 def written_by(missing: Path, folder: Path) -> Path | None:
-    """The recipe in the same folder whose run writes a path."""
+    """The recipe in the same folder whose run would write a path, if there is one."""
     from .yaml_loader import parse_yaml
 
     for path in sorted(folder.glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""Settings of edits of prompts, and what contradicts them."""
+"""Settings of edits of prompts, and their contradictions."""
 
 import difflib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from .on_policy import writes
 
 #: The edits of `data/prompt_edits.py`.
 PROMPT_EDITS = ("swap", "delete", "typo")
-#: Formats that say which texts are no target: the user's, and those of rows with a class.
+#: Formats that tell texts that are not targets: the user's texts, and those of rows with a class.
 PROMPT_FORMATS = ("chat", "alpaca", "prompt_completion", "labelled")
 
 
 def prompt_contradictions(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`. `recipe`: whole."""
+    """Contradictions of edits, in the form of `contradictions.contradictions`. `recipe`: the whole recipe."""
     data, setting = recipe.data, "data.augment.prompt"
     if not data.augment or not data.augment.prompt:
         return

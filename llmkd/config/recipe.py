@@ -214,7 +214,7 @@ class Optim:
     min_lr_ratio: Share = fixed(0.0, description="Learning rate at the end of the schedule, as a fraction of lr.")
 
 
-MICRO_BATCH_SIZE = 4  # where the recipe gives none
+MICRO_BATCH_SIZE = 4  # if the recipe gives none
 
 
 @config_dataclass
@@ -247,8 +247,8 @@ class Train:
     )
     timeout: float = changeable(
         600.0,
-        ge=10,  # beats come every second, and a late one is none that is missing
-        le=7200,  # what is waited for elsewhere (`heartbeat.PATIENT`)
+        ge=10,  # heartbeats come every second, and a late one is not a missing one
+        le=7200,  # the patience of other waits (`heartbeat.PATIENT`)
         description="Seconds for which one of several processes may hang before the run ends with a line that names it. It must exceed the "
         "longest micro-batch, including compilation in the first with train.compile. Work that one process does for the others, such "
         "as loading and checkpoints, may take two hours.",
@@ -311,7 +311,7 @@ class Checkpoint:
 
 
 OF_THE_STUDENT = ("ce", "accuracy", "f1", "wer", "cer")  # values of best_by that need no teacher
-HIGHER_IS_BETTER = ("top1_agreement", "accuracy", "f1")  # in the others lower is
+HIGHER_IS_BETTER = ("top1_agreement", "accuracy", "f1")  # for the others lower is
 
 
 @config_dataclass
@@ -358,19 +358,19 @@ SCHEDULED = ("kd_ratio", "temperature", "features.weight", "attention.weight")
 
 
 def schedules(loss: Loss) -> dict[str, Any]:
-    """Those settings of the loss that may be schedules, by name; without those of terms that the loss does not have."""
+    """{name: value} of the settings of the loss that may be schedules, without those of terms that the loss does not have."""
     sections = {"": loss, "features": loss.features, "attention": loss.attention}
     named = ((name, *name.rpartition(".")[::2]) for name in SCHEDULED)
     return {name: getattr(sections[section], last) for name, section, last in named if sections[section] is not None}
 
 
 def scheduled(loss: Loss, step: int, total: int) -> dict[str, float]:
-    """The values in step `step` of a run of `total` steps of those settings of the loss that are schedules."""
+    """{name: value in step `step` of a run of `total` steps} of the settings of the loss that are schedules."""
     return {name: value_at(setting, step, total) for name, setting in schedules(loss).items() if isinstance(setting, dict)}
 
 
 def at_the_middle(loss: Loss) -> Loss:
-    """The same loss with a number, half way, in the place of each schedule."""
+    """The loss with each schedule replaced by its value half way."""
     terms = {
         name: one and replace(one, weight=middle(one.weight)) for name, one in (("features", loss.features), ("attention", loss.attention))
     }
@@ -378,7 +378,7 @@ def at_the_middle(loss: Loss) -> Loss:
 
 
 def divergences_of(loss: Loss, data: Data) -> list[tuple[str, dict[str, float]]]:
-    """The divergence of the loss with all its options, and then that of each training source: the same where a source has none of its own."""
+    """(divergence, all options) of the loss, and then of each training source; a source without its own has that of the loss."""
     of_loss = loss.divergence, with_defaults(loss.divergence, loss.divergence_options)
     own = [(one.divergence, one.divergence_options) for one in as_tuple(data.train)]
     return [of_loss, *((name, with_defaults(name, options)) if name else of_loss for name, options in own)]
@@ -390,7 +390,7 @@ def distils(recipe: Recipe) -> bool:
 
 
 def uses_teacher(recipe: Recipe) -> bool:
-    """Whether the teacher is loaded: the student learns from it, or validation compares the two. If not, none is, even if the recipe names one."""
+    """Whether the teacher is loaded: the student learns from it, or validation compares the two. Otherwise it is not, even if the recipe names it."""
     compares = recipe.validation.compare_to_teacher and (as_tuple(recipe.data.validation) or recipe.data.validation_fraction)
     return distils(recipe) or bool(as_tuple(recipe.teacher) and compares)
 

@@ -1,4 +1,4 @@
-"""A number that changes over a run: {from: 1.0, to: 0.3, shape: cosine} in the place of one. A pure function of the step."""
+"""Schedules: numbers that change over a run, such as {from: 1.0, to: 0.3, shape: cosine}. Each is a pure function of the step."""
 
 import math
 import numbers
@@ -10,7 +10,7 @@ from pydantic import Discriminator, Tag
 from ..errors import UserError
 from .fields import part_of
 
-#: The shapes, by the share of the way from `from` to `to` that is behind after a share x of the schedule's steps.
+#: The shapes: the share of the way from `from` to `to` as a function of the share x of the schedule's steps that are done.
 SHAPES = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "constant": lambda x: float(x >= 1)}
 _KEYS = ("from", "to", "shape", "steps", "ratio")
 
@@ -23,12 +23,12 @@ Scheduled = Annotated[
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether a mapping is a schedule, and no section of settings."""
+    """Whether a mapping is a schedule and not a section of settings."""
     return isinstance(value, dict) and {"from", "to"} <= value.keys() <= {*_KEYS}
 
 
 def length(setting: float | dict[str, Any], total: int) -> int:
-    """The steps of a schedule in a run of `total` steps: from the first, with `from`, to the one that first has `to`."""
+    """The number of steps of a schedule in a run of `total` steps: from the first, with the value `from`, to the one that first has `to`."""
     if not isinstance(setting, dict):
         return total
     return setting.get("steps") or part_of(setting.get("ratio", 1.0), total)
@@ -44,13 +44,13 @@ def value_at(setting: float | dict[str, Any], step: int, total: int) -> float:
 
 
 def refuse_long_schedule(path: str, setting: float | dict[str, Any], total: int) -> None:
-    """UserError where the schedule of a setting would not have ended in a run of `total` steps."""
+    """UserError if the schedule of a setting does not end within a run of `total` steps."""
     if (steps := length(setting, total)) > max(1, total):
         raise UserError(f"{path}.steps: found {steps}, and the whole run has {total} steps; lower it, or use ratio")
 
 
 def middle(setting: float | dict[str, Any]) -> float:
-    """A value half way: for what is computed apart from a step."""
+    """The value half way, for computations outside of a step."""
     return (setting["from"] + setting["to"]) / 2 if isinstance(setting, dict) else setting
 
 
@@ -64,7 +64,7 @@ def in_words(setting: float | dict[str, Any]) -> str:
 
 
 def schedule_contradictions(setting: Any, path: str, low: float, high: float, total: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is wrong with the schedule of a setting, in the form of `contradictions.contradictions`; nothing for a plain value.
+    """Contradictions of the schedule of a setting, in the form of `contradictions.contradictions`; none for a plain value.
 
     low, high   the limits of its values, both included
     total       the steps of the run, if they are known

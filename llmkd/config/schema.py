@@ -17,7 +17,7 @@ _hints = functools.cache(typing.get_type_hints)  # a run asks for them hundreds 
 
 
 def section_of(kind, key):
-    """The section class of a key, or None. A key that the user chose (the name of a stage) has the class of all such entries."""
+    """The section class of a key, or None. For a key that the user chose (the name of a stage) it is the class of all such entries."""
     if not dataclasses.is_dataclass(kind):
         return None
     hint = _hints(kind).get(key, kind)
@@ -48,7 +48,7 @@ def describe(kind=Recipe, prefix: str = ""):
 
 
 def _is_plain(form) -> bool:
-    """Whether one of the forms of a setting, which may be a section, is a number or a word."""
+    """Whether a setting, which may also be a section, can be a number or a word."""
     kinds = typing.get_args(form)[:1]
     return kinds == (float,) or typing.get_origin(*kinds or (None,)) is typing.Literal
 

@@ -1,4 +1,4 @@
-"""Settings of a teacher that a server has, and what contradicts in them. A part of `teacher.py`."""
+"""Settings of a teacher on a server, and their contradictions. A part of `teacher.py`."""
 
 import os
 import re
@@ -16,9 +16,9 @@ SERVER_DEFAULTS: dict[str, float | str | None] = {
     "patience": 600.0,
     "api_key_env": None,
 }
-#: Keys such as hf_aBc3... are names that a variable could have.
+#: Keys: some, such as hf_aBc3..., could also be names of variables.
 _LIKE_A_KEY = re.compile(r"(?=.*[a-z])(?=.*[A-Z0-9]).{20,}")
-#: Settings of a model that is loaded, with their defaults.
+#: The settings of models that are loaded, with their defaults.
 _LOADED = {
     "revision": None,
     "base": None,
@@ -31,7 +31,7 @@ _LOADED = {
 
 
 def server_contradictions(path: str, teacher) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of one `Teacher`, whose setting is `path`, in the form of `contradictions.contradictions`."""
+    """Contradictions of the `Teacher` at the setting `path`, in the form of `contradictions.contradictions`."""
     if teacher.server is None:
         for name in SERVER_DEFAULTS:
             if getattr(teacher, name) is not None:
@@ -66,7 +66,7 @@ def server_contradictions(path: str, teacher) -> Iterator[tuple[tuple[str, ...],
 
 
 def address_problem(address: str) -> str | None:
-    """What is wrong with a server's address, without showing a password in it; None if nothing is."""
+    """The problem with a server's address, without a password in it; None if there is none."""
     try:
         parts = urlsplit(address)
         port_is_right = parts.port is None or parts.port > 0
@@ -82,14 +82,14 @@ def address_problem(address: str) -> str | None:
 
 
 def env_name_problem(name: str) -> str | None:
-    """What is wrong with the name of an environment variable, which may be a key by mistake; None if nothing is."""
+    """The problem with the name of an environment variable, which may be a key by mistake; None if there is none."""
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and (name in os.environ or not _LIKE_A_KEY.fullmatch(name)):
         return None
     return "is no name of an environment variable (what was found is not shown); put the key into a variable, and its name here"
 
 
 def key_problem(name: str) -> str | None:
-    """What is wrong with the key in the environment variable of that name, without showing it; None if nothing is."""
+    """The problem with the key in an environment variable, without showing the key; None if there is none."""
     key = os.environ.get(name, "")
     if not key:
         return f"the environment variable {name} is not set; set it to the server's key, or leave the setting out"
@@ -99,5 +99,5 @@ def key_problem(name: str) -> str | None:
 
 
 def base_address(address: str) -> str:
-    """Without the /v1 that the paths of requests begin with."""
+    """The address without /v1, with which the paths of requests begin."""
     return address.rstrip("/").removesuffix("/v1").rstrip("/")

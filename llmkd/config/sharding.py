@@ -1,4 +1,4 @@
-"""Models that are sharded over the processes of a run: which settings ask for it, and which do not go with it."""
+"""Models that are sharded over the processes of a run: the settings for it, and those that it cannot be combined with."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,12 +14,12 @@ def sharded_student(train) -> bool:
 
 
 def sharded_teacher(train, teacher) -> bool:
-    """Whether a teacher's model, where one is loaded, is sharded."""
+    """Whether a teacher has a model to load that is sharded."""
     return (teacher.shard or train.shard) == "full"
 
 
 def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that do not go with a sharded student or teacher, in the form of `contradictions.contradictions`."""
+    """Contradictions of a sharded student or teacher, in the form of `contradictions.contradictions`."""
     train, student = recipe.train, recipe.student
     loaded = [(path, one) for path, one in with_setting_names(recipe.teacher, "teacher") if one.model_path and not one.cache]
     teachers = [(path, one) for path, one in loaded if sharded_teacher(train, one)]
@@ -52,7 +52,7 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _uncut(quantization) -> str | None:
-    """The type of quantised weights that cannot be sharded: bitsandbytes' in 8 bit."""
+    """The quantisation whose weights cannot be sharded: 8 bits by bitsandbytes."""
     return quantization.type if quantization and quantization.type == "int8" else None
 
 

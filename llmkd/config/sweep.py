@@ -12,7 +12,7 @@ from pydantic import Field
 from .dotted import flatten, replaced
 from .fields import Count, Seed, config_dataclass, path_to
 
-#: An arm's name: one that needs no quotation marks in YAML or a shell.
+#: An arm's name needs no quotation marks in YAML or a shell.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 
@@ -114,7 +114,7 @@ def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, An
 
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each valid, but not together, in the form of `contradictions.contradictions`."""
+    """Contradictions of a sweep, in the form of `contradictions.contradictions`."""
     grid = flatten(sweep.grid)
     if not grid and not sweep.arms and not sweep.seeds:
         yield ("grid", "arms"), "not given; give values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
@@ -157,7 +157,7 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
             )
     known = list(dict.fromkeys(spec.arm for spec in arms))
     if sweep.baseline is not None and sweep.baseline not in known:
-        new = sweep.baseline.replace("=", "-").replace(",", "_")  # as names were written before
+        new = sweep.baseline.replace("=", "-").replace(",", "_")  # the earlier spelling of names
         yield (
             ("baseline",),
             f"found {sweep.baseline}, " + (f"which is now {new}" if new in known else f"which is no arm; the arms are {', '.join(known)}"),
@@ -165,7 +165,7 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _texts(values: list[Any]) -> list[str]:
-    """A setting's values as parts of arms' names: short (of a path its last part) if these differ, else in full, else numbered."""
+    """A setting's values as parts of arms' names: short (the last part of a path) if the short forms differ, else in full, else numbered."""
     for write in (_short, lambda value: value if isinstance(value, str) else json.dumps(value)):
         texts = [re.sub(r"[^A-Za-z0-9._+-]+", "-", write(value)).rstrip("-") or "none" for value in values]
         if len(set(texts)) == len(texts):

@@ -1,4 +1,4 @@
-"""Settings of the rules that weigh targets, or choose some, by what the models find there. A part of `recipe.py`."""
+"""Settings of the rules that weight or choose targets by the models' outputs there. A part of `recipe.py`."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -9,11 +9,11 @@ from .data import Data
 from .fields import as_tuple, config_dataclass, fixed, with_setting_names
 from .teacher import Teacher
 
-#: Each rule, and whether it reads the teacher's distribution. `losses/target_weights.py` holds the functions; rules of one's own are added there.
+#: {rule: whether it reads the teacher's distribution}. `losses/target_weights.py` has the functions, and is where to add rules.
 RULES: dict[str, bool] = {"teacher_entropy": True, "student_entropy": False, "divergence": True, "confidence": False, "position": False}
-#: Those whose score of a target is known before it is: they do not read its token.
+#: The rules that do not read a target's token, so that its score is known before the token is.
 BEFORE_THE_TARGET = frozenset(RULES) - {"confidence"}
-#: Of the rules that read the teacher, those whose score each kind of cache has; an imported cache of kind topk has none.
+#: {kind of cache: the rules that read the teacher and have their scores in it}; None for all of them. An imported cache of kind topk has none.
 IN_CACHES: dict[str, tuple[str, ...] | None] = {"hidden": None, "topk": ("teacher_entropy",), "sampled": ("teacher_entropy",)}
 
 
@@ -64,7 +64,7 @@ def chosen_by(keep: float | Keep, weights: TargetWeights | None) -> Keep:
 
 
 def rules_in_use(keep: float | Keep, weights: TargetWeights | None) -> list[tuple[str, str]]:
-    """The rules that a run asks, each with the setting that names it."""
+    """(setting, rule) of every rule that a run uses."""
     chosen = chosen_by(keep, weights)
     found = [("loss.target_weights.by", weights.by)] if weights else []
     if chosen.share < 1 and (isinstance(keep, Keep) and keep.by is not None or weights is None):
@@ -73,7 +73,7 @@ def rules_in_use(keep: float | Keep, weights: TargetWeights | None) -> list[tupl
 
 
 def unusable_cache(setting: str, by: str, kind: str, entropy: bool = True) -> str:
-    """Why a rule, named by that setting, cannot be used with a cache of that kind; "" where it can. `entropy`: whether the cache has it."""
+    """Why a rule, named by `setting`, cannot be used with a cache of that kind; "" if it can. `entropy`: whether the cache has entropies."""
     if not RULES.get(by):
         return ""
     held = IN_CACHES[kind]
@@ -103,7 +103,7 @@ def keep_contradictions(
         return
     if RULES[chosen.by]:
         named = f"{here}.by" if isinstance(settings, Keep) else here
-        if (named, chosen.by) in rules_in_use(settings, weights):  # else target_weights says it
+        if (named, chosen.by) in rules_in_use(settings, weights):  # else target_weights reports it
             yield from _teacher_contradictions(named, chosen.by, kd_ratio, teacher)
         for path, source in with_setting_names(data.train, "data.train"):
             if not source.loss.kd:
@@ -144,7 +144,7 @@ def target_weight_contradictions(
 
 
 def _teacher_contradictions(setting: str, by: str, kd_ratio, teacher) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of a rule that reads the teacher, named by that setting."""
+    """Contradictions of a rule that reads the teacher, named by that setting."""
     if not as_tuple(teacher) or kd_ratio == 0:
         found = "loss.kd_ratio 0" if as_tuple(teacher) else "no teacher"
         yield (

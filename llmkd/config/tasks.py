@@ -1,4 +1,4 @@
-"""What does not go with a task. A part of `contradictions.py`."""
+"""Settings that a task cannot be combined with. A part of `contradictions.py`."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ SEQUENCES = ("text_to_text", "speech_recognition")  # tasks of encoder-decoder m
 
 
 def task_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`."""
+    """Contradictions of `task`, in the form of `contradictions.contradictions`."""
     task, formats = recipe.task, FORMATS_OF[recipe.task]
     for setting, value in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for path, source in with_setting_names(value, setting):
@@ -32,7 +32,7 @@ def task_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]
 
 
 def _classification(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is of texts that are continued, or has not been made for classifiers."""
+    """Settings that only decoders have, or that are not implemented for classifiers."""
     student, data, loss, train = recipe.student, recipe.data, recipe.loss, recipe.train
     (first, of_first), *others = [
         (path, source.format)
@@ -83,7 +83,7 @@ def _classification(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _sequences(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is of texts that are continued, or has not been made for encoder-decoder models."""
+    """Settings that only decoders have, or that are not implemented for encoder-decoder models."""
     student, data, loss, train, task = recipe.student, recipe.data, recipe.loss, recipe.train, recipe.task
     why = {
         "data.packing": (data.packing, "each target has a source of its own; set it to false"),
@@ -128,7 +128,7 @@ def _sequences(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _of_sequences(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is of encoder-decoder models alone."""
+    """Settings that only encoder-decoder models have."""
     if isinstance(recipe.student.layers, PartLayers):
         yield (
             ("student.layers", "task"),

@@ -28,7 +28,7 @@ class Quantization:
     compute_dtype: Dtype = fixed("auto", description="nf4 and fp4: dtype of the matrix products; auto: the same as dtype.")
 
 
-OFFLOAD = "offload"  # the device of a teacher whose weights wait in CPU memory
+OFFLOAD = "offload"  # the device of a teacher whose weights are kept in CPU memory
 #: The options of each kind of cache, with their defaults.
 CACHE_KINDS: dict[str, dict[str, object]] = {
     "hidden": {"hidden_dtype": "auto"},
@@ -37,7 +37,7 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
 }
 #: Exponents s for which the tail mass, the logarithm of the sum of p^s over the tail, is stored in a top-k cache: temperatures 4, 2, 1 and 1/2.
 TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
-#: The same where some tokens are listed with their log-probabilities, by a server or in a file: more of the tail is not known.
+#: The same for caches of a server's or a file's most likely tokens: more of the tail is not known.
 LISTED_EXPONENTS = (1.0,)
 
 
@@ -151,7 +151,7 @@ class Teacher:
 
     @property
     def label(self) -> str:
-        """What names it to people: its model, its cache or its server."""
+        """Its name in messages: its model, its cache or its server."""
         return self.model or (self.cache.path if self.cache else self.server)
 
     def of_server(self, name: str) -> float | str:
@@ -177,7 +177,7 @@ class Teacher:
 
     @property
     def held(self) -> str:
-        """How the weights in memory differ from the saved ones, in words; "" where they do not."""
+        """A description of how the weights in memory differ from the saved ones; "" if they do not."""
         return ", ".join(["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else []))
 
 
@@ -196,13 +196,13 @@ class Mixture:
 
 
 def loaded_by(settings: Any) -> Teacher:
-    """How a model is loaded, by settings that have some of a teacher's names."""
+    """The settings for loading a model, from settings with some of the names of a teacher's."""
     names = ("model", "revision", "base", "quantization", "dtype", "attention")
     return Teacher(**{name: getattr(settings, name) for name in names})
 
 
 def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the teachers that are each valid, but not together, in the form of `contradictions.contradictions`."""
+    """Contradictions of the teachers' settings, in the form of `contradictions.contradictions`."""
     if setting == ():
         yield ("teacher",), "found an empty list; name a teacher, or leave it out"
     every = as_tuple(setting)

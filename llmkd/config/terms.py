@@ -44,13 +44,13 @@ class AttentionLoss:
 
     @property
     def parts(self) -> int | None:
-        """With what: relations, the number of relation heads; None for maps."""
+        """The number of relation heads with `what: relations`; None for maps."""
         return (self.relation_heads or 32) if self.what == "relations" else None
 
 
 def layer_pairs(layers: Layers, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """The pairs of layers (the student's, the teacher's) of two models with so many layers. ValueError, with what is wrong, for a layer beyond
-    the last, a pair given twice, and `uniform` for a student of one layer."""
+    """The pairs (student's layer, teacher's layer) for models with `student` and `teacher` layers. ValueError for a layer beyond the last, a pair
+    given twice, and `uniform` for a student of one layer."""
     if layers == "middle":
         return (((student + 1) // 2, (teacher + 1) // 2),)
     if layers == "last":
@@ -71,7 +71,7 @@ def layer_pairs(layers: Layers, student: int, teacher: int) -> tuple[tuple[int, 
 def attention_contradictions(
     settings: AttentionLoss, implementation: str, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`. `implementation`: student.attention."""
+    """Contradictions of `loss.attention`, in the form of `contradictions.contradictions`. `implementation`: student.attention."""
     here, leave = "loss.attention", "leave one of them out"
     if len(as_tuple(teacher)) != 1:
         found = f"{len(as_tuple(teacher))} teachers" if as_tuple(teacher) else "no teacher"

@@ -22,7 +22,7 @@ _OPENING, _CLOSING = (
     "\u201c\u201d\u201e\u2018\u2019\u201a\u00ab\u00bb",
     "\u201c\u201d\u2018\u2019\u00ab\u00bb",
 )  # quotation marks that YAML does not know
-#: Limits of numbers with a fraction: beyond them float32 has 0 or infinity, for the number or for its product with another.
+#: Limits of fractional numbers: beyond them the number, or its product with another, is 0 or infinity in float32.
 SMALLEST_FRACTION, LARGEST_FRACTION = 1e-30, 1e30
 #: Names of settings in other trainers, for the hint at an unknown name.
 _ELSEWHERE = {
@@ -82,10 +82,10 @@ _VALUES |= {
     }.items()
     for name in names.split()
 }
-#: What else a value under another name needs.
+#: Further settings that a value under another name needs.
 _WITH = {"sharegpt": " with fields: {messages: conversations, role: from, content: value}, roles: {user: human, assistant: gpt}"}
 
-#: Settings that have been renamed, by the file they are in: old dotted path to new. The old one is refused with the new one's name.
+#: Renamed settings by the kind of file: {old dotted path: new one}. The old name is refused with the new one as a hint.
 _RENAMED = {
     Recipe: {
         "data.share_beginnings": "data.share_prefixes",
@@ -103,13 +103,13 @@ _RENAMED = {
 
 
 def renamed(kind, path: tuple) -> str | None:
-    """The new dotted path of a setting with an old name; None if there is no such old name."""
+    """The new dotted path of a renamed setting; None if the setting was not renamed."""
     new = _RENAMED.get(kind, {}).get(".".join(str(key) for key in path if not isinstance(key, int)))
     return new and ".".join([*map(str, path[:-1]), new.rpartition(".")[2]])
 
 
 def locator(name: str, lines: dict, changed: set[tuple]) -> Callable[[tuple], str]:
-    """A function from a setting's keys to its place for messages: `--dotted.path` or `file:line: dotted.path`."""
+    """A function that turns a setting's keys into its place for messages: `--dotted.path` or `file:line: dotted.path`."""
 
     def where(path: tuple) -> str:
         dotted = ".".join(map(str, path))
@@ -124,7 +124,7 @@ def locator(name: str, lines: dict, changed: set[tuple]) -> Callable[[tuple], st
 def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
     """The checked object of class `kind`. UserError with every problem, those found by the caller (`problems`) first.
 
-    Settings that fail are removed and the rest is checked again, until the rest is valid; then contradictions are looked for.
+    Invalid settings are removed and the rest is checked again until it is valid; then contradictions are looked for.
     """
     adapter, where = TypeAdapter(kind), locator(name, lines, changed)
     broken: list[tuple] = []
@@ -174,7 +174,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
 
 
 def _texts_in(data: dict) -> list[tuple[tuple, str]]:
-    """All texts, and names, with their settings."""
+    """All texts and keys, with their settings."""
 
     def found(value, path: tuple) -> Iterator[tuple[tuple, str]]:
         if isinstance(value, str):
@@ -188,14 +188,14 @@ def _texts_in(data: dict) -> list[tuple[tuple, str]]:
 
 
 def _not_utf8(data: dict) -> list[tuple[tuple, str]]:
-    """Texts, with their settings, that hold halves of characters: Python's way to show what is not UTF-8 of a file's name or an argument."""
+    """Texts with surrogates, and their settings: Python puts these in place of bytes that are not UTF-8 in a file's name or an argument."""
     return list(dict((path, text) for path, text in _texts_in(data) if text != text.encode(errors="ignore").decode()).items())
 
 
 def _out_of_range(value, path: tuple = ()) -> Iterator[tuple[tuple, float, str]]:
-    """Numbers, with their settings and what is expected, that the libraries do not hold: in 64 bits or, with a fraction, in float32.
+    """(setting, number, what is expected) of numbers that the libraries cannot hold: in 64 bits or, with a fraction, in float32.
 
-    The fractions of `where` are compared with those of the user's rows, and are as these are.
+    Numbers of `where` are not limited, since they are compared with those of the user's rows.
     """
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -211,8 +211,8 @@ def _out_of_range(value, path: tuple = ()) -> Iterator[tuple[tuple, float, str]]
 
 
 def _real_path(loc: tuple, data, missing: bool) -> tuple:
-    """The location of an error without the names of union members, which pydantic puts in and which are no settings. `missing`: the last one
-    is of a setting that is not there."""
+    """The location of an error without the names of union members, which pydantic adds and which are not settings. `missing`: the last key is that
+    of a missing setting."""
     path, here = [], data
     for i, key in enumerate(loc):
         if isinstance(here, dict) and (key in here or (missing and i == len(loc) - 1)):
@@ -226,7 +226,7 @@ def _real_path(loc: tuple, data, missing: bool) -> tuple:
 
 
 def _remove(data: dict, path: tuple) -> None:
-    """Remove a setting; of an item of a list, the whole list."""
+    """Remove a setting, or the whole list if it is an item of a list."""
     for i, key in enumerate(path):
         if i == len(path) - 1 or not isinstance(data.get(key), dict):
             data.pop(key, None)
@@ -273,7 +273,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
         )
     if expected.startswith("a mapping") and isinstance(found, list) and found and isinstance(found[0], dict):
         hint = "; give each a name, as in {one: {...}, other: {...}}"
-    beyond = expected.startswith("a number") and not isinstance(found, str)  # out of its range, and so it would be in a mapping
+    beyond = expected.startswith("a number") and not isinstance(found, str)  # out of range, which it would be in a mapping too
     if "a mapping of settings" in expected and isinstance(found, str | int | float) and not beyond:
         hint = _section_hint(section_of(parent, path[-1]), found)
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
@@ -300,7 +300,7 @@ def _explain_unknown(kind, path: tuple, found, parent, parent_path: list[str]) -
 
 
 def _section_hint(section, found: str | float) -> str:
-    """What to write where a section has a single value: that of the setting that names the section's file, model or kind, or its number."""
+    """What to write if a section is given as a single value: the setting for the section's file, model, kind or number has that value."""
     fields = {field.name for field in dataclasses.fields(section)} if section else set()
     if isinstance(found, str) and {"train", "validation"} <= fields:
         return f"; did you mean {{train: {{path: {found}}}}}?"
@@ -310,7 +310,7 @@ def _section_hint(section, found: str | float) -> str:
 
 
 def _list_hint(expected: str, found: str) -> str:
-    """What to write where a list of texts has a single one."""
+    """What to write if a list of texts is given as a single text."""
     numbers = re.split(r"[,\s]+", found.strip("()[] "))
     if re.match(r"a list of \d+ numbers", expected) and len(numbers) > 1 and all(is_number(one) for one in numbers):
         return f"; write [{', '.join(numbers)}]"
@@ -319,7 +319,7 @@ def _list_hint(expected: str, found: str) -> str:
 
 
 def _number_hint(found: str) -> str:
-    """What to do about a text that is meant as a number: its quotation marks may be what makes it one, or the way it is written."""
+    """What to do about a text that is meant as a number: it may be a text because of its quotation marks, or of its spelling."""
     if re.fullmatch(r"-?\d+,\d+", found):
         return f"; write {found.replace(',', '.')}"
     try:

@@ -1,4 +1,4 @@
-"""What teachers read in place of the column that the student reads (`teacher.reads`), and what does not go with it. A part of `contradictions.py`."""
+"""The columns that teachers read instead of the student's (`teacher.reads`), and what they cannot be combined with. A part of `contradictions.py`."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,12 +9,12 @@ from .teacher import Teacher
 
 
 def views_of(teachers: Iterable[Teacher]) -> frozenset[str]:
-    """The columns that teachers read in place of the student's."""
+    """The columns that teachers read instead of the student's."""
     return frozenset(one.reads for one in teachers if one.reads)
 
 
 def view_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`."""
+    """Contradictions of `teacher.reads`, in the form of `contradictions.contradictions`."""
     sources = [
         (path, source)
         for setting, value in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation))

@@ -1,4 +1,4 @@
-"""The conditions of `data.train.where`, by which rows of a source are chosen: {clean: true, score: {above: 0.5}}. They are joined by "and"."""
+"""The conditions of `data.train.where`, such as {clean: true, score: {above: 0.5}}: only rows that meet all of them are used."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ CONDITIONS = ("above", "at_least", "below", "at_most", "not")
 
 
 def where_contradictions(where: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Conditions that cannot be: yields (the setting's path below `where`, problem and fix)."""
+    """Invalid conditions: yields (the setting's path below `where`, problem and fix)."""
     for column, asked in where.items():
         if not column:
             yield "", "found a column without a name; name a column of the file"
@@ -71,7 +71,7 @@ def _words(asked: Any) -> str:
 
 
 def value_words(value: Any) -> str:
-    """A value as it is written in a recipe; a long text is cut."""
+    """A value as in a recipe; a long text is cut."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A safe YAML 1.2 reader that knows the line of every value. Tags, duplicate keys and endless aliases are refused."""
+"""A safe reader of YAML 1.2 that also gives the line of every value. Tags, duplicate keys and endless aliases are refused."""
 
 import re
 import typing
@@ -10,7 +10,7 @@ from ..errors import UserError
 MAX_NODES, MAX_DEPTH = 100_000, 40
 
 
-#: What a message of the parser says, and what to do.
+#: {a part of the parser's message: what to do}.
 _YAML_HINTS = {
     "expected <block end>": "indent the settings of one section alike",
     "mapping values are not allowed": "indent the settings of one section alike, and quote a text that holds a colon and a space",
@@ -23,7 +23,7 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-4 is a number; no, on, 010 and 12:30 are text."""
 
 
-class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # in C where PyYAML was built with libyaml, as its wheels are
+class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # in C if PyYAML was built with libyaml, as its wheels are
     """Quotes texts that `Loader` would otherwise read back as another type."""
 
 
@@ -106,7 +106,7 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
             return [build(value, (*path, i)) for i, value in enumerate(node.value)]
         try:
             node.value.encode()
-            if kind == "float":  # PyYAML converts floats by YAML 1.1
+            if kind == "float":  # PyYAML converts floats as in YAML 1.1
                 return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
             return loader.construct_object(node)
         except (ValueError, KeyError):
