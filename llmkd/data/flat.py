@@ -1,4 +1,4 @@
-"""Sequences of different lengths, one after another in flat arrays: sequence i is `values[offsets[i] : offsets[i + 1]]`."""
+"""Sequences of different lengths, concatenated in flat arrays: sequence i is `values[offsets[i] : offsets[i + 1]]`."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def chosen_from(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the sequences with these indices, in this order, int64 [values], and the offsets that they have then."""
+    """The positions of the sequences with these indices, in this order, int64 [values], and their new offsets."""
     lengths = np.diff(offsets)[chosen]
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.repeat(offsets[chosen] - ends[:-1], lengths) + np.arange(ends[-1]), ends
 
 
 def joined_offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The offsets of several flat arrays one after another."""
+    """The offsets of several flat arrays when concatenated."""
     starts = np.cumsum([0, *(offsets[-1] for offsets in parts)])
     return np.concatenate([[0], *(offsets[1:] + start for offsets, start in zip(parts, starts, strict=False))]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Notes on examples: what a template or a format did with the rows that may not be meant."""
+"""Notes on examples: things that a template or a format did with rows that may not be intended."""
 
 from ..console import count
 

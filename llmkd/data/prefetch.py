@@ -1,4 +1,4 @@
-"""Prefetch: the next item is built while the present one is used."""
+"""Prefetch: the next item is built while the current one is used."""
 
 import contextlib
 from collections.abc import Generator

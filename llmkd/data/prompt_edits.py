@@ -15,7 +15,7 @@ def edited(text: str, edits: Sequence[Mapping[str, float]], seed: int, epoch: in
     A text of one word keeps that word, and a text without letters is as it was.
     """
     draw = random.Random(f"{seed} {epoch} {content_hash}")
-    parts = re.split(r"(\s+)", text)  # words at even places, what is between them at odd ones
+    parts = re.split(r"(\s+)", text)  # words at even places, the white space between them at odd ones
     for edit in edits:
         for name, probability in edit.items():
             EDITS[name](parts, probability, draw)
@@ -37,7 +37,7 @@ def _swap(parts: list[str], probability: float, draw: random.Random) -> None:
 
 
 def _delete(parts: list[str], probability: float, draw: random.Random) -> None:
-    """A word goes, with what stands before it; one word is always left."""
+    """A word is dropped with the white space before it; one word is always left."""
     places = _words(parts)
     gone = [i for i in places if draw.random() < probability]
     if len(gone) == len(places) and gone:

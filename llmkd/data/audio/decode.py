@@ -1,4 +1,4 @@
-"""Sound files to samples: any rate and any channels to one channel at the rate that a model was made for. No torch here.
+"""Decodes sound files of any rate and number of channels to one channel at a model's rate. No torch here.
 
 What the library would read without a word is refused: a file that was cut short, one without samples, and samples that are no numbers.
 """
@@ -15,7 +15,7 @@ from ...console import count
 from ...errors import UserError
 from ..media.files import AGAIN, read_bytes
 
-_UNKNOWN = (0, 0xFFFFFFFF)  # the size of a WAV file that was written to a pipe
+_UNKNOWN = (0, 0xFFFFFFFF)  # the recorded size of a WAV file that was written to a pipe
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def decode(sound: str | Path | bytes, rate: int, place: str) -> Clip:
 
 
 def converted(clips: Counter, rate: int) -> str | None:
-    """One line on how many clips of each (rate, channels) were converted; None where none was."""
+    """One line on how many clips of each (rate, channels) were converted; None if none was."""
     total = clips.total()
     rates = {own: sum(n for (one, _), n in clips.items() if one == own) for own in sorted({own for own, _ in clips}) if own != rate}
     mixed = sum(n for (_, channels), n in clips.items() if channels > 1)
@@ -84,7 +84,7 @@ def converted(clips: Counter, rate: int) -> str | None:
 
 
 def _cut_short(raw: bytes) -> str | None:
-    """What shows that a file is not whole, by what its container says of its size; None where nothing does.
+    """Evidence that a file is incomplete, from the size that its container names; None if there is none.
 
     libsndfile reads what is there of such files. A cut FLAC it refuses itself.
     """
@@ -102,7 +102,7 @@ def _cut_short(raw: bytes) -> str | None:
     if raw[:4] == b"OggS":
         last = raw.rfind(b"OggS")
         return None if raw[last + 5 : last + 6] and raw[last + 5] & 4 else "its last page is missing"
-    for name in (b"Xing", b"Info"):  # of an MP3 with LAME's header, by which its length is known
+    for name in (b"Xing", b"Info"):  # the header of LAME, which has the length of an MP3
         at = raw.find(name, 0, 4096)
         if at >= 0 and raw[at + 7 : at + 8] and raw[at + 7] & 2:
             place = at + 8 + (4 if raw[at + 7] & 1 else 0)

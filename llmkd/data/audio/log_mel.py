@@ -29,7 +29,7 @@ class LogMel:
 
     @property
     def frames(self) -> int:
-        """F, the frames of every clip: one each 10 ms."""
+        """F, the number of frames of every clip: one every 10 ms."""
         return self.num_samples // self._hop
 
     @property
@@ -53,7 +53,7 @@ class LogMel:
 
 
 def empty_filters(rate: int, mels: int) -> int:
-    """How many of the filters lie between two frequencies of the transform, and would always give silence."""
+    """The number of filters that lie between two frequencies of the transform and would always give silence."""
     return int((mel_filters(rate, rate // 40, mels).max(1) == 0).sum())
 
 

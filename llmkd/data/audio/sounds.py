@@ -27,7 +27,7 @@ class Sounds(MediaFiles):
 
 
 def read_sounds(rows: Sequence[dict], column: str, places: Sequence[str], workers: MediaWorkers, setting: str) -> Sounds:
-    """The sounds that rows name or hold, each decoded once. UserError names every file that is no whole sound; one line says what is converted."""
+    """The sounds that rows name or hold, each decoded once. UserError names every incomplete or unreadable file; one line reports conversions."""
     kinds: Counter[tuple[int, int]] = Counter()
 
     def measured(file, place: str) -> tuple[str, int]:
@@ -45,7 +45,7 @@ def read_sounds(rows: Sequence[dict], column: str, places: Sequence[str], worker
 
 
 def way_of(rate: int, augment: Sequence[dict]) -> SoundWay:
-    """How clips are read; UserError where a transform is none. The check loads audiomentations, if there are any."""
+    """The way in which clips are read. UserError for an invalid transform; the check loads audiomentations if there are any."""
     way = SoundWay(rate, tuple(augment))
     if augment and way.augmentation().changes_length:
         info(f"{way.setting}: clips become longer or shorter; of one that is then longer than a model reads the end is cut")

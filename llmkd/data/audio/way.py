@@ -1,4 +1,4 @@
-"""How sounds are read: decoded at a rate, and augmented. No torch here: worker processes load this."""
+"""The way in which sounds are read: decoded at a rate, and augmented. No torch here, as worker processes load this."""
 
 from dataclasses import dataclass
 from pathlib import Path

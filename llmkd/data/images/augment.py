@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import UserError
 from ..media.augment import Augmentation
 
-#: Its bases, and transforms that a recipe cannot use: they take a function, or give a tensor.
+#: Base classes of the library, and transforms that a recipe cannot use because they take a function or give a tensor.
 _NOT_FOR_RECIPES = (
     "BasicTransform DualTransform ImageOnlyTransform Transform3D BaseCompose Lambda OneOrOther ReplayCompose ToTensorV2 ToTensor3D".split()
 )
@@ -28,7 +28,7 @@ class PictureAugmentation(Augmentation):
     groups = ("Compose", "OneOf", "RandomOrder", "SelectiveChannelTransform", "Sequential", "SomeOf")
 
     def known(self) -> dict[str, type]:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask its registry for a newer version
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or the library would ask its registry for a newer version
         try:
             with _without_torch():
                 import albumentations
@@ -50,7 +50,7 @@ class PictureAugmentation(Augmentation):
 
     def applied(self, transform: Any, value: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # the library says so that a transform does nothing
+            warnings.simplefilter("error", UserWarning)  # the library warns if a transform does nothing
             return np.asarray(transform(image=np.array(value))["image"])
 
     def wrong(self, value: np.ndarray) -> str | None:
@@ -65,7 +65,10 @@ class PictureAugmentation(Augmentation):
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Oddity: the library loads torch where it can, for transforms to tensors. A process that only decodes would take seconds for it."""
+    """Hides torch while the library is imported, which would otherwise load it for transforms to tensors.
+
+    That would take a process that only decodes images seconds.
+    """
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None

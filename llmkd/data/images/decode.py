@@ -1,4 +1,4 @@
-"""Image files to arrays of red, green and blue. No torch here.
+"""Decodes image files to arrays of red, green and blue. No torch here.
 
 Refused is what the library would read as something else: files that are cut short, moving pictures (of which it reads the first), and more than
 8 bits a channel (which it cuts).
@@ -31,7 +31,7 @@ class Picture:
 
 
 def decode(image: str | Path | bytes, place: str) -> Picture:
-    """An image file, given by its path or as its bytes. UserError begins with `place`. What is transparent is seen on white."""
+    """An image file, given by its path or as its bytes. UserError begins with `place`. Transparent parts are shown on white."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     raw = image if isinstance(image, bytes) else read_bytes(image, place)

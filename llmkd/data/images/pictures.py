@@ -31,7 +31,7 @@ def read_pictures(
 
 
 def way_of(augment: Sequence[dict]) -> PictureWay:
-    """How images are read; UserError where a transform is none. The check loads albumentations, if there are any."""
+    """The way in which images are read. UserError for an invalid transform; the check loads albumentations if there are any."""
     way = PictureWay(tuple(augment))
     if augment:
         way.augmentation()

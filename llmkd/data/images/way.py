@@ -1,4 +1,4 @@
-"""How images are read: decoded, and augmented. No torch here: worker processes load this."""
+"""The way in which images are read: decoded, and augmented. No torch here, as worker processes load this."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -33,8 +33,8 @@ class Augmentation:
     which library it is, and how one of its transforms is applied.
     """
 
-    library: str  # its name, and version
-    groups: tuple[str, ...]  # transforms whose own `transforms` are a list of the same form
+    library: str  # its name and version
+    groups: tuple[str, ...]  # transforms with a list of transforms of the same form
 
     def __init__(self, asked: Sequence[Mapping[str, Any]], setting: str):
         problems: list[str] = []
@@ -45,23 +45,23 @@ class Augmentation:
             raise UserError(*problems)
 
     def known(self) -> dict[str, type]:
-        """The transforms that a recipe may name. UserError where the library is not installed."""
+        """The transforms that a recipe may name. UserError if the library is not installed."""
         raise NotImplementedError
 
     def arguments(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        """A transform's arguments as the library takes them, which YAML may not be able to write."""
+        """A transform's arguments in the library's types, which YAML may not have."""
         return given
 
     def applied(self, transform: Any, value: np.ndarray) -> np.ndarray:
-        """What a transform makes of a value; whatever it raises."""
+        """The transformed value. Errors of the transform are passed on."""
         raise NotImplementedError
 
     def wrong(self, value: np.ndarray) -> str | None:
-        """What a transform's result is where it is none that a model reads; None where it is one."""
+        """A description of a transform's result if no model can read it; None if one can."""
         raise NotImplementedError
 
     def __call__(self, value: np.ndarray, seed: int, epoch: int, content_hash: str, place: str = "") -> np.ndarray:
-        """A value as the transforms change it in an epoch. UserError with `place` where one of them fails, or gives what no model reads."""
+        """A value transformed for an epoch. UserError with `place` if a transform fails, or gives a result that no model can read."""
         with seeded(*seeds(seed, epoch, content_hash)):
             self.seeded_here()
             for transform in self._transforms:
@@ -69,7 +69,7 @@ class Augmentation:
         return value
 
     def seeded_here(self) -> None:
-        """Seed the library's own generators by what Python's and numpy's global ones give now."""
+        """Seed the library's own generators from Python's and numpy's global ones."""
 
     def tried(self, value: np.ndarray) -> set[tuple[int, ...]]:
         """The shapes that some draws of all transforms give a value.
@@ -87,7 +87,7 @@ class Augmentation:
                     for i, transform in enumerate(self._transforms):
                         try:
                             made = self._checked(transform, made, f"{self.setting}.{i}")
-                        except UserError as error:  # the next one is tried on what there was before
+                        except UserError as error:  # the next transform is tried on the value before this one
                             problems |= dict.fromkeys(error.problems)
                     shapes.add(made.shape)
         finally:
@@ -108,7 +108,7 @@ class Augmentation:
         return out
 
     def _made(self, asked: Any, setting: str, known: dict[str, type], problems: list[str]):
-        """The library's object; None with what is wrong in `problems`."""
+        """The library's object; None if there are problems, which are added to `problems`."""
         if not isinstance(asked, Mapping) or len(asked) != 1:
             problems.append(
                 f"{setting}: found {asked!r}, expected one transform with its arguments, such as {{{next(iter(known))}: {{p: 0.5}}}}"
@@ -143,7 +143,7 @@ class Augmentation:
             return None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)  # albumentations says so that it takes its defaults instead
+                warnings.simplefilter("error", UserWarning)  # albumentations warns if it uses defaults instead
                 return known[name](**values)
         except Exception as error:  # the library raises its own exceptions, Python's and those of what it imports
             problems.append(f"{setting}.{name}: found {given!r}, which {self.library} refuses ({said(error)}); correct it")
@@ -158,7 +158,7 @@ def seeds(seed: int, epoch: int, content_hash: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def seeded(python: int, numpy: int) -> Iterator[None]:
-    """Both global generators seeded in here, and as they were before after it. One thread at a time."""
+    """Both global generators, seeded while the block lasts and then restored. One thread at a time."""
     with _LOCK:
         before = random.getstate(), np.random.get_state()
         try:
@@ -171,7 +171,7 @@ def seeded(python: int, numpy: int) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """What a library says of an error, in one line."""
+    """A library's error in one line."""
     if isinstance(error.__cause__, ValidationError):
         first = error.__cause__.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -34,17 +34,17 @@ class MediaFiles:
         return len(self.files)
 
     def take(self, chosen: np.ndarray):
-        """Those with these indices, in this order."""
+        """The files with these indices, in this order."""
         files, hashes, places = ([of_each[i] for i in chosen] for of_each in (self.files, self.hashes, self.places))
         return replace(self, files=files, hashes=hashes, places=places)
 
     def joined(self, others: "Sequence[MediaFiles]"):
-        """These and those of others, one after another."""
+        """These files followed by those of others."""
         files, hashes, places = ([x for one in (self, *others) for x in getattr(one, name)] for name in ("files", "hashes", "places"))
         return replace(self, files=files, hashes=hashes, places=places)
 
     def read(self, indices: Sequence[int], draw: Draw | None = None) -> list[np.ndarray]:
-        """Samples or pixels of some, augmented for a draw; clean without one."""
+        """Samples or pixels of some files, augmented for a draw, or clean without one."""
         key = None if draw is None else (draw.seed, draw.epoch)
         return self.workers([Job(self.files[i], self.hashes[i], self.places[i], key) for i in indices])
 

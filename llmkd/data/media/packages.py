@@ -4,12 +4,12 @@ import importlib
 
 from ...errors import UserError, brief
 
-#: By the kind of the files: what they are called, the extra, and its packages that read them.
+#: {kind of files: (their name, the extra, the packages of the extra that read them)}.
 _PACKAGES = {"audio": ("sounds", "audio", ("soundfile", "soxr")), "image": ("images", "image", ("PIL.Image",))}
 
 
 def refuse_missing_packages(kind: str, setting: str) -> None:
-    """UserError, before a file is read, where a package that reads files of a kind (audio, image) is not there."""
+    """UserError if a package that reads files of a kind (audio, image) is missing. To be called before any file is read."""
     what, extra, packages = _PACKAGES[kind]
     for package in packages:
         try:

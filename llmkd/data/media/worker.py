@@ -28,7 +28,7 @@ class Job:
 
 
 class Way(Protocol):
-    """How all files are read; it is pickled. `augment`: transforms as in a recipe, none for none."""
+    """The way in which files are read, which is pickled. `augment`: the transforms as in a recipe."""
 
     augment: tuple[dict, ...]
 
@@ -39,7 +39,7 @@ class Way(Protocol):
 
 
 class Reader:
-    """Files by their jobs, in this process. UserError where one cannot be read or augmented, ChangedFiles where it is not what it was."""
+    """Reads the files of jobs in this process. UserError if one cannot be read or augmented, ChangedFiles if its content has changed."""
 
     def __init__(self, way: Way):
         self.way, self._augmentation = way, None
@@ -59,7 +59,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     jobs, replies = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints must not be taken for a reply
+    sys.stdout = sys.stderr  # output of a library must not be taken for a reply
     read = Reader(pickle.load(jobs))
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The processes in which sounds and images are decoded and augmented (`worker.py`), as the process that asks them sees them.
+"""The client of the processes in which sounds and images are decoded and augmented (`worker.py`).
 
 What is read follows from its job alone, so how many processes there are, and which of them a job goes to, changes nothing but speed.
 """
@@ -23,17 +23,17 @@ _START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.media.worker 
 
 
 class MediaWorkers:
-    """`count` processes, started at the first question and ended by `close`, with the object, or with this process."""
+    """`count` processes. They are started at the first job, and end by `close`, with this object or with this process."""
 
     def __init__(self, way: Way, count: int):
         self.way, self.count = way, count
-        self._lock = threading.Lock()  # validation asks while the next training batch is made
+        self._lock = threading.Lock()  # validation and the prefetch of a training batch may both ask
         self._processes: list[subprocess.Popen] = []
         self._threads: ThreadPoolExecutor | None = None
         self._end: weakref.finalize | None = None  # ends the processes, at the latest with this object or with the program
 
     def __call__(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """The samples or pixels of the jobs, in their order. UserError where one is refused: the first of the jobs' order within a process."""
+        """The samples or pixels of the jobs, in their order. UserError for the first job of a process that is refused."""
         with self._lock:
             if not self._processes:
                 self._start()
@@ -41,7 +41,7 @@ class MediaWorkers:
             asked = [self._threads.submit(_ask, process, part) for process, part in zip(self._processes, parts, strict=True) if part]
             try:
                 answers = [one.result() for one in asked]
-            except BaseException:  # what is still to come must not be taken for the answer of the next question
+            except BaseException:  # answers to this question must not be taken for those to the next one
                 self.close()
                 raise
         return [answers[i % self.count][i // self.count] for i in range(len(jobs))]

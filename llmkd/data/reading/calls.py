@@ -1,6 +1,6 @@
-"""Calls of tools in a conversation, and the tools that it may call, as OpenAI has them or in another form that says the same.
+"""Tool calls in a conversation, and the tools that it may call, in the form of OpenAI or in an equivalent one.
 
-A turn's `tool_calls` is a list of {function: {name, arguments}} or {name, arguments}. The same under another name is read too: a message's
+A turn's `tool_calls` is a list of {function: {name, arguments}} or {name, arguments}. Other names for it are read too: a message's
 `function_call`, and ShareGPT's turns of role function_call, whose content is the call as JSON.
 """
 
@@ -11,21 +11,21 @@ from ...config.data import Source
 from .problems import ErrorCollector
 from .values import as_yaml, kind, parsed, plain, surrogate
 
-#: Names of a turn, or of a message's key, that calls tools.
+#: Names of roles and message keys that hold tool calls.
 _CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
 #: Other names for a call's arguments.
 _ARGUMENTS = ("parameters", "params", "args", "kwargs", "input", "inputs", "argument", "parameter")
-#: Keys of a call that hold no further content: its name, its arguments, and what ties them to an answer.
+#: Keys of a call without further content: its name, its arguments, and the keys that tie it to an answer.
 OF_CALL = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "arguments"}
 
 
 def is_call(name: str) -> bool:
-    """Whether a role, or a key of a message, is named as one that calls tools."""
+    """Whether a role or a key of a message has a name for tool calls."""
     return plain(name) in _CALLS
 
 
 def read_call_turn(content: Any, where: str, role: str, problems: ErrorCollector) -> list[dict] | None:
-    """The calls of a turn whose content they are: one, or a list of them; None, and a problem, if it holds anything else."""
+    """The calls of a turn whose content is one call or a list of them; None, and a problem, for any other content."""
     calls = parsed(content)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls:
@@ -38,9 +38,9 @@ def read_call_turn(content: Any, where: str, role: str, problems: ErrorCollector
 
 
 def with_calls(message: dict, role: str, source: Source, where: str, problems: ErrorCollector) -> dict | None:
-    """The message with its calls as `tool_calls`, under whatever name it has them (OpenAI's older function_call).
+    """The message with its calls under the name `tool_calls`, whatever their own name (such as OpenAI's older function_call).
 
-    None, and a problem, for calls that the model would not see, such as a user's, or that are none.
+    None, and a problem, for calls that the model would not see, such as a user's, and for values that are not calls.
     """
     given = [key for key in message if is_call(key) and key not in source.ignore and message[key] not in (None, "", [], {})]
     rest = {key: value for key, value in message.items() if key in source.ignore or not is_call(key)}
@@ -59,9 +59,9 @@ def with_calls(message: dict, role: str, source: Source, where: str, problems: E
 
 
 def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] | None:
-    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables.
+    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}, or such a list as JSON text, as in many tables.
 
-    Arguments that are null or absent are none, {}: a function without parameters is called so, and columnar files have no empty object.
+    Null or absent arguments become {}, as for a function without parameters: columnar files have no empty object.
     """
     if isinstance(calls, str):
         try:
@@ -89,7 +89,7 @@ def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] |
 
 
 def _no_arguments(call: dict, function: dict) -> str | None:
-    """What is wrong with the arguments of a call; None where they are there, or it has none and nothing that may be some."""
+    """The problem with the arguments of a call; None if it has arguments, or has none and no other key that may hold them."""
     given, outside = function.get("arguments"), {} if call is function else call
     if given is not None:
         return (
@@ -108,13 +108,13 @@ def _no_arguments(call: dict, function: dict) -> str | None:
 
 
 def are_tools(value: Any) -> bool:
-    """Whether `read_tools` takes a value for functions: a list of objects, each of them or all as JSON text."""
+    """Whether `read_tools` reads a value as functions: a list of objects, each of which, or all, may be JSON text."""
     tools = parsed(value)
     return isinstance(tools, list) and bool(tools) and all(isinstance(parsed(tool), dict) for tool in tools)
 
 
 def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:
-    """The functions that a conversation may call: a list of objects, the same as JSON text (as in many tables), or null."""
+    """The functions that a conversation may call: a list of objects, such a list as JSON text (as in many tables), or null."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None

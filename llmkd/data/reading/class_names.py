@@ -1,4 +1,4 @@
-"""Columns whose values are numbers of classes that the data set names, as `datasets` writes them (ClassLabel): rows have the names. No torch here."""
+"""Replaces class numbers in rows by the names that the data set has for them (ClassLabel of `datasets`). No torch here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,23 @@ from .problems import BadRow
 
 
 class ClassName(str):
-    """The name of a class. `number`: its own in the data set."""
+    """The name of a class. `number`: its number in the data set."""
 
     number: int
 
 
 Names = Mapping[str, Sequence[ClassName]]  # by column
-_UNKNOWN = -1  # what the library writes where a row has no class
+_UNKNOWN = -1  # the library's number for a row without a class
 
 
 def names_of_data(data: Any) -> Names:
-    """Of a data set of the library; a stream may not know its columns."""
+    """The class names of a data set of the library; a stream may not know its columns."""
     features = getattr(data, "features", None) or {}
     return {column: _numbered(one.names) for column, one in features.items() if getattr(one, "names", None)}
 
 
 def names_of_schema(schema: Any) -> Names:
-    """Of the schema of an Arrow or Parquet file, into which the library writes the features."""
+    """The class names in the schema of an Arrow or Parquet file, where the library writes them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = {column: one for column, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"}
@@ -41,7 +41,7 @@ def _numbered(names: Sequence[str]) -> list[ClassName]:
 
 
 def with_names(row: dict[str, Any], names: Names) -> dict[str, Any]:
-    """A row with the names of its classes, and None where it has none. BadRow for a number that has no name."""
+    """A row with names of classes in place of numbers, None for a missing class. BadRow for a number without a name."""
     return row | {column: _named(row[column], column, known) for column, known in names.items() if column in row}
 
 

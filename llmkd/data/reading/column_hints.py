@@ -1,4 +1,4 @@
-"""What to write in the recipe, or to change in the file, where a row does not have the columns of its format."""
+"""Hints for rows without the columns of their format: what to write in the recipe, or to change in the file."""
 
 import difflib
 import itertools
@@ -22,7 +22,7 @@ def column_hint(
     """
     for column in columns:
         if column in source.fields and (near := difflib.get_close_matches(theirs[column], row, 1, 0.6)):
-            return f"; did you mean {near[0]!r}?", False  # a name that the recipe gives has a slip in it
+            return f"; did you mean {near[0]!r}?", False  # a name in the recipe is misspelt
     if settings := settings_for(_answered(row, source) if choices else row, source, check):
         return f"{_found(row)}; {settings}", True
     if is_turn(row):
@@ -37,21 +37,21 @@ def column_hint(
 
 
 def _answered(row: dict[str, Any], source: Source) -> dict[str, Any]:
-    """A multiple-choice question as a row with an answer, in which its choices are not looked for."""
+    """A multiple-choice question as a row with an answer and without its choices."""
     asked = {source.fields.get(name, name) for name in ("choices", "answer")}
     answer = {one.answer: "x" for one in FORMATS.values() if one.answer}
     return {name: value for name, value in row.items() if name not in asked} | answer
 
 
 def _found(row: dict[str, Any]) -> str:
-    """The names of the columns, the first ones of many: what follows must not be cut off."""
+    """The names of the columns, only the first of many, so that the rest of the message is not cut off."""
     shown = [name for name, end in zip(row, itertools.accumulate(len(name) + 4 for name in row), strict=True) if end < 200]
     more = f" and {len(row) - len(shown)} more" if len(shown) < len(row) else ""
     return f"; found {', '.join(map(repr, shown)) or 'none'}{more}"
 
 
 def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool) -> str:
-    """What a row is that no known settings read."""
+    """A description of a row that no known settings read."""
     if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
         return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
     if calls := next((name for name, value in row.items() if isinstance(value, str) and _are_calls(parsed(value))), None):
@@ -79,12 +79,12 @@ def _are_calls(value: Any) -> bool:
 
 
 def is_rows(value: Any) -> bool:
-    """Whether it is a list of objects, such as the rows of a file."""
+    """Whether the value is a list of objects, such as the rows of a file."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def row_hint(row: Any, source: Source, check: Check) -> str:
-    """The end of the message about a row that is no object."""
+    """The end of the message about a row that is not an object."""
     if isinstance(row, str):
         return '; write {"text": ...}' + (" and set format: text" if source.format != "text" else "")
     if is_rows(row):
@@ -94,7 +94,7 @@ def row_hint(row: Any, source: Source, check: Check) -> str:
 
 
 def messages_hint(value: Any) -> str:
-    """The end of the message about something else where a list of messages is expected."""
+    """The end of the message about another value in place of a list of messages."""
     if isinstance(value, str) and re.match(r"\[\s*\{\s*'", value.strip()):
         return "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file"
     hint = turns_hint(value)
@@ -102,7 +102,8 @@ def messages_hint(value: Any) -> str:
 
 
 def turns_hint(value: Any) -> str:
-    """What is wrong with turns that are no list of objects: one text, texts in turn, pairs of texts, or a list for each key; "" for anything else."""
+    """The problem with turns that are not a list of objects but one text, a list of texts or of pairs of texts, or a list for each key; "" for
+    anything else."""
     fix = "write a list of {role, content} (format: chat)"
     if (
         isinstance(value, dict)

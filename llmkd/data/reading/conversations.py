@@ -16,7 +16,8 @@ from .values import check_text, kind, parsed, surrogate
 
 
 def read_messages(row: dict, name: str, source: Source, place: str, problems: ErrorCollector, unread: Counter, check: Check) -> Any:
-    """The conversation in the row's column `name`, a list or the same as JSON text, with our own names for roles and fields. A null field of a message is absent: parquet adds such fields to every message.
+    """The conversation in the row's column `name`, a list or its JSON text, with llmkd's names for roles and fields. Null fields of a message are
+    left out: parquet adds them to every message.
 
     A turn that is marked as trained on, or as not, has `train` true or false. Keys that are left out are counted in `unread`.
     """
@@ -34,7 +35,7 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
             problems.add(f"{where} is {kind(message)}, expected {{{role_name}, {content_name}}}")
             continue
         role, content = message.get(role_name), message.get(content_name)
-        if isinstance(role, str) and role not in roles and is_call(role):  # ShareGPT's: the content is the call
+        if isinstance(role, str) and role not in roles and is_call(role):  # of ShareGPT: the content is the call
             calls = read_call_turn(content, f"{where}.{content_name}", role, problems)
             if calls is None:
                 continue
@@ -63,7 +64,9 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
             continue
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, *source.ignore) and v is not None}
         trained, marks = mark_of(rest, source, where, problems, roles[role] == "assistant")
-        taken = {k for k in ("role", "content", "train") if k in rest and k not in marks}  # the file's own, beside those named in `fields`
+        taken = {
+            k for k in ("role", "content", "train") if k in rest and k not in marks
+        }  # the file's own keys, besides those named in `fields`
         left_out |= taken
         rest = {k: v for k, v in rest.items() if k not in taken | marks}
         for key in rest:
@@ -81,7 +84,7 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
 
 
 def read_system(value: dict | list, name: str, place: str, problems: ErrorCollector, unread: Counter) -> str | None:
-    """The text of a system message that is a message or a list of parts, as Gemini's and Anthropic's rows have it; None if it is refused."""
+    """The text of a system message given as a message or as a list of parts (Gemini's and Anthropic's rows); None if it is refused."""
     key = next((key for key in ("content", "parts") if isinstance(value, dict) and key in value), None)
     content, where = (value[key], f"{name}.{key}") if key else (value, name)
     if isinstance(content, list):
@@ -94,7 +97,7 @@ def read_system(value: dict | list, name: str, place: str, problems: ErrorCollec
 
 
 def _no_content(message: dict, role_name: str, content_name: str) -> str:
-    """What is wrong with a message whose content is no text."""
+    """The problem with a message whose content is not text."""
     if content_name in message:
         return f".{content_name} is {kind(message[content_name])}, expected text"
     texts = [key for key, value in message.items() if key != role_name and isinstance(value, str)]
@@ -103,7 +106,7 @@ def _no_content(message: dict, role_name: str, content_name: str) -> str:
 
 
 def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str], marked: Source | None) -> str | None:
-    """The text of a content that is a list of parts, [{type: text, text: ...}], as templates of vision models take it; None if it is refused.
+    """The text of a content given as a list of parts, [{type: text, text: ...}], as for templates of vision models; None if it is refused.
 
     Keys of parts that are left out are added to `left_out`. With `marked`, the source of an assistant's turn, parts that are not to be
     trained on are refused, since a turn is supervised as a whole.

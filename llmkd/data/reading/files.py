@@ -26,7 +26,7 @@ def _raise(message: str) -> Any:
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending that decides how a file is read, in lower case; None where it is not a known one."""
+    """The ending that decides how a file is read, in lower case; None for an unknown one."""
     return path.suffix.lower() if path.suffix.lower() in KINDS else None
 
 
@@ -55,7 +55,7 @@ def _no_constant(name: str):
 
 
 def _int(digits: str) -> int:
-    if len(digits) > 4000:  # near Python's own limit, whose message is for programmers
+    if len(digits) > 4000:  # near Python's own limit, whose message addresses programmers
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
@@ -73,7 +73,7 @@ def _text(raw: bytes) -> str:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from None
 
 
-#: How files of other kinds begin, what they are and what to do.
+#: The first bytes of other kinds of files, the names of these kinds, and what to do.
 _OTHERS = {
     b"version https://git-lfs": ("a pointer of Git LFS and not the data itself", "git lfs pull fetches that"),
     b"\x1f\x8b": ("compressed (gzip)", "unpack it"),
@@ -90,7 +90,7 @@ _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 
 
 def _no_text(start: bytes) -> str | None:
-    """What is wrong with a file that does not begin as text in UTF-8 does; None where it does."""
+    """The problem with a file that does not begin as UTF-8 text; None if it does."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16; save it as plain UTF-8"
     if start.startswith(_MARK):
@@ -101,7 +101,7 @@ def _no_text(start: bytes) -> str | None:
 
 
 def _of_another_kind(start: bytes) -> str | None:
-    """What a file is instead of rows, and what to do, by its first bytes; None where they do not say."""
+    """The kind of a file that does not hold rows, and what to do, by its first bytes; None if these do not tell."""
     if found := next((about for begin, about in _OTHERS.items() if start.startswith(begin)), None):
         return f"the file is {found[0]}; {found[1]}"
     return "the file is a web page or XML; download the data itself" if _PAGE.match(start) else None
@@ -230,7 +230,7 @@ def _csv(file: BinaryIO, name: str) -> Records:
 
 
 def _separated_otherwise(header: bytes) -> str | None:
-    """What is wrong with a header whose columns are separated by something else than commas."""
+    """The problem with a header whose columns are not separated by commas."""
     most = max(b";\t|", key=header.count)
     if header.count(most) <= header.count(b","):
         return None
@@ -283,7 +283,7 @@ def _arrow(file: BinaryIO, name: str) -> Records:
 
 
 def _table(batches: Iterator, file: BinaryIO, name: str, what: str) -> Records:
-    """Each row of record batches. A batch is validated first, since a damaged one may read outside its memory."""
+    """The rows of record batches. A batch is validated first, since reading a damaged one may go beyond its memory."""
     start, number = file.read(64), 0
     file.seek(0)
     if wrong := None if start.startswith((b"PAR1", b"ARROW1")) else _of_another_kind(start):
@@ -337,19 +337,19 @@ def _values(column) -> list | str:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without null fields. Columnar files give every object all the fields that any has; null ones were absent."""
+    """The value without null fields. In columnar files every object has the fields of all objects; those it lacked are null."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def row_of(columns: dict, names: Names) -> dict:
-    """A row of a columnar source, with all its columns, null ones too, no null fields inside their values, and classes by their names."""
+    """A row of a columnar source with all its columns, also null ones, without null fields inside values, and with names of classes."""
     return with_names({name: without_nulls(value) for name, value in columns.items()}, names)
 
 
 def raw(get: Callable[[], Any]) -> bytes:
-    """Bytes that identify a row's content; without parsing it, where possible."""
+    """Bytes that identify a row's content, if possible without parsing it."""
     if isinstance(get, functools.partial) and get.func in (_json_line, _csv_row):
         return get.args[0].strip() if get.func is _json_line else repr(get.args).encode()
     try:

@@ -1,4 +1,4 @@
-"""The files of a split in a folder: by their names, or by the index that `datasets.save_to_disk` wrote."""
+"""Finds the files of a split in a folder, by their names or by the index of `datasets.save_to_disk`."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def data_files(root: Path, source: Source, setting: str) -> Files:
 
 
 def _refuse_gaps(files: list[Path], source: Source, setting: str) -> None:
-    """UserError where a file of a numbered set (NAME-00000-of-00005) is missing."""
+    """UserError if a file of a numbered set (NAME-00000-of-00005) is missing."""
     there: dict[tuple[str, str, str], set[int]] = {}
     for path in files:
         if shard := _SHARD.fullmatch(path.stem):
@@ -98,12 +98,12 @@ def _split_of(path: Path, source: Source, setting: str) -> str | None:
     if len(found) > 1:
         raise UserError(f"{setting}.path: {source.path}/{path} names two splits ({' and '.join(sorted(found))}); rename it, or name a file")
     if shard and name.lower() not in _SPLITS and name.lower() not in ("data", "part"):
-        return name  # a split with a name of its own, such as train_sft
+        return name  # another split, such as train_sft
     return found.pop() if found else None
 
 
 def _saved(folder: Path, name: str, setting: str) -> Files:
-    """The Arrow files of a saved data set, read directly and not through the library's cache."""
+    """The Arrow files of a saved data set, to be read directly instead of through the library's cache."""
     listed = [file.get("filename") for file in _json(folder / "state.json", setting).get("_data_files") or []]
     if not listed or not all(isinstance(file, str) and Path(file).name == file for file in listed):
         raise UserError(f"{setting}.path: {folder / 'state.json'} names no data files; save the data set again")

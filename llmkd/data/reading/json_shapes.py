@@ -1,15 +1,15 @@
-"""JSON that is whole but not in the shape of a data file: what it is, and what to write instead. No row is read from it."""
+"""Messages about valid JSON that does not have the shape of a data file: what it is, and what to write instead. No row is read from it."""
 
 import json
 import re
 from typing import Any
 
 _SPACE = re.compile(r"\s*")
-_HEAD = 1 << 22  # characters of a .jsonl file that are looked at
+_HEAD = 1 << 22  # characters of a .jsonl file that are examined
 
 
 def not_a_list(text: str) -> str:
-    """Why the text of a .json file, which does not begin with a list, is refused."""
+    """The reason to refuse the text of a .json file, which does not begin with a list."""
     wanted = "expected a list of objects"
     if not text.strip():
         return f"the file is empty, {wanted}"
@@ -26,13 +26,13 @@ _BRACKETS = "put the objects between [ and ], with commas between them"
 
 
 def over_lines(head: bytes) -> str | None:
-    """What is wrong with a .jsonl file whose first value goes over several lines; None where it does not."""
+    """The problem with a .jsonl file whose first value spans several lines; None if it does not."""
     text = head.decode("utf-8", "replace")
     start = text[: text.find("\n") if "\n" in text else len(text)].strip()
     if not start.startswith(("{", "[")) or _first(start)[0] is not None:
         return None
     value, rest = _first(text)
-    if value is None and start not in ("{", "["):  # a line that is wrong in itself, or a value that is longer than what is looked at
+    if value is None and start not in ("{", "["):  # a bad line, or a value longer than the part that is examined
         return None
     if start.startswith("["):
         return "the file is one list over several lines; give it the ending .json"
@@ -42,7 +42,7 @@ def over_lines(head: bytes) -> str | None:
 
 
 def head_of(file) -> bytes:
-    """The beginning of an open file, which stays where it was."""
+    """The beginning of an open file, whose position stays the same."""
     at = file.tell()
     head = file.read(_HEAD)
     file.seek(at)
@@ -59,7 +59,7 @@ def _first(text: str) -> tuple[Any, str]:
 
 
 def _inside(value: dict) -> str:
-    """Where the rows are in an object, and how to get them out."""
+    """The message on where the rows are in an object, and how to get them out."""
     lists = {path: rows for path, rows in _lists(value) if rows}
     nested = next((path for path, rows in lists.items() if all(set(row) >= {"row", "row_idx"} for row in rows)), None)
     if nested:
@@ -77,7 +77,7 @@ def _inside(value: dict) -> str:
 
 
 def _lists(value: dict, path: str = ""):
-    """The lists of objects in an object and in its objects: (path, list)."""
+    """(path, list) of the lists of objects in an object and in its inner objects."""
     for key, inner in value.items():
         at = f"{path}.{key}" if path else key
         if isinstance(inner, list) and inner and all(isinstance(one, dict) for one in inner) and not _is_talk(inner):

@@ -1,4 +1,4 @@
-"""Columns in which public data sets keep something that changes the meaning of a row: what they mean, and how it can be read.
+"""Columns of public data sets that change the meaning of a row: what they mean, and how they can be read.
 
 The names are those of LLaMA-Factory, axolotl, TRL, ShareGPT, OpenAI, Cohere, verl and well-known data sets. A column is known by its whole name, or by a word of it:
 `bot_persona` is a persona, and `persona_id` and `num_tools` are about one.
@@ -17,15 +17,15 @@ from .values import parsed, plain, words_of
 ONE_ROW = "write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
 PREFERENCE = "one half of a preference, and llmkd does not train on preferences"
 NO_TEXT = "something else than text, and llmkd reads text only"
-#: Columns that hold the better half.
+#: Columns with the better of two answers.
 BETTER = set(
     "chosen chosenresponse responsechosen chosenoutput outputchosen chosenanswer chosenmessages preferredoutput preferredresponse".split()
 )
-WORSE = frozenset("rejected dispreferred nonpreferred unchosen worse losing loser".split())  # words of the other half
+WORSE = frozenset("rejected dispreferred nonpreferred unchosen worse losing loser".split())  # words for the other answer
 _ANSWERED = ("alpaca", "chat", "prompt_completion")
 _NOTHING = {"", "none", "null", "nan", "n/a", "na", "[]", "{}", "-"}
 _MODES = set("on off true false yes no auto low medium high minimal default enabled disabled full short long".split())
-#: Last words of a column that is about something, and does not hold it; and first words.
+#: Last words, and first words, of columns that are about a thing instead of holding it.
 _ABOUT = set(
     "id ids uid uuid idx index num number count counts n size len length lengths tokens token type types kind category categories source sources"
     " origin lang language languages code score scores rating ratings rate hash sha md date time timestamp version model models license author"
@@ -54,39 +54,39 @@ _ASKING = {
 
 
 def _given(value: Any) -> bool:
-    """Whether it is a text, a list or an object: a number or a truth is about something."""
+    """Whether the value is a text, a list or an object: a number or a truth value only says something about the thing."""
     return isinstance(value, str | list | dict)
 
 
 def _is_told(value: Any) -> bool:
-    """Whether it is a text, or holds some: `reasoning: on` is a mode."""
+    """Whether the value is or contains a text: `reasoning: on` is only a mode."""
     return isinstance(value, list | dict) or (isinstance(value, str) and plain(value) not in _MODES)
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """Columns that mean something to the formats named, why their loss matters, and how they can be read."""
+    """A kind of columns that matter to certain formats: why their loss matters, and how they can be read."""
 
     names: frozenset[str]
     formats: tuple[str, ...]
     what: str
-    fix: str = ""  # besides `ignore`; {} is the column's name
+    fix: str = ""  # other than `ignore`; {} is the column's name
     column: str = ""  # the format's column that reads it under its own name
-    holds: Callable[[Any], bool] = _given  # whether a value is such a thing
-    words: frozenset[str] = frozenset()  # a name with one of these means it too, unless it is about such a thing
-    stems: tuple[str, ...] = ()  # the same of a part of a name without its punctuation
-    unless: frozenset[str] = frozenset()  # last words of a name that is about such a thing, besides `_ABOUT`
+    holds: Callable[[Any], bool] = _given  # whether a value is of this kind
+    words: frozenset[str] = frozenset()  # names with one of these words are of this kind too, unless they are only about such a thing
+    stems: tuple[str, ...] = ()  # names that contain one of these without punctuation are too
+    unless: frozenset[str] = frozenset()  # last words of names that are only about such a thing, besides `_ABOUT`
     any_name: bool = False
 
     def is_named(self, name: str) -> bool:
-        """Whether a column's name, or a word of it, says that it is such a thing."""
+        """Whether a column is of this kind by its name or a word of it."""
         within = not self.words.isdisjoint(words_of(name)) or any(stem in plain(name) for stem in self.stems)
         about = is_about(name) or not self.unless.isdisjoint(words_of(name)[-1:])
         return self.any_name or plain(name) in self.names or (within and not about)
 
 
 def is_about(name: str) -> bool:
-    """Whether a column says something about what its name has in it: persona_id, num_tools."""
+    """Whether a column is only about the thing in its name: persona_id, num_tools."""
     words = words_of(name)
     return bool(words) and (words[-1] in _ABOUT or words[0] in _ASKING)
 
@@ -96,17 +96,17 @@ def _names(text: str) -> frozenset[str]:
 
 
 def _joined(first: str, last: str) -> frozenset[str]:
-    """Each of the first words with each of the last ones: system and prompt are systemprompt."""
+    """Each first word joined with each last word: system and prompt give systemprompt."""
     return frozenset(one + other for one in first.split() for other in last.split())
 
 
 def _is_structured(value: Any) -> bool:
-    """Whether it is a list or an object, also as JSON text."""
+    """Whether the value is a list or an object, also as JSON text."""
     return isinstance(parsed(value) if isinstance(value, str) else value, list | dict)
 
 
 def _is_talk(value: Any) -> bool:
-    """Whether it is a list of messages with roles."""
+    """Whether the value is a list of messages with roles."""
     turns = parsed(value) if isinstance(value, str) and value[:1] == "[" else value
     return (
         isinstance(turns, list)
@@ -272,7 +272,7 @@ MEANINGS = (
 
 
 def meaning_of(name: str, value: Any, format: str) -> Meaning | None:
-    """What a column means that a format does not read; None where that is nothing, or its value holds nothing."""
+    """The meaning of a column that a format does not read; None if it has none, or its value is empty."""
     return next((one for one in _named_so(name, format) if one.holds(value) and not is_empty(value)), None)
 
 
@@ -282,12 +282,12 @@ def _named_so(name: str, format: str) -> list[Meaning]:
 
 
 def is_worse(name: str) -> bool:
-    """Whether a column has the worse answers of two, or bad ones."""
+    """Whether a column holds bad answers, or the worse of two."""
     return not WORSE.isdisjoint(words_of(name)) or plain(name) in BAD_ANSWERS
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value holds nothing: null, no text, or lists and objects of such, also as JSON text, and None as a table writes it."""
+    """Whether a value is empty: null, an empty text, or lists and objects of these, also as JSON text; or "None", as tables write it."""
     if isinstance(value, str):
         if value.strip().lower() in _NOTHING:
             return True
@@ -298,17 +298,17 @@ def is_empty(value: Any) -> bool:
 
 
 def is_copy(value: Any, read: Any) -> bool:
-    """Whether nothing of a value is lost: it is a text that is read, or all its texts are inside such ones, of which one at least is long."""
+    """Whether the rest of the row has the content of a value: it is a text that is read, or all its texts occur in such texts, and one is long."""
     texts, known = [*_texts(value)], [*_texts(read)]
     inside = (text in known or (len(text) >= _LONG and any(text in one for one in known)) for text in texts)
     return bool(texts) and (isinstance(value, str) or len(max(texts, key=len)) >= _LONG) and all(inside)
 
 
-_LONG = 20  # characters, from which on a text is in another one by no accident
+_LONG = 20  # characters; a text of that length does not occur in another one by accident
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value, but for the roles of messages, without case and with single spaces: data sets tidy one of two copies."""
+    """The texts in a value except roles of messages, without case and with single spaces, as data sets often tidy one of two copies."""
     value = parsed(value) if isinstance(value, str) and value[:1] in "[{" else value
     if isinstance(value, str) and value.strip():
         yield " ".join(value.lower().split())

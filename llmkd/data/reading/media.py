@@ -1,4 +1,4 @@
-"""Sounds and images as rows: a folder for each class, file names that a regular expression reads, and what a row says of its file."""
+"""Sounds and images as rows: from a folder for each class, from file names that match a regular expression, and from rows that name files."""
 
 import functools
 import os
@@ -17,12 +17,12 @@ from .row_checks import check_is_text, check_label
 from .turn_marks import row_mark
 from .values import kind, opened
 
-#: Endings of the files that folders are searched for, by the column of the format.
+#: {column of the format: endings of the files that folders are searched for}.
 ENDINGS = {
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
 }
-#: Endings of sounds and images that cannot be read here: left out, they would be missing without a word.
+#: Endings of sounds and images that cannot be read here. They are refused, as they would otherwise be missing without notice.
 _UNREADABLE = (".m4a", ".aac", ".wma", ".webm", ".mp4", ".amr", ".heic", ".heif", ".avif", ".svg", ".raw")
 
 
@@ -80,7 +80,7 @@ def _row(root: Path, file: Path, column: str, named: re.Pattern | None, labelled
 
 
 def media_of(value: Any, place: str) -> Path | bytes:
-    """What a row says of its file: its path, its bytes, or an object with either, as `datasets` writes it. A path is relative to the rows' file.
+    """The file of a row, given by its path, its bytes, or an object with either, as `datasets` writes it. A path is relative to the rows' file.
 
     place   of the row: `FILE:LINE`
     """
@@ -98,7 +98,7 @@ def media_of(value: Any, place: str) -> Path | bytes:
 
 
 def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollector, unread: Counter, views: Collection[str] = ()) -> Any:
-    """The row's file and label under the format's own names, and `train: False` where it is marked as not trained on.
+    """The row's file and label under the format's own names, and `train: False` if it is marked as not trained on.
 
     Its errors are added to `problems`, the columns that are not read to `unread`. `views`: columns that teachers read in place of the
     student's.
@@ -118,7 +118,7 @@ def check_media_row(row: Any, place: str, source: Source, problems: ErrorCollect
         )
         return row
     found = {column: row[name] for column, name in theirs.items()}
-    if source.pattern is None:  # its groups are for people and for where
+    if source.pattern is None:  # its other groups are for human readers and for `where`
         trained, marks = row_mark(row, set(theirs.values()), source, place, problems)
         unread.update(name for name in row.keys() - {*theirs.values(), *source.ignore, *source.where, *marks} if row[name] is not None)
         found |= {"train": False} if trained is False else {}

@@ -9,14 +9,14 @@ PROMPTS = (
     "instruction prompt question query problem input inputs inputspretokenized user human questions prompts source request task q message"
     " usermessage userprompt userquery inputtext sourcetext src srctext problemstatement docstring nl original"
 ).split()
-#: Of these a column that is next to a text says something else: where it is from, who wrote it.
+#: Next to a text, a column with one of these names has another meaning: where the text is from, who wrote it.
 ASKING = [name for name in PROMPTS if name not in "source user human task message original src".split()]
-#: What one trains on comes before what one checks it by: a solution before an answer.
+#: Columns to train on come before columns to check results by: a solution before an answer.
 ANSWERS = (
     "output response completion solution answer target reply assistant bot generation chosen responses answers completions targets"
     " targetspretokenized outputs expectedoutput modeloutput modelresponse goldanswer finalanswer summary highlights gpt attempt preferredoutput preferredresponse outputtext targettext tgt tgttext sql patch rewritten code a"
 ).split()
-DEFINITIONS = "definition taskdefinition taskdescription taskinstruction".split()  # of what is to be done with each input
+DEFINITIONS = "definition taskdefinition taskdescription taskinstruction".split()  # of the task for each input
 INPUTS = "input context document passage article background dialogue dialog".split()
 TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
 SYSTEMS = (
@@ -48,18 +48,18 @@ _LANGUAGES = set(
 
 
 def named(row: dict, names: list[str], empty: bool = False) -> list[str]:
-    """The columns that have one of these names, in the names' order. Of a path, such as translation.de, the last name counts. `empty`: also where they are null."""
+    """The columns with one of these names, in the names' order. The last name of a path, such as translation.de, counts. `empty`: include null columns."""
     return [column for name in names for column in row if plain(column.rpartition(".")[2]) == name and (empty or row[column] is not None)]
 
 
 def ending_in(row: dict, names: list[str]) -> list[str]:
-    """The columns of texts whose last word is one of these names: deepseek_solution."""
+    """The columns of texts whose last word is one of these names, such as deepseek_solution."""
     last = {column: words_of(column)[-1] for column, value in row.items() if isinstance(value, str) and len(words_of(column)) > 1}
     return [column for name in names if len(name) > 4 for column in last if last[column] == name and row[column][:1] not in ("[", "{", "")]
 
 
 def languages(row: dict) -> list[str]:
-    """The columns of texts that are named by a language, of one object: en, translation.de, pt_BR, sentence_eng_Latn."""
+    """The columns of texts in one object that are named by a language: en, translation.de, pt_BR, sentence_eng_Latn."""
     found: dict[str, list[str]] = {}
     for column, value in row.items():
         outer, _, name = column.rpartition(".")
@@ -80,7 +80,7 @@ def is_role(value: Any) -> bool:
 
 
 def flat(row: dict) -> Iterator[tuple[str, Any]]:
-    """The columns of a row, then those inside its objects, under their paths."""
+    """The columns of a row, then those inside its objects with their paths as names."""
     yield from row.items()
     for name, value in row.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The error of a row, and those of many, collected and raised as one."""
+"""The error of a row, and a collector that raises the errors of many rows as one."""
 
 from ...errors import UserError
 
@@ -6,7 +6,7 @@ SHOWN = 20
 
 
 class BadRow(ValueError):
-    """A row that cannot be read; the text is the reason. `alike`: what the errors of many rows of a file have in common."""
+    """A row that cannot be read; the text is the reason. `alike`: a text that the errors of many rows of a file have in common."""
 
     def __init__(self, reason: str, alike: str = ""):
         super().__init__(reason)
@@ -25,7 +25,7 @@ class ErrorCollector:
         self._alike: dict[str, int] = {}
 
     def has(self, alike: str) -> bool:
-        """Whether there is an error like these: others are counted, and their words are not needed."""
+        """Whether there already is an error of this kind: further ones are only counted, so their texts are not needed."""
         return alike in self._alike
 
     def add(self, problem: str, alike: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The settings of a source that would read a row which the given ones do not: format, fields, roles.
+"""Proposes settings of a source (format, fields, roles) that would read a row which the given settings do not read.
 
 Columns, keys and roles are known by the names that public data sets give them (`names.py`). What is proposed has been tried on the row.
 """
@@ -37,19 +37,19 @@ from .turn_marks import rows_to_use
 from .unread import lost_columns
 from .values import as_yaml, opened, parsed, plain
 
-#: Checks a row against a source and adds what is wrong to the collector: `row_checks.check_row`.
+#: `row_checks.check_row`, which checks a row against a source and adds its problems to the collector.
 Check = Callable[[dict, str, Source, ErrorCollector], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """A source that may read a row, and what has to be said with it."""
+    """A source that may read a row, and notes on it."""
 
     source: Source
-    whole: Source  # the same with what it leaves out
-    lost: tuple[str, ...]  # the columns that it leaves out, or chooses rows by
+    whole: Source  # the source with the columns that it leaves out
+    lost: tuple[str, ...]  # the columns that it leaves out or chooses rows by
     taken: set[str]  # the columns that it reads
-    notes: str  # what else may be set, and what may be lost
+    notes: str  # other possible settings, and what may be lost
 
 
 def settings_for(row: dict, source: Source, check: Check) -> str | None:
@@ -81,7 +81,7 @@ def _roles_in(row: dict) -> list[str]:
 
 
 def is_read(row: Any, source: Source, check: Check) -> bool:
-    """Whether a row is read by a source, or would be by other settings that are known."""
+    """Whether a source, or other known settings, read a row."""
     problems = ErrorCollector(hints=False)
     check(row, "", source, problems)
     return not problems.found or (isinstance(row, dict) and settings_for(row, source, check) is not None)
@@ -93,7 +93,7 @@ def _changes(candidate: Source, source: Source) -> str | None:
     said = []
     for name in names:
         value, given = getattr(candidate, name), getattr(source, name)
-        if value != given:  # a mapping that is no longer needed: each name for itself
+        if value != given:  # a mapping that is no longer needed is written as the identity
             said.append(f"{name}: {as_yaml({key: key for key in given} if value == {} else value)}")
     return ", ".join(said) or None
 
@@ -123,7 +123,7 @@ def _proposals(row: dict, source: Source) -> Iterator[Proposal]:
 
 
 def _other_answers(row: dict, fields: dict[str, str], answer: str | None, asked: bool) -> str:
-    """What else may be trained on: "or output: answer"; "" where nothing may."""
+    """Another column that may be trained on, as in "or output: answer"; "" if there is none."""
     if answer not in fields or asked:
         return ""
     if len(found := languages(dict(flat(row)))) > 1 and fields[answer] in found:
@@ -158,12 +158,12 @@ def _chat(row: dict) -> Found:
 
 
 def _message_keys(value: Any) -> dict[str, str]:
-    """The keys of a list of messages that hold role and content; empty for anything else."""
+    """The keys for role and content in a list of messages; empty for any other value."""
     value = parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return {}
     found, kinds = {}, {"role": str, "content": str | list | None}
-    typed = ["type"] if all(is_role(message.get("type")) for message in value) else []  # LangChain's
+    typed = ["type"] if all(is_role(message.get("type")) for message in value) else []  # of LangChain
     for ours, names in (("role", [*ROLE_KEYS, *typed]), ("content", CONTENT_KEYS)):
         there = [
             key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), kinds[ours]) for one in value)
@@ -176,11 +176,13 @@ def _roles(theirs: set[str]) -> dict[str, str]:
     """The settings for the file's own names of the roles; a name that is known needs none."""
     names = sorted(theirs - set(ROLES))
     found = {role: name for role in ROLES for name in names if role not in theirs and plain(name) in ROLE_NAMES.get(role, ())}
-    return found | {"assistant": "gpt"} if found == {"user": "human"} and "assistant" not in theirs else found  # ShareGPT's, not seen yet
+    if found == {"user": "human"} and "assistant" not in theirs:
+        return found | {"assistant": "gpt"}  # ShareGPT's name, which no row has had yet
+    return found
 
 
 def role_hint(role: str, roles: dict[str, str], source: Source) -> str:
-    """The end of the message about a role that is not known. `roles`: ours by the file's own names, as the source has them."""
+    """The end of the message about an unknown role. `roles`: the source's mapping from the file's names to llmkd's."""
     ours = next((ours for ours, names in ROLE_NAMES.items() if plain(role) in names), None)
     if ours:
         already = f", or write {source.roles[ours]!r} for it in the file" if ours in source.roles else ""
@@ -215,7 +217,7 @@ _DOCUMENTS = [*INPUTS, "text", "content"]  # each has a summary, or code
 
 
 def _pairs(row: dict, prompt: str, answer: str, prompts: list[str] = PROMPTS) -> Iterator[list[str]]:
-    """The columns of prompt and answer that are texts: those with the format's own names, or the first that have another known name."""
+    """The text columns of prompt and answer: those with the format's own names, or the first with another known name."""
     found = []
     for own, names in ((prompt, prompts), (answer, ANSWERS)):
         texts = [own, *named(row, names), *ending_in(row, names)]
@@ -226,7 +228,7 @@ def _pairs(row: dict, prompt: str, answer: str, prompts: list[str] = PROMPTS) ->
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text, and no list of tool calls as JSON."""
+    """Whether the value is a text, but not a list of tool calls as JSON."""
     calls = parsed(value) if isinstance(value, str) and value[:1] == "[" else None
     return isinstance(value, str) and not (
         isinstance(calls, list) and calls and all(isinstance(one, dict) and "name" in one for one in calls)
@@ -234,7 +236,7 @@ def _is_text(value: Any) -> bool:
 
 
 def is_turn(row: dict) -> bool:
-    """Whether a row is one turn of a conversation (oasst's): its role is a column."""
+    """Whether a row is one turn of a conversation, with its role as a column (as in oasst)."""
     return any(is_role(row[name]) for name in named(row, ROLE_KEYS))
 
 
@@ -245,7 +247,7 @@ def _text(row: dict) -> Found:
 
 
 def _tokens(row: dict) -> Found:
-    """Token ids; a mask under another name than the format's own is its loss_mask."""
+    """Proposals for token ids; a mask under another name becomes the format's loss_mask."""
     ids = next((name for name in named(row, IDS) if is_numbers(row[name])), None)
     if ids:
         own = [name for name in FORMATS["tokens"].row if name in row]
@@ -254,7 +256,7 @@ def _tokens(row: dict) -> Found:
 
 
 def is_numbers(value: Any) -> bool:
-    """Whether it is a list of whole numbers, or the same as JSON text."""
+    """Whether the value is a list of whole numbers, or such a list as JSON text."""
     value = parsed(value)
     return isinstance(value, list) and bool(value) and all(isinstance(one, int) for one in value)
 

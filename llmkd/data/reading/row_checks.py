@@ -32,13 +32,13 @@ def check_row(
     unread: Counter | None = None,
     views: Collection[str] = (),
 ) -> Any:
-    """The row with the format's own names for its columns, and `train: False` where it is marked as not trained on.
+    """The row with the format's own names for its columns, and `train: False` if it is marked as not trained on.
 
     Its errors are added to `problems`, the columns that are not read to `unread`. `views`: columns that teachers read in place of the student's.
     """
     try:
         checked = row if too_deep(row) else _checked(row, place, source, problems, choices, Counter() if unread is None else unread, views)
-        deep = too_deep(checked)  # also what was JSON text in the row
+        deep = too_deep(checked)  # including what was JSON text in the row
     except RecursionError:
         checked, deep = row, True
     if deep:
@@ -63,7 +63,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     read = {*theirs.values(), *asked.values()}
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
     if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
-        return row  # what else is wrong follows from it
+        return row  # further problems would follow from this one
     how = HOW_MASKED if row_format.supervised == "marked" else HOW_MARKED
     trained, marks = row_mark(row, read, source, place, problems, how)
     lost = count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
@@ -86,7 +86,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_tools(value, name, place, problems)
         elif value_kind == "label":
             check_label(value, f"{place}: {name}", problems)
-        elif value_kind not in ("numbers", *FILES):  # the first are read together, below, and files where they are decoded
+        elif value_kind not in ("numbers", *FILES):  # numbers are checked together below, and files when they are decoded
             check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
     if row_format.supervised == "marked":
@@ -122,7 +122,7 @@ def check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
 
 
 def check_label(value: Any, where: str, problems: ErrorCollector) -> None:
-    """A class is text or a whole number."""
+    """Adds a problem if a class is neither text nor a whole number."""
     if isinstance(value, str) and value.strip():
         return check_text(value, where, problems)
     if type(value) is not int:
@@ -131,7 +131,7 @@ def check_label(value: Any, where: str, problems: ErrorCollector) -> None:
 
 
 def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str, problems: ErrorCollector) -> None:
-    """A system message needs a conversation to be in, and that has one already, or none. Tools need a conversation too."""
+    """Adds problems if a row has a system message or tools without a conversation, or a second, different system message."""
     system, first = row.get("system"), next((row[c] for c in ("messages", "prompt") if isinstance(row.get(c), list)), None)
     said = {"system": isinstance(system, str) and system.strip() and "a system message", "tools": row.get("tools") and "a list of tools"}
     for column, what in said.items() if first is None and not source.chat_template else ():
@@ -155,7 +155,7 @@ def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str,
 def _missing(
     lacking: list[str], row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector, choices: bool = False
 ) -> bool:
-    """One problem that names the columns that the row lacks, and the settings that read it. True if the row is of another shape throughout."""
+    """Adds one problem with the columns that the row lacks, and the settings that read it. True if the whole row has another shape."""
     named = f"column{'s' * (len(lacking) > 1)} {' and '.join(repr(theirs[column]) for column in lacking)}"
     file = place.rpartition(":")[0]
     csv, alike = file.endswith(".csv"), f"no {named} in {file}"
@@ -164,13 +164,13 @@ def _missing(
         return True
     hint, known = column_hint(lacking, row, theirs, source, check_row, csv, choices) if problems.hints else ("", False)
     other_shape = known or not any(name in row for name in theirs.values())
-    every_row = not file.endswith((".json", ".jsonl"))  # of the other kinds of files all rows have the same columns
+    every_row = not file.endswith((".json", ".jsonl"))  # in other kinds of files all rows have the same columns
     problems.add(f"{place}: no {named}{hint}", alike=alike if other_shape or every_row else "")
     return other_shape
 
 
 def _slip(name: str, row: dict, known: set[str], source: Source, place: str, problems: ErrorCollector, numbers: bool) -> None:
-    """A problem where an optional column is missing, and another one has nearly its name. `numbers`: the column is a list of them."""
+    """Adds a problem if an optional column is missing and another one has nearly its name. `numbers`: the column is a list of numbers."""
     others = {other for other in row.keys() - {*known, *source.ignore, *source.where} if not is_about(other)}
     near = _near(name, frozenset(other for other in others if not numbers or isinstance(row[other], list)))
     if near:
@@ -184,7 +184,7 @@ def _near(name: str, columns: frozenset[str]) -> str | None:
 
 def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollector) -> None:
     options, answer = row.get("choices"), row.get("answer")
-    if isinstance(answer, ClassName):  # MMLU's A to D
+    if isinstance(answer, ClassName):  # A to D in MMLU
         answer = row["answer"] = answer.number
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
         problems.add(f"{place}: choices is {kind(options)}, expected a list of at least two texts")

@@ -284,7 +284,7 @@ def _about_people(rng: random.Random) -> str:
 
 
 def _asked(rng: random.Random) -> str:
-    """A question and its answer with a line break between them; never a held-out question."""
+    """A question and its answer with a line break between them. Held-out questions are never used."""
     while True:
         question, right, _ = rng.choice(SKILLS)(rng)
         if question not in _held_out():
@@ -323,7 +323,7 @@ def tokenizer():
 
 @functools.cache
 def _trained() -> str:
-    """The tokenizer's own file, which takes a moment to make."""
+    """The tokenizer's file, cached because training it takes a moment."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())

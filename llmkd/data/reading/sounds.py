@@ -17,7 +17,7 @@ SIZES = {"train": 300, "validation": 120, "test": 120}
 _SEEDS = {"train": 1, "validation": 2, "test": 3}
 _SECONDS = 1.0
 _THINGS = ("whistle", "siren", "flute", "horn", "signal", "sound")
-#: How a clip is described, by its class, and by what two classes have in common.
+#: The descriptions of a clip: by its class, and by a property that two classes share.
 _WORDS = {
     "falling": ("sinks from high to low", "slides down", "drops steadily"),
     "pulses": ("beeps in short bursts", "is cut into beats", "goes on and off"),
@@ -36,7 +36,7 @@ _SILENCE = 0.05  # seconds over which a sound begins and ends
 
 
 def rows(split: str) -> list[dict]:
-    """{audio: the bytes of a WAV file, label: class, text: what it sounds like} of a split; the classes in turn. KeyError for another split."""
+    """{audio: the bytes of a WAV file, label: class, text: a description} of each clip of a split, the classes in turn. KeyError for another split."""
     labels, seed = [CLASSES[i % len(CLASSES)] for i in range(SIZES[split])], _SEEDS[split]
     return [
         {

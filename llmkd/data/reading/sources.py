@@ -44,12 +44,12 @@ class Rows:
     rows: list[dict]
     places: list[str]
     content: str
-    origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
+    origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, if there is one), rows
     unread: Counter = field(default_factory=Counter)  # columns that were not read, with the number of rows that have them
-    chosen: Chosen | None = None  # what the source's `where` has kept and left out
+    chosen: Chosen | None = None  # the counts of rows that the source's `where` has kept and left out
 
     def report_chosen(self, source: Source) -> None:
-        """One line with the rows that `where` kept and left out; none without it."""
+        """One line with the numbers of rows that `where` kept and left out; none without `where`."""
         if self.chosen:
             reached = source.limit and source.seed is None and self.chosen.kept >= source.limit
             self.chosen.report(" before the limit was reached" if reached else "")
@@ -99,7 +99,7 @@ def no_rows(source: Source, setting: str) -> UserError:
 
 
 def some_rows(found: Records, source: Source, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
-    """(place, row) of those that the source's limit and seed choose. What cannot be parsed is added to `problems`."""
+    """(place, row) of the rows that the source's limit and seed choose. Rows that cannot be parsed are added to `problems`."""
     rows: Iterable[tuple[str, Any]] = _parsed(found, problems)
     if source.limit and source.seed is not None:
         rows = _sample(list(rows), source.limit, source.seed)
@@ -117,7 +117,7 @@ def _parsed(found: Records, problems: ErrorCollector) -> Iterator[tuple[str, Any
 
 
 def _sample(found: list, limit: int, seed: int) -> list:
-    """`limit` of them, drawn by seed, in the order of the file."""
+    """`limit` of the rows, drawn by seed, in the order of the file."""
     chosen = random.Random(f"sample {seed}").sample(range(len(found)), min(limit, len(found)))
     return [found[i] for i in sorted(chosen)]
 
@@ -127,18 +127,18 @@ def _sample(found: list, limit: int, seed: int) -> list:
 
 @dataclass
 class Opened:
-    """A source's rows, to be read once. `content()` is the hash of its content, known when they have been read."""
+    """A source's rows, to be read once. `content()` gives the hash of its content after that."""
 
     records: Records
     content: Any  # () -> str
     split: str | None = None
     revision: str | None = None
     chosen: Chosen | None = None
-    texts: bool = False  # all values are text, whatever they say
+    texts: bool = False  # all values are text, as in CSV
 
 
 def open_source(source: Source, setting: str) -> Opened:
-    """Open the source of a setting; UserError where it does not exist. Rows are read one by one as they are used, those that `where` chooses."""
+    """Open the source of a setting. UserError if it does not exist. The rows that `where` chooses are read one by one as they are used."""
     opened = _open(source, setting)
     chosen = Chosen(source, setting, opened.texts)
     return dataclasses.replace(opened, records=chosen.records(opened.records), chosen=chosen)
@@ -175,17 +175,17 @@ def _sounds(source: Source, setting: str) -> Opened:
 
 
 def media_folder(source: Source, setting: str) -> Path | None:
-    """The folder at a path, where it holds sounds or images and no rows of them."""
+    """The folder at a path if it holds sounds or images and no files with rows; else None."""
     path = _path(source.path, setting)
     if not path.is_dir() or (source.pattern is None and any(kind_of(one) for one in path.iterdir())):
         return None
-    if source.pattern is None and any(kind_of(one) for one in path.rglob("*")):  # as the hub's folders have their rows in data/
+    if source.pattern is None and any(kind_of(one) for one in path.rglob("*")):  # folders of the hub have their rows in data/
         return path if any(one.suffix.lower() in ENDINGS[FORMATS[source.format].file] for one in path.rglob("*")) else None
     return path
 
 
 def _media(folder: Path, media: str, source: Source, setting: str) -> Opened:
-    """The files of a folder. Their bytes are hashed where they are decoded; here their names count."""
+    """The files of a folder. Only their names are hashed here; their bytes are when they are decoded."""
     for name, value, default in (("name", source.name, None), ("revision", source.revision, None), ("split", source.split, "train")):
         if value != default:
             raise UserError(
@@ -266,7 +266,7 @@ class _Files:
             yield from records(io.BytesIO(self._bytes(name, path)), name, path)
 
     def content(self) -> str:
-        """The hash of all files, also of those that a limit left unread."""
+        """The hash of all files, including those that a limit left unread."""
         for name, path in self.files:
             if name not in self.hashes:
                 self._bytes(name, path)
@@ -304,7 +304,7 @@ def from_hub(source: Source, setting: str, streaming: bool = False) -> Any:
 
 
 def _as_bytes(data: Any) -> Any:
-    """The data set with sounds and images as the bytes of their files, which are decoded here: the library would need torchcodec for it."""
+    """The data set with sounds and images as the bytes of their files. llmkd decodes them, as the library would need torchcodec."""
     for name, feature in (getattr(data, "features", None) or {}).items():
         if getattr(feature, "decode", False):
             data = data.cast_column(name, dataclasses.replace(feature, decode=False))
@@ -334,5 +334,5 @@ def hub_revision(data: Any, source: Source) -> str | None:
 
     try:
         return dataset_info(source.path, revision=source.revision, timeout=10).sha
-    except Exception:  # such as offline, with the rows from the hub's cache
+    except Exception:  # offline, say, with the rows from the hub's cache
         return source.revision

@@ -13,15 +13,15 @@ import numpy as np
 from .problems import ErrorCollector
 from .values import kind, parsed
 
-IGNORED = -100  # the label of a token that is no target
+IGNORED = -100  # the label of tokens that are not targets
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _BEGINNINGS = ("position_ids", "seq_lengths")
-_COUNTED = ("input_ids", "labels", *_BEGINNINGS)  # the others say yes or no
+_COUNTED = ("input_ids", "labels", *_BEGINNINGS)  # the other columns hold yes or no
 
-#: In rows that `llmkd roll` wrote: the checksum, and what it is of. The other columns are for people.
+#: In rows of `llmkd roll`: the column of the checksum, and the columns that it covers. Others are for human readers.
 ROW_CHECKSUM, _SEALED = "row_checksum", ("input_ids", "loss_mask", "tokenizer", "finished", "key")
 
-#: In words of an error: how a row says which of its tokens are targets.
+#: The end of error messages: how to mark a row's targets.
 HOW_MASKED = "set fields: {{loss_mask: {0}}} if it is 1 at targets and 0 elsewhere"
 
 
@@ -40,12 +40,12 @@ def read_tokens(row: dict, theirs: dict[str, str], place: str, problems: ErrorCo
 
 
 def row_checksum(row: dict[str, Any]) -> str:
-    """Of the columns of an answer that count, 16 hex digits."""
+    """The checksum over the columns that matter of an answer, 16 hex digits."""
     return hashlib.blake2b(json.dumps([row[column] for column in _SEALED]).encode(), digest_size=8).hexdigest()
 
 
 def refuse_changed(row: dict[str, Any]) -> None:
-    """ValueError for a row that is not as `llmkd roll` wrote it. Not looked at: rows without a checksum or with a column less, rows of a .csv."""
+    """ValueError for a row that was changed after `llmkd roll` wrote it. Rows without a checksum, or without a column, and rows of a .csv pass."""
     known = row.keys() >= {ROW_CHECKSUM, *_SEALED} and isinstance(row["input_ids"], list)
     if known and row[ROW_CHECKSUM] != row_checksum(row):
         raise ValueError(
@@ -55,7 +55,7 @@ def refuse_changed(row: dict[str, Any]) -> None:
 
 
 def _tokens(row: dict, names: dict[str, str]) -> dict[str, Any]:
-    """See `read_tokens`. `names`: in the file."""
+    """See `read_tokens`. `names`: the columns' names in the file."""
     given = [column for column in names if column == "input_ids" or row.get(column) is not None]
     arrays = {column: _numbers(row.get(column), names[column], column not in _COUNTED) for column in given}
     ids = arrays.pop("input_ids")
@@ -85,7 +85,7 @@ def _tokens(row: dict, names: dict[str, str]) -> dict[str, Any]:
 
 
 def _numbers(value: Any, name: str, flags: bool) -> np.ndarray:
-    """A list of whole numbers, or the same as JSON text; ValueError for anything else. `flags`: true and false, or 1.0 and 0.0, are 1 and 0."""
+    """A list of whole numbers, or such a list as JSON text; ValueError for anything else. `flags`: true and false, or 1.0 and 0.0, become 1 and 0."""
     value = parsed(value)
     if not isinstance(value, list):
         raise ValueError(f"{name} is {kind(value)}, expected a list of whole numbers")
@@ -104,7 +104,7 @@ def _unlike(value: list, flags: bool) -> Iterator[tuple[int, Any]]:
 
 
 def _targets(ids: np.ndarray, arrays: dict[str, np.ndarray], names: dict[str, str]) -> np.ndarray | None:
-    """The mask of the targets, which every column that has one must give alike; None where none has."""
+    """The mask of the targets, which must be the same in all columns that give one; None if none does."""
     found: dict[str, np.ndarray] = {}
     for column in _MASKS:
         if (mask := arrays.get(column)) is not None:
@@ -122,7 +122,7 @@ def _targets(ids: np.ndarray, arrays: dict[str, np.ndarray], names: dict[str, st
 
 
 def _labelled(ids: np.ndarray, labels: np.ndarray, name: str, name_of_ids: str) -> np.ndarray:
-    """The tokens with a label, which must be the token itself."""
+    """The mask of the tokens with a label, which must be the token itself."""
     mask = labels != IGNORED
     wrong = np.flatnonzero(mask & (labels != ids))
     if not len(wrong):
@@ -160,7 +160,7 @@ def _rows_of_attention(mask: np.ndarray | None, count: int, name: str) -> tuple[
 
 
 def _restarts(positions: np.ndarray, name: str, first: int) -> list[int]:
-    """Where positions begin at 0 again."""
+    """The places where positions start at 0 again."""
     before = np.concatenate([[-1], positions[:-1]])
     wrong = np.flatnonzero((positions != before + 1) & (positions != 0))
     if len(wrong):

@@ -25,15 +25,15 @@ UNTRAINED = set(
     "masked ismasked maskloss lossmasked ignoreloss ignoreinloss noloss skiploss lossignored excludefromloss excludedfromloss"
     " notrain donttrain donottrain skiptraining excludefromtraining untrained untrainable nottrained unsupervised contextonly".split()
 )
-#: Keys of a message that may be such a mark, and do not say in which direction.
+#: Keys of a message that may be such a mark, but do not say in which direction.
 UNCLEAR = {"mask", "lossmask", "skip", "skipped", "ignore", "ignored", "exclude", "excluded"}
-#: Columns that say of each token or turn whether it is trained on.
+#: Columns that say for each token or turn whether it is trained on.
 MASKS = set(
     "mask masks lossmask lossmasks completionmask assistantmask assistantmasks assistanttokensmask labelmask labelsmask trainmask trainingmask"
     " targetmask maskhistory traindetail trainingdetail trainoninput trainoninputs weights lossweights tokenweights rolestotrain"
     " lastturnonly lastonly onlylast onlylastturn lastroundonly targetturn targetturns contextturns numcontextturns".split()
 )
-#: Values of such a column that name turns: loss_on: last.
+#: Values of such a column that name turns, as in loss_on: last.
 _WHICH = set("last lastturn lastonly onlylast lastround final finalturn first assistant completion response answer output all".split())
 _ABOUT_TRAINING = re.compile(r"(train|loss|mask|weight|supervis)")
 #: Words of a message's key that may be a mark if its value is true, false, 0 or 1.
@@ -42,12 +42,12 @@ _MAY_MARK = re.compile(
     "history|include|exclude|use|active|enable|delete|hidden|omit|drop|keep|kept|coef|coefficient|"
     "multiplier|importance|generate|generation|gen|frozen|only)(s|d|ed)?"
 )
-#: Words of a number that counts or names something, and marks nothing.
+#: Words in the name of a number that counts or identifies something and is not a mark.
 _COUNTS = set("id ids idx index count num number size len length tokens token time epoch step version order rank position pos".split())
-#: Columns with which files mark rows that are not to be used: by true or 1, and by false or 0.
+#: Columns that mark rows as not to be used: by true or 1, and by false or 0.
 _LEFT_OUT = UNCLEAR - {"mask", "lossmask"} | set("drop dropped deleted isdeleted holdout heldout isholdout".split())
 _KEPT = set("include included keep kept use used active enabled".split())
-#: In words of an error: how a row says which of its parts are trained on.
+#: The end of error messages: how to mark the parts of a row that are trained on.
 HOW_MARKED = "write train: true or false into messages (format: chat)"
 _ELSEWHERE = ("tool_calls", "function_call", "tools", "functions")  # objects whose keys are a function's
 
@@ -88,7 +88,7 @@ def mark_of(message: dict, source: Source, where: str, problems: ErrorCollector,
 def row_mark(
     row: dict, read: set[str], source: Source, place: str, problems: ErrorCollector, how: str = HOW_MARKED
 ) -> tuple[bool | None, set[str]]:
-    """The same of a whole row, whose columns named in `read` are the format's. Of a row marked false nothing is trained on.
+    """The same for a whole row, whose columns named in `read` are the format's. Nothing of a row marked false is trained on.
 
     Columns by which rows are chosen are no mark of a row that is not to be used. `how`: in words, how rows
     of the format say which of their parts are trained on; {} is the column's name.
@@ -123,13 +123,13 @@ def row_mark(
 
 
 def rows_to_use(row: dict, read: set[str]) -> dict[str, Any]:
-    """The `where` that leaves out rows that are marked as this one is: not to be used, or with a bad answer."""
+    """The `where` that leaves out rows marked like this one: as not to be used, or as having a bad answer."""
     found = (_not_used(key, value, read) for key, value in row.items() if key not in read and value is not None)
     return {mark[0]: _other(mark[1]) for mark in found if mark}
 
 
 def _not_used(key: str, value: Any, chosen_by: Container[str]) -> tuple[str, Any, str] | None:
-    """The path at which a column marks its row as one that is not to be used, the value there, and what it may say; None where it does not."""
+    """(path, value, its meaning) of a mark in a column that the row is not to be used; None if there is none."""
     truth = _truth_of(value)
     if truth is not None and plain(key) in (_LEFT_OUT if truth else _KEPT):
         return key, value, "mark a row that is not to be used, and llmkd does not read it"
@@ -138,7 +138,7 @@ def _not_used(key: str, value: Any, chosen_by: Container[str]) -> tuple[str, Any
 
 
 def _truth_of(value: Any) -> bool | None:
-    """The truth of a flag, also of one that a table has as text; None of anything else."""
+    """The truth value of a flag, also if a table has it as text; None for anything else."""
     return (
         bool(value)
         if _is_flag(value)
@@ -154,7 +154,7 @@ def ignoring(source: Source, *names: str) -> str:
 
 
 def _unclear(key: str, value: Any) -> str | None:
-    """The key, or one inside its value, that may mark a turn and cannot be honoured; None where there is none."""
+    """The key, or a key inside its value, that may mark a turn in a way that cannot be honoured; None if there is none."""
     if plain(key) in UNCLEAR or _about_training(key):
         return key
     if has_sense(key, value):
@@ -170,7 +170,7 @@ def _about_training(key: str) -> bool:
 
 
 def _mask(key: str, value: Any) -> str | None:
-    """The column, or a key inside its value, that may say which parts of a row are trained on; None where there is none."""
+    """The column, or a key inside its value, that may say which parts of a row are trained on; None if there is none."""
     name, several = plain(key), isinstance(value, list | dict) or (isinstance(value, str) and plain(value) in _WHICH)
     if name in MASKS or (_about_training(key) and (several or _is_mark(value, words_of(key)))):
         return key
@@ -180,7 +180,7 @@ def _mask(key: str, value: Any) -> str | None:
 
 
 def _inside(key: str, value: Any, depth: int = 3) -> str | None:
-    """Where an object, or one in a list, has a mark that says that something is not trained on, or of which part: `meta.train`."""
+    """The path, such as `meta.train`, of a mark in an object, or in one of a list, that excludes something from training or names a part."""
     if not depth or not isinstance(value, dict | list) or key in _ELSEWHERE:
         return None
     for one in [value] if isinstance(value, dict) else value:
@@ -196,7 +196,7 @@ def _inside(key: str, value: Any, depth: int = 3) -> str | None:
 
 
 def _is_mark(value: Any, words: list[str]) -> bool:
-    """Whether a value may mark something: true and false, and 0 and 1 of a key that does not say that it counts or names."""
+    """Whether a value may be a mark: true or false, or 0 or 1 under a key that does not count or identify something."""
     return isinstance(value, bool) or (_is_flag(value) and not _COUNTS.intersection(words))
 
 
@@ -205,7 +205,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _other(value: Any) -> Any:
-    """The condition of `where` for the rows that do not have a value."""
+    """The condition of `where` for the rows without a value."""
     return {"not": value} if isinstance(value, str) else not value if isinstance(value, bool) else int(not value)
 
 

@@ -1,4 +1,4 @@
-"""Columns of a row that its format does not read: counted, and refused where they hold something that changes the meaning (`meanings.py`)."""
+"""Columns that a format does not read: they are counted, and refused if they change the meaning of the row (`meanings.py`)."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -28,7 +28,7 @@ def count_unread(row: dict, read: set[str], source: Source, place: str, problems
 
 
 def lost_columns(row: dict, read: Collection[str], source: Source) -> dict[str, Meaning]:
-    """The columns neither in `read` nor ignored in which a row keeps something that changes its meaning, and that what is read has no copy of."""
+    """The columns neither in `read` nor ignored that change a row's meaning, and of which the columns that are read hold no copy."""
     if source.path.startswith("builtin:"):  # its rows have columns for several formats
         return {}
     named = ((name, value) for name, value in row.items() if name not in read and name not in source.ignore and value is not None)
@@ -39,7 +39,7 @@ def lost_columns(row: dict, read: Collection[str], source: Source) -> dict[str, 
 
 
 def _advice(meaning: Meaning, name: str, row: dict, source: Source) -> str:
-    """What a column means, and the lines of the recipe that read it or leave it out."""
+    """The message on what a column means, with the lines of the recipe that read it or leave it out."""
     ways = []
     if settings := reading_settings(meaning, name, row, source):
         ways.append(f"set {settings}")
@@ -50,7 +50,7 @@ def _advice(meaning: Meaning, name: str, row: dict, source: Source) -> str:
 
 
 def reading_settings(meaning: Meaning, name: str, row: dict, source: Source) -> str | None:
-    """The settings with which the format reads the column as what it means; None where it has no column for it, or that is taken."""
+    """The settings by which the format reads the column with its meaning; None if it has no such column, or that is taken."""
     columns, row_format = FORMATS[source.format].columns, FORMATS[source.format]
     value = row[name]
     known = meaning.column in columns and (are_tools(value) if meaning.column == "tools" else isinstance(value, str))
@@ -63,7 +63,7 @@ def reading_settings(meaning: Meaning, name: str, row: dict, source: Source) -> 
 
 
 def note_unread(setting: str, source: Source, unread: Counter, rows: int, of: str = "of {}") -> None:
-    """One line that lists what was not read, the most frequent first; none for the built-in corpus, which has columns for several formats.
+    """One line that lists the columns that were not read, the most frequent first; none for the built-in corpus, whose columns are for several formats.
 
     `rows`: the number of rows that were counted; `of`: what they are.
     """

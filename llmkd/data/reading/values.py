@@ -1,4 +1,4 @@
-"""Values of a row: their types in words, and texts that are none."""
+"""Helpers for the values and names in a row."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import yaml
 
 @functools.lru_cache(4096)  # every row of a file has the same names
 def plain(name: str) -> str:
-    """A name without case, spaces, dashes and underscores: isTrainable and is_trainable are one."""
+    """A name without case, spaces, dashes and underscores: isTrainable and is_trainable become the same."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 
@@ -44,7 +44,7 @@ TOO_DEEP = f"nested too deeply; give it at most {MOST_LEVELS} levels"
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and objects lie more than `MOST_LEVELS` deep in `value`: a bound of our own, since the interpreter's may be moved by any library."""
+    """Whether lists and objects are nested more than `MOST_LEVELS` deep. Any library may change the interpreter's own limit."""
     level = [value]
     for _ in range(MOST_LEVELS):
         level = [
@@ -60,7 +60,7 @@ def too_deep(value: Any) -> bool:
 
 
 def parsed(value: Any) -> Any:
-    """What a text that is JSON says; any other value as it is."""
+    """The value of a JSON text; any other value unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def kind(value: Any) -> str:
 
 
 def opened(row: dict, names: Iterable[str]) -> dict:
-    """The row with what its objects hold as columns of their own, where one of `names` is a path into them: translation.de."""
+    """The row with columns for values inside its objects if one of `names` is a path to them, such as translation.de."""
     for name in names:
         while name not in row and (outer := next((one for one in row if name.startswith(f"{one}.") and isinstance(row[one], dict)), None)):
             inner = {f"{outer}.{key}": value for key, value in row[outer].items()}
@@ -84,7 +84,7 @@ def opened(row: dict, names: Iterable[str]) -> dict:
 
 
 def as_yaml(value: Any) -> str:
-    """A setting as a line of a recipe: names in quotes where they have to be."""
+    """A setting as a line of a recipe, with names in quotes if necessary."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{as_yaml(key)}: {as_yaml(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, tuple | list):

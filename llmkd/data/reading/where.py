@@ -20,7 +20,7 @@ from .problems import BadRow
 from .values import kind, opened
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
-_MOST = 1000  # different values of a column that are remembered, to be named where none is the right one
+_MOST = 1000  # different values of a column that are kept for the message if no row is chosen
 _HOLDS = {
     "above": lambda value, limit: value > limit,
     "at_least": lambda value, limit: value >= limit,
@@ -30,10 +30,10 @@ _HOLDS = {
 
 
 class Chosen:
-    """The rows of a source that its `where` chooses, one by one, with the number of those that were kept and left out so far."""
+    """Iterates over the rows of a source that its `where` chooses, and counts the rows that were kept and left out so far."""
 
     def __init__(self, source: Source, setting: str, texts: bool = False):
-        """`texts`: all values are text, as those of CSV files are."""
+        """`texts`: whether all values are text, as in CSV files."""
         self.texts = texts
         self.where, self.path, self.setting, self.source = source.where, source.path, setting, source
         self.kept = self.left_out = 0
@@ -41,7 +41,7 @@ class Chosen:
         self.seen: dict[str, Counter] = {column: Counter() for column in self.where}
 
     def records(self, found: Records) -> Records:
-        """The records that are chosen. One that cannot be compared stays in, and its `get` raises the reason."""
+        """The chosen records. A record that cannot be compared stays in, and its `get` raises the reason."""
         if not self.where:
             yield from found
             return
@@ -61,9 +61,9 @@ class Chosen:
                 yield place, get
 
     def _holds(self, row: dict, place: str) -> bool:
-        """Whether a row fulfils all conditions. BadRow where one of them cannot be compared."""
+        """Whether a row meets all conditions. BadRow if it cannot be compared with one."""
         from_csv = self.texts or place.rpartition(":")[0].lower().endswith(".csv")
-        absent = {one: None for one in self.where if isinstance(row.get(one.partition(".")[0]), dict)}  # as columnar files have null inside
+        absent = {one: None for one in self.where if isinstance(row.get(one.partition(".")[0]), dict)}  # columnar files have null there
         row = absent | opened(row, self.where)
         return all([self._one(row, column, asked, from_csv) for column, asked in self.where.items()])
 
@@ -97,7 +97,7 @@ class Chosen:
         return f"; did you mean {near[0]!r}?" if near else "; name a column that every row has"
 
     def refuse_none(self) -> None:
-        """UserError where rows were read and none is chosen, with the values that there are."""
+        """UserError if rows were read and none was chosen, with the values that they have."""
         if self.left_out and not self.kept:
             there = "; ".join(f"{column} is {_values_words(seen)}" for column, seen in self.seen.items())
             raise UserError(
@@ -106,7 +106,7 @@ class Chosen:
             )
 
     def report(self, of: str = "") -> None:
-        """One line with the rows that were kept and left out; none without conditions."""
+        """One line with the numbers of rows that were kept and left out; none without conditions."""
         if self.where:
             nulls = [f"{column} is null in {number:,}" for column, number in self.nulls.items() if number]
             info(
@@ -133,7 +133,7 @@ def _fulfils(value: Any, name: str, limit: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a row; NaN, with which pandas writes a missing number, as null."""
+    """A value of a row, with null for NaN, by which pandas writes a missing number."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, Decimal):
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(text: str, named: list) -> Any:
-    """A value of a CSV file as the type that it is compared with; as text where it is no such value."""
+    """A value of a CSV file as the type that it is compared with; as text if it does not have that type."""
     if text in named:
         return text
     if text == "":

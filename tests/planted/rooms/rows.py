@@ -149,8 +149,8 @@ FAULTS = [
         (
             "unseen-role",
             "ShareGPT's answers are not expected where the first row has none",
-            'return found | {"assistant": "gpt"} if',
-            "return found if",
+            'return found | {"assistant": "gpt"}',
+            "return found",
             SHAPES,
         ),
         (
