@@ -1,4 +1,4 @@
-"""After the arms of a sweep are trained: evaluate each with the harness, compare them, and write the report."""
+"""Evaluates the arms of a sweep with the harness after training, compares them and writes the report."""
 
 from pathlib import Path
 

@@ -14,12 +14,12 @@ from . import stats
 from .group_results import group_of, joined, read_group
 from .item_results import HELD_OUT, Measured, groups_of, read, seed_of, tasks_of
 
-#: What must be the same for two evaluations to have measured the same thing.
+#: Fields of a record that must be equal for two evaluations to have measured the same thing.
 CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
 #: Metrics of held-out rows, and whether higher is better; all but the last are compared unless others are asked for.
 HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "top1_agreement": True, "accuracy": True, "reverse_kl": False}
 _OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
-_OF_DISTRIBUTION = ("forward_kl", "reverse_kl")  # over fewer events they are smaller
+_OF_DISTRIBUTION = ("forward_kl", "reverse_kl")  # they are smaller over fewer events
 _ROUNDING = 1e-12
 
 
@@ -30,8 +30,8 @@ class Row:
     task: str
     metric: str
     arm: str
-    n: int  # items; on held-out rows the rows
-    value: float  # mean over items, or per target on held-out rows, of the mean over seeds
+    n: int  # items, or held-out rows
+    value: float  # the mean over seeds, averaged over items, or on held-out rows over targets
     stderr: float | None  # over items
     seeds: int
     seed_spread: float | None  # standard deviation of the value over seeds
@@ -44,13 +44,15 @@ class Row:
     family: int = 0  # their number
     test: str | None = None  # "McNemar", "permutation" or "permutation, exact"
     verdict: str = "baseline"  # or "no difference shown", "higher", "lower"
-    better: bool | None = None  # of a difference that is shown
+    better: bool | None = None  # None if no difference is shown
     within_one_stderr: bool | None = None
-    detectable: float | None = None  # the true difference that is shown with a probability of 80 %; None with too few items or no spread
+    detectable: float | None = (
+        None  # the true difference that would be shown with a probability of 80 %; None with too few items or no spread
+    )
     seed_interval: tuple[float, float] | None = None  # 95 % for the difference, over seeds
     seeds_matched: bool | None = None  # whether both arms have the same seeds
-    tasks: tuple[str, ...] | None = None  # of a group: those that it is the mean of
-    weighting: str | None = None  # of a group: "items", its tasks weigh by their items, or "tasks", each alike
+    tasks: tuple[str, ...] | None = None  # the tasks of a group
+    weighting: str | None = None  # of a group's tasks: "items", by their number of items, or "tasks", all alike
 
     @property
     def same(self) -> bool:
@@ -59,7 +61,7 @@ class Row:
 
     @property
     def not_over_seeds(self) -> bool:
-        """Whether the items show a difference and the seeds, where there are two or more, do not."""
+        """Whether the items show a difference and the seeds, if there are two or more, do not."""
         return self.verdict != "no difference shown" and bool(self.seed_interval) and self.seed_interval[0] <= 0 <= self.seed_interval[1]
 
 
@@ -71,7 +73,7 @@ def compare(
     common: bool = False,
     info: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Every arm against the baseline (the first where none is named), on the tasks that all have (`tasks`: just these).
+    """Every arm against the baseline (by default the first arm), on the tasks that all have, or only on `tasks`.
 
     An arm is a list of runs that differ in their seed. Its value for an item is the mean over its seeds, and the test asks whether
     the arms' means differ *on items like these, for these trained models*: items are drawn anew, seeds are not. More seeds make a
@@ -161,7 +163,7 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[
 
 
 def _measure(run: Path, task: str, info) -> Measured:
-    """A run's items of a task, with those metrics alone that are means over them: the record's value is recomputed."""
+    """A run's items of a task with the metrics that are means over items: those whose recorded value can be recomputed from them."""
     m = read(run, task)
     if task == HELD_OUT:
         if "agreement" in m.values:
@@ -181,7 +183,7 @@ def _measure(run: Path, task: str, info) -> Measured:
 def aligned(
     arms: dict[str, list[Path]], baseline: str, task: str, common: bool = False, info: Callable[[str], None] = lambda text: None
 ) -> dict[str, list[Measured]]:
-    """A task's results of all runs, with the same items in the same order. UserError names what differs."""
+    """The results of all runs on a task, with the same items in the same order. UserError names the differences."""
     measured = {arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}
     first = measured[baseline][0]
     every = [m for runs in measured.values() for m in runs]
@@ -239,7 +241,7 @@ def _ordered(m: Measured, keys: list) -> Measured:
 
 
 def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str, info) -> bool:
-    """Whether an arm has a metric in every seed, measured against the baseline's teacher where a teacher is part of it."""
+    """Whether an arm has a metric in every seed and, if the metric needs a teacher, with the baseline's teacher."""
     lacking = [str(m.run) for m in runs if metric not in m.values]
     if lacking:
         info(f"{task} {metric}: {arm} left out; {', '.join(lacking)} did not measure it")
@@ -320,7 +322,7 @@ def _against(row: Row, a: np.ndarray, b: np.ndarray, w, strata, total: float, se
 
 
 def _judged(row: Row, p: float, family: int) -> Row:
-    """The words, from the adjusted p alone."""
+    """The verdict in words, from the adjusted p value only."""
     verdict, better = "no difference shown", None
     if p < stats.LEVEL:
         verdict = "higher" if row.difference > 0 else "lower"
@@ -329,12 +331,12 @@ def _judged(row: Row, p: float, family: int) -> Row:
 
 
 def _detectable(row: Row, family: int) -> float | None:
-    """None where so few items cannot show anything, or where a spread of 0 tells nothing about other items."""
+    """The detectable difference. None if so few items cannot show any, or if a spread of 0 says nothing about other items."""
     error = row.difference_stderr
     if error is None or stats.least_p(row.n, family) >= stats.LEVEL or error <= _ROUNDING * max(abs(row.value), abs(row.difference)):
         return None
     least = stats.detectable(error, family)
-    return min(1.0, least) if row.test == "McNemar" else least  # answers that are 0 or 1 differ by no more
+    return min(1.0, least) if row.test == "McNemar" else least  # 0/1 answers cannot differ by more
 
 
 def _real(x: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Rows of a comparison as text for a terminal, as Markdown for a report, and as numbers."""
+"""Prints the rows of a comparison as text for a terminal, as Markdown for a report, and as numbers."""
 
 import math
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from .compare import Row
 from .group_results import WEIGHTINGS
 from .item_results import HELD_OUT
 
-#: What the words of a verdict mean. Shown under every table of the report and of `llmkd compare`.
+#: The meaning of a verdict's words. Shown under every table of the report and of `llmkd compare`.
 LEGEND = (
     'Better, worse: Holm\'s p is below 0.05. "No difference shown": it is not; a difference that is too small for these items may exist.',
     '"Shown 4 times in 5": a true difference of that size gives a Holm\'s p below 0.05 with a probability of 80 %.',
@@ -25,11 +25,11 @@ EXPLANATION = (
     "Holm's p is corrected for the comparisons of one task and metric, not for looking at several tasks and metrics.",
     "The tests resample items, so they are about these trained models. Only several seeds tell whether training again would give the same.",
 )
-_COLUMNS = 140  # names that would make a table wider than this stand on a line of their own
+_COLUMNS = 140  # names that would make a table wider get a line of their own
 
 
 def as_text(rows: list[Row]) -> str:
-    """One block for each task and metric, then what the columns mean."""
+    """One block for each task and metric, then an explanation of the columns."""
     out = []
     for block in blocks(rows):
         head, *body = cells(block)
@@ -45,7 +45,7 @@ def as_text(rows: list[Row]) -> str:
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The same in tables of Markdown."""
+    """The same as tables in Markdown."""
     out = []
     for block in blocks(rows):
         head, *body = cells(block)
@@ -82,7 +82,7 @@ def title(block: list[Row]) -> str:
 
 
 def cells(block: list[Row]) -> list[list[str]]:
-    """Head and lines of a table."""
+    """The head and the lines of a table."""
     d, seeds = digits(block), any(row.seeds > 1 for row in block)
     out = [["configuration", "value", *["seeds"] * seeds, "difference", "95 % interval", "p", "Holm's p", ""]]
     for row in block:
@@ -99,7 +99,7 @@ def cells(block: list[Row]) -> list[list[str]]:
 
 
 def remarks(block: list[Row]) -> list[str]:
-    """Below a table: how large a difference could have been seen, and what the seeds say."""
+    """The text below a table: the detectable difference, and what the seeds show."""
     d, out = digits(block), reach(block)
     for row in block:
         if row.seed_interval:
@@ -110,7 +110,7 @@ def remarks(block: list[Row]) -> list[str]:
 
 
 def reach(block: list[Row]) -> list[str]:
-    """How large a difference could have been seen."""
+    """The sentence on the difference that could have been detected."""
     others = [row for row in block if row.difference is not None]
     if none := too_few(others):
         return [none]
@@ -138,7 +138,7 @@ def too_few(others: list[Row]) -> str:
 
 
 def digits(block: list[Row]) -> int:
-    """Decimals that show two digits of the smallest standard error of a difference; four at least."""
+    """The decimals that show two digits of the smallest standard error of a difference, at least four."""
     errors = [row.difference_stderr for row in block if row.difference_stderr]
     return min(8, max(4, 1 - math.floor(math.log10(min(errors))))) if errors else 4
 

@@ -1,4 +1,4 @@
-"""The best of several arms against the best of several others, chosen by one half of the items and compared on the other half, both ways round.
+"""Compares the best of several arms with the best of several others: chosen on one half of the items and compared on the other, and vice versa.
 
 Arms that are chosen by the very items that they are compared on look better than they are. Here no item is compared between arms that it
 helped to choose (sample splitting with both halves used, as cross-fitting in Chernozhukov et al. 2018, section 3).
@@ -18,7 +18,7 @@ FIRST, SECOND = "first", "second"
 
 @dataclass(frozen=True)
 class CrossFit:
-    """`row`: the second side's choices against the first's, over all items. `chosen`: by each half, the arm of the first side and of the second."""
+    """`row`: the second side's choices compared with the first's, over all items. `chosen`: for each half, the arms of both sides that it chose."""
 
     row: Row
     chosen: tuple[tuple[str, str], tuple[str, str]]
@@ -27,7 +27,7 @@ class CrossFit:
 def cross_fit(
     first: dict[str, list[Path]], second: dict[str, list[Path]], task: str, metric: str, higher_is_better: bool
 ) -> CrossFit | None:
-    """Each side is runs by arm. None where the arms of a side have no seed in common (or one twice), or a half has no items.
+    """Each side is {arm: runs}. None if the arms of a side have no seed in common (or one twice), or a half has no items.
 
     UserError where the runs were not measured on the same items.
     """
@@ -56,7 +56,7 @@ def cross_fit(
 
 
 def halves(measured: Measured) -> np.ndarray:
-    """[items] which half each item is in: by its content, whatever the order; items of one row of data are in the half of their first."""
+    """The half of each item [items], which depends on its content and not on the order. All items of a row of data are in the half of the first."""
     first: dict[str, str] = {}
     names = [str(key[:-1]) for key in measured.keys]  # without the number of the occurrence
     names = [first.setdefault(group, name) for group, name in zip(measured.groups or names, names, strict=True)]

@@ -16,7 +16,7 @@ LEVEL = 0.05
 POWER = 0.8
 _EXACT = 20  # differences: 2^19 sums, 4 MiB
 _CELLS = 1 << 22  # random numbers held at once
-_FEW = 64  # different values: then resampling is drawing how often each occurs
+_FEW = 64  # different values; with fewer, resampling draws how often each occurs
 
 
 def ratio_stderr(x: np.ndarray, w: np.ndarray | None = None, strata: np.ndarray | None = None) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def ratio_stderr(x: np.ndarray, w: np.ndarray | None = None, strata: np.ndarray 
 
 
 def strata_variances(x: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each stratum (task of a group) adds to the variance of mean(x), n_t s_t² / n², and its number of items n_t; NaN for one item.
+    """The share of each stratum (task of a group) in the variance of mean(x), n_t s_t² / n², and its number of items n_t; NaN for a single item.
 
     Items are drawn within their task, tasks are not drawn, and their means are independent (stratified sampling: Cochran, section 5.4,
     without the finite population's correction). A mean of tasks that weigh otherwise than by their items is one of x times item weights.
@@ -97,7 +97,7 @@ def paired_difference(
 
 
 def _of_strata(d: np.ndarray, strata: np.ndarray) -> tuple[int, float]:
-    """Degrees of freedom, and by what factor the standard error is above that of the bootstrap, which has (n_t - 1) / n_t of each variance."""
+    """(degrees of freedom, ratio of the standard error to that of the bootstrap, which has (n_t - 1) / n_t of each variance)."""
     v, n = strata_variances(d, strata)
     if not v.sum():
         return int(n.sum() - len(n)), 1.0
@@ -134,9 +134,9 @@ def sign_flip(d: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple
     d = d[np.abs(d) > 1e-12 * np.abs(d).max(initial=0)]
     if not len(d):
         return 1.0, True
-    enough = abs(d.sum()) - 1e-10 * np.abs(d).sum()  # sums in another order differ in their last digits
+    enough = abs(d.sum()) - 1e-10 * np.abs(d).sum()  # the last digits of a sum depend on its order
     if len(d) <= _EXACT:
-        sums = d[:1]  # its sign may stay: |sum| is the same for the mirrored pattern
+        sums = d[:1]  # with its own sign only, as the mirrored pattern has the same |sum|
         for x in d[1:]:
             sums = np.concatenate([sums + x, sums - x])
         return float((np.abs(sums) >= enough).mean()), True
@@ -169,7 +169,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     k = np.arange(few)
     logs = np.concatenate([[0.0], np.cumsum(np.log((n - k) / (k + 1)))]) - n * math.log(2)  # of C(n, k) / 2^n, k = 0 .. few
     p = 2 * math.exp(logs.max()) * np.exp(logs - logs.max()).sum()
-    return float(min(1.0, max(p, sys.float_info.min)))  # small beyond a float is not 0
+    return float(min(1.0, max(p, sys.float_info.min)))  # too small for a float, but not 0
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ def seed_spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def seed_interval(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[float, float] | None:
-    """95 % interval of mean(a) - mean(b), a metric of two arms' seeds, by Student's t; None where an arm has one seed.
+    """95 % interval of mean(a) - mean(b), a metric of two arms' seeds, by Student's t; None if an arm has only one seed.
 
     Paired (the same seeds in the same order): mean ± t(k - 1) sd(a - b) / sqrt(k). Otherwise Welch's: standard error
     sqrt(se_a² + se_b²), degrees of freedom by Welch and Satterthwaite, rounded down. Two seeds give t(1) = 12.7: next to nothing is shown.
@@ -237,7 +237,7 @@ def t_quantile(level: float, df: int) -> float:
 
 
 def least_p(n: int, family: int = 1) -> float:
-    """The smallest Holm's p that n items can give in a family: all differ one way, which one sign pattern of 2^(n - 1) does.
+    """The smallest p value by Holm's method that n items can give in a family: all differ in one direction, as in one of 2^(n - 1) sign patterns.
 
     Holm multiplies the smallest p of a family by its size, and none comes out below that one.
     """

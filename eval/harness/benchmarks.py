@@ -38,7 +38,7 @@ def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | No
 
 
 def find_groups(names: list[str], tasks_dir: Path | str | None, fewshot: int | None) -> dict:
-    """{name: the harness's group} of those among the names, and in their groups, that have a mean. Their tasks are those of `find_tasks`."""
+    """{name: the harness's group} of the groups with a mean among the names, and inside these groups. Their tasks are those of `find_tasks`."""
     tasks_dir, found = _task_folder(tasks_dir), {}
     for name in names:
         found |= {group.name: group for group in _load(name, tasks_dir, fewshot)[1].values() if group.has_aggregation}
@@ -47,7 +47,7 @@ def find_groups(names: list[str], tasks_dir: Path | str | None, fewshot: int | N
 
 @functools.cache
 def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> tuple[dict, dict]:
-    """Tasks and groups. Kept for the next model; apart for each number of examples, which the harness writes into the task."""
+    """Tasks and groups, kept for the next model. There is one set for each number of examples, since the harness writes that into the task."""
     _quiet()
     known = _index_with(name, tasks_dir)
     try:
@@ -85,7 +85,7 @@ def _index_with(name: str, tasks_dir: Path | None):
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
-    if name == "held_out":  # what compare and report call them
+    if name == "held_out":  # the name of these rows in compare and report
         return UserError(
             f"--tasks: {name}: a run measures its held-out rows itself, so there is nothing to evaluate; llmkd compare RUN RUN and llmkd report "
             "SWEEP read them"
@@ -96,7 +96,7 @@ def _unknown(name: str, known: list[str]) -> UserError:
 
 
 def _names_unless_written(name: str) -> list[str] | None:
-    """The names of the harness's tasks where none of its task files holds this text, which is known much sooner than its index. Else None."""
+    """The names of the harness's tasks if none of its task files contains this text, else None. This is much faster than the harness's index."""
     found: set[str] = set()
     for folder, _, files in os.walk(own_tasks()):
         for file in files:
@@ -129,7 +129,7 @@ def _task_folder(tasks_dir: Path | str | None) -> Path | None:
 
 
 def shots(task, asked: int | None) -> int:
-    """How many examples the harness will give: a task that says 0 itself keeps it."""
+    """The number of few-shot examples that the harness will give: a task that sets 0 itself keeps it."""
     own = task.get_config("num_fewshot")
     return own or 0 if asked is None or own == 0 else asked
 
@@ -154,5 +154,5 @@ def _quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if (loaded := sys.modules.get("datasets")) and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
-        loaded.disable_progress_bars()  # it read the variable when it was imported
+        loaded.disable_progress_bars()  # it has read the variable at its import
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from .groups import write_groups
 from .model_refs import ModelToEvaluate, find_models, tokenizer_of, weights_of
 from .samples import in_words, items_of, record_of
 
-CPU_BATCH = 8  # for "auto", which measures what fits into a GPU's memory
+CPU_BATCH = 8  # in place of "auto", which measures the size that fits into a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Options:
     limit: int | None = None  # the first items only
     batch_size: int | str = "auto"
     seed: int | None = None  # None: the harness's own seeds
-    dtype: str | None = None  # None: as the model was trained, or is saved
-    force: bool = False  # evaluate again what has a record
-    chat_template: bool = False  # prompts are rendered in the model's chat template, few-shot examples as turns of it
+    dtype: str | None = None  # None: the type in which the model was trained or is saved
+    force: bool = False  # evaluate tasks again that have a record
+    chat_template: bool = False  # render prompts by the model's chat template, with few-shot examples as turns
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -53,7 +53,7 @@ class SomeFailed(UserError):
 
 
 def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, allow_task_code=False, **options) -> dict[str, dict]:
-    """One model's records by task, new ones and those that were there already. `options` are those of `Options`."""
+    """{task: record} of one model, with new records and those that it already had. `options`: fields of `Options`."""
     return evaluate_all([str(model)], tasks, tasks_dir=tasks_dir, out=out, allow_task_code=allow_task_code, **options)[str(model)]
 
 
@@ -88,7 +88,7 @@ def evaluate_all(
 
 
 def _known(ref: ModelToEvaluate, tasks: dict, options: Options) -> dict[str, dict | None]:
-    """What is there of each task: its record, or None where it is to be evaluated. UserError where other settings are there."""
+    """{task: its record, or None if it is to be evaluated}. UserError for a record with other settings."""
     found, problems = {}, []
     for name, task in tasks.items():
         record = None if options.force else record_files.read_record(ref.out, name)
@@ -146,7 +146,7 @@ def _settings(ref: ModelToEvaluate, task, options: Options) -> dict:
 
 
 class _Work:
-    """The evaluations that are left, one model in memory at a time."""
+    """Runs the evaluations that are left, with one model in memory at a time."""
 
     def __init__(self, tasks: dict, options: Options, accelerator, stop: ShutdownRequest, left: int):
         self.tasks, self.options, self.accelerator, self.stop = tasks, options, accelerator, stop
@@ -176,7 +176,7 @@ class _Work:
             torch.cuda.empty_cache()
 
     def load(self, ref: ModelToEvaluate):
-        """The model as it was trained, whatever its head's padding, for the harness."""
+        """The model as it was trained, without the padding of its head, for the harness."""
         from llmkd.data.encoding.tokenizer import shared_vocab
         from llmkd.model_folder.files import rows_of
         from llmkd.models import adapters, pretrained
@@ -198,13 +198,13 @@ class _Work:
         return LiveModel(model.eval(), tokenizer, batch, self.accelerator, self.stop)
 
     def run(self, live, ref: ModelToEvaluate, name: str) -> dict:
-        """One task for one model: evaluated, written, said; the record on all processes."""
+        """Evaluates one task for one model, writes and reports the result. Returns the record on all processes."""
         import lm_eval
 
         started, options = time.monotonic(), self.options
         live.truncated, live.no_system = set(), False
         try:
-            with contextlib.redirect_stdout(io.StringIO()), without_asides():  # its notes on batch sizes
+            with contextlib.redirect_stdout(io.StringIO()), without_asides():  # the harness's notes on batch sizes
                 found = lm_eval.simple_evaluate(
                     live,
                     tasks=[self.tasks[name]],
@@ -233,7 +233,7 @@ class _Work:
         return record
 
     def shared(self, values: list) -> list:
-        """The first process's values, on all."""
+        """The values of the first process, on all processes."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -263,7 +263,7 @@ class _Work:
 
 
 def without_asides():
-    """simple_evaluate would ask git (whose complaint is printed) and pip list after every task, for what our record does not keep."""
+    """Keeps simple_evaluate from calling git (whose error is printed) and pip list after every task, for facts that llmkd's record does not have."""
     from unittest.mock import patch
 
     return patch.multiple("lm_eval.evaluator", create=True, get_git_commit_hash=lambda: None, add_env_info=lambda _: None)

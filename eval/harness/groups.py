@@ -1,4 +1,4 @@
-"""The means of groups of tasks, as the harness defines them; and what results say of a group, for comparisons."""
+"""The means of groups of tasks, as the harness defines them, and records of groups for comparisons."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from .benchmarks import harness_version
 
 
 def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
-    """A row for each group and metric that the harness takes a mean of: value and standard error over its tasks.
+    """A row for each group and metric with a mean in the harness: value and standard error over its tasks.
 
     groups   the harness's groups, of `benchmarks.find_groups`
     records  one model's records by task
@@ -49,7 +49,7 @@ def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
 
 
 def write_groups(folder: Path, groups: dict[str, Any], records: dict[str, dict]) -> None:
-    """Beside one model's results a file for each group whose tasks all have a record: its tasks, and which metrics it takes the mean of, how."""
+    """Write a file beside a model's results for each group whose tasks all have a record: its tasks, and the metrics and weights of its mean."""
     rows = group_means(groups, records)
     for name, group in groups.items():
         names = [task.task_name for task in group.get_all_tasks()]
@@ -60,7 +60,7 @@ def write_groups(folder: Path, groups: dict[str, Any], records: dict[str, dict])
 
 
 def _of(wanted, key: str) -> bool:
-    """Whether a group's metric is one that this part of its definition asks for."""
+    """Whether this part of a group's definition asks for a metric."""
     metric, comma, how = key.partition(",")
     return bool(comma) and metric == wanted.metric and (wanted.filter_list is None or how in wanted.filter_list)
 

@@ -16,7 +16,7 @@ from .samples import request_key
 
 
 class LiveModel(HFLM):
-    """HFLM on `model` as it is: no resized embeddings, no weights tied anew.
+    """HFLM on `model` as it is: embeddings are not resized, and weights not tied again.
 
     To the harness it is one process. Each process of the launch answers the requests of its share of the documents and gets the
     others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
@@ -52,13 +52,13 @@ class LiveModel(HFLM):
         if longest > self.max_length:
             raise UserError(f"an answer has {longest} tokens, and the model's context holds {self.max_length}")
         for words, context, continuation in requests:
-            if words is not None and len(context) + len(continuation) > self.max_length + 1:  # a piece of a rolling text has no words
+            if words is not None and len(context) + len(continuation) > self.max_length + 1:  # parts of a rolling text come without words
                 self.truncated.add(request_key(words))
         return super()._loglikelihood_tokens(requests, **options)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """As in training: in a process of its own, with a fixed date. `no_system` is set where the template takes no system message."""
-        if not add_generation_prompt:  # the harness begins the answer itself
+        """Rendered as in training: in a separate process, with a fixed date. `no_system` is set if the template takes no system message."""
+        if not add_generation_prompt:  # the harness writes the beginning of the answer itself
             return super().apply_chat_template(chat_history, add_generation_prompt)
         template, tokens = self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
         try:
@@ -71,7 +71,7 @@ class LiveModel(HFLM):
             return rendered(template, tokens, rest)
 
     def get_model_info(self):
-        """Said by our own record; the harness would ask the hub for a model of this object's name."""
+        """Left to llmkd's record. The harness would ask the hub for a model with this object's name."""
         return {}
 
     def _shared(self, answer, requests):
@@ -86,7 +86,7 @@ class LiveModel(HFLM):
                 problem = _in_words(error)
                 if problem is None and ranks == 1:
                     raise
-                problem = problem or f"{type(error).__name__}: {error}"  # the other processes wait for it
+                problem = problem or f"{type(error).__name__}: {error}"  # raised later, since the other processes wait for this one
         if ranks > 1:
             from accelerate.utils import gather_object
 
@@ -102,7 +102,7 @@ class LiveModel(HFLM):
 
 @contextlib.contextmanager
 def _weights_as_they_are(model):
-    """HFLM calls `tie_weights`, which was done at loading, and which on an adapted head or embedding might undo what was loaded."""
+    """Keeps HFLM from calling `tie_weights`: loading has done it, and with an adapted head or embedding it might undo what was loaded."""
     model.tie_weights = lambda *_, **__: None
     try:
         yield
@@ -117,7 +117,7 @@ def _in_words(error: Exception) -> str | None:
 
 
 class _Progress:
-    """A cache hook, which HFLM tells of every answer: a bar, or now and then a line where the console is a file. Stops on a signal."""
+    """A cache hook, which HFLM calls for every answer: it shows a progress bar, or prints lines if the console is a file, and stops on a signal."""
 
     def __init__(self, total: int, stop):
         from tqdm import tqdm

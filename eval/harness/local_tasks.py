@@ -1,4 +1,4 @@
-"""Task files that give lm-evaluation-harness its own tasks with their data from a local folder.
+"""Writes task files by which lm-evaluation-harness reads the data of its own tasks from a local folder.
 
 Each includes the task that is installed with the harness, so that prompt, choices, metrics and version are the genuine ones, and
 overrides only where the data comes from. The harness wants absolute paths in them, so they are made for each machine.
@@ -17,7 +17,7 @@ from llmkd.output.run_folder import refuse_unwritable
 
 from .benchmarks import own_tasks
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # the names in `datasets`
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
 
 
@@ -35,7 +35,7 @@ def _is_commonsense_qa(row: dict) -> bool:
     return {"question", "answerKey"} <= row.keys() and isinstance(choices, dict) and choices.get("label") == list("ABCDE")
 
 
-#: Each task's file among the harness's own, and how a row of its data is known.
+#: {task: (its file among the harness's own, a test for rows of its data)}.
 TASKS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1.yaml", _is_truthfulqa),
     "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", _is_truthfulqa),
@@ -76,16 +76,16 @@ def _task_file(task: str, splits: dict[str, list[Path]], installed: Path) -> str
         "include": str(installed / TASKS[task][0]),
         "task": task,
         "dataset_path": _READERS[splits["validation"][0].suffix.lower()],
-        "dataset_name": None,  # some name a configuration of the hub's data set
+        "dataset_name": None,  # some tasks name a configuration of the hub's data set
         "dataset_kwargs": {"data_files": kept},
     }
     if "train" not in splits:
-        fields["training_split"] = None  # few-shot examples then come from the validation rows, the one in question left out
+        fields["training_split"] = None  # few-shot examples then come from the validation rows, without the row in question
     return "# Written by llmkd tasks for this machine.\n" + yaml.safe_dump(fields, sort_keys=False)
 
 
 def _split(path: Path) -> str:
-    """By the words of its name and folders; a file that names no split is the validation data."""
+    """The split of a file by the words of its name and folders; validation if they name none."""
     words = set(re.split(r"[^a-z]+", path.as_posix().lower()))
     return "train" if words & {"train", "training"} else "test" if "test" in words else "validation"
 

@@ -19,7 +19,7 @@ from llmkd.output.run_folder import refuse_unwritable
 class ModelToEvaluate:
     name: str  # as it was given
     files: ModelFiles
-    settings: Teacher  # how it is loaded: type and quantisation as it was trained
+    settings: Teacher  # the settings to load it: type and quantisation as in training
     identity: dict  # the `model` of its records
     out: Path  # the folder for them
 
@@ -27,8 +27,8 @@ class ModelToEvaluate:
 def find_models(
     names: list[str], out: str | Path | None = None, dtype: str | None = None, chat_template: bool = False
 ) -> list[ModelToEvaluate]:
-    """Each model's files and where its results go; UserError where a model, its chat template or a place to write to is missing."""
-    located = [_locate(name) for name in names]  # all of them, before the first one's weights are read
+    """Each model's files and the folder for its results. UserError if a model or its chat template is missing, or the folder cannot be written."""
+    located = [_locate(name) for name in names]  # all models are located before the weights of the first are read
     templates = [
         {"chat_template": _template(files, name)} if chat_template else {} for name, (*_, files) in zip(names, located, strict=True)
     ]
@@ -45,7 +45,7 @@ def find_models(
 
 
 def refuse_missing(names: list[str], out: str | Path | None) -> None:
-    """UserError for a local model or run that is not there, and for a place that cannot be written to. Nothing is hashed or downloaded."""
+    """UserError for a missing local model or run, and for a folder that cannot be written to. Nothing is hashed or downloaded."""
     for name in names:
         refuse_mistyped_folder(name, "eval")
         folder, run = _folder(name)
@@ -55,12 +55,12 @@ def refuse_missing(names: list[str], out: str | Path | None) -> None:
 
 
 def weights_of(files: ModelFiles) -> str:
-    """A fingerprint of base and adapter, weights and configurations. The files are read whole, unless they were before."""
+    """A fingerprint of the weights and configurations of base and adapter. The files are read whole unless their hashes are known."""
     return "+".join(f"{fingerprint(folder, 'eval')}.{config_hash(folder, 'eval')}" for folder in (files.base, files.adapter) if folder)
 
 
 def tokenizer_of(files: ModelFiles, name: str):
-    """The tokenizer of a model, or of its adapter where that has one."""
+    """The tokenizer of a model, or of its adapter if that has one."""
     from llmkd.data.encoding.tokenizer import load_tokenizer
 
     own = files.adapter and (files.adapter / "tokenizer.json").exists()
@@ -68,7 +68,7 @@ def tokenizer_of(files: ModelFiles, name: str):
 
 
 def _template(files: ModelFiles, name: str) -> str:
-    """A hash of the model's chat template. UserError where it has none."""
+    """A hash of the model's chat template. UserError if it has none."""
     tokenizer = tokenizer_of(files, name)
     if not tokenizer.chat_template:
         raise UserError(f"--chat_template: the tokenizer of {name} has no chat template; leave it out, or evaluate a model that has one")
@@ -76,13 +76,13 @@ def _template(files: ModelFiles, name: str) -> str:
 
 
 def _locate(name: str) -> tuple[Path, Path | None, ModelFiles]:
-    """A model's folder, the run that it is of, and its files. UserError where they are missing."""
+    """(folder, run, files) of a model. UserError if they are missing."""
     folder, run = _folder(name)
     return folder, run, find(str(folder) if folder.is_dir() else name, "eval")
 
 
 def _folder(name: str) -> tuple[Path, Path | None]:
-    """A model's folder and the run that it is of, by its name. UserError for a run that has none."""
+    """(folder, run) of a model by its name. UserError for a run without a model."""
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
         is_model = any((folder / config).exists() for config in ("config.json", "adapter_config.json"))
@@ -96,7 +96,7 @@ def _folder(name: str) -> tuple[Path, Path | None]:
 def _find(
     name: str, folder: Path, run: Path | None, files: ModelFiles, out: Path | None, several: bool, dtype: str | None
 ) -> ModelToEvaluate:
-    """UserError where a file of the model is not what the record beside it says."""
+    """UserError if a file of the model does not match the record beside it."""
     from llmkd.models.saved_student import as_trained
 
     settings = as_trained(files.adapter) if files.adapter else Teacher(model=str(files.base))
@@ -123,7 +123,7 @@ def _find(
 
 
 def _base(name: str, kind: str, folder: Path, run: Path | None) -> str | None:
-    """The model that it was made from, as far as that is written down beside it; a base is its own."""
+    """The model that a model was made from, if the files beside it say so; for a base the base itself."""
     adapter = (folder if kind == "adapter" else folder.parent / "adapter") / "adapter_config.json"
     if kind == "full" and (run / "recipe.yaml").exists():
         return read_placed(run / "recipe.yaml").get("student", {}).get("model")

@@ -55,9 +55,9 @@ def write_group(folder: Path, record: dict) -> None:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """In which of the settings that matter two records differ, in words."""
+    """A description of the settings that matter in which two records differ."""
     pairs = [(name, then, here) for name in SAME if (then := _at(before, name)) != (here := _at(now, name))]
-    if "chat_template" in [name for name, *_ in pairs]:  # then so does which
+    if "chat_template" in [name for name, *_ in pairs]:  # then the templates differ too
         pairs = [pair for pair in pairs if pair[0] != "model.chat_template"]
     return [f"{name} {in_words(name, then)} there and {in_words(name, here)} now{_why(name, then)}" for name, then, here in pairs]
 
@@ -85,7 +85,7 @@ def _at(record: dict, dotted: str):
 
 
 def _path(place: Path | str, task: str, ending: str) -> Path:
-    """In the folder itself, or in `eval` of a run's folder."""
+    """The path of a task's file: in the folder itself, or in `eval` of a run's folder if it is there."""
     name = f"{_name(task)}.{ending}"
     return inside if (inside := Path(place) / "eval" / name).exists() else Path(place) / name
 

@@ -7,17 +7,17 @@ from llmkd.errors import UserError
 
 
 def request_key(arguments: tuple) -> tuple:
-    """A request's identity: its text, and the continuation where there is one."""
+    """A request's identity: its text and the continuation, if there is one."""
     return tuple(part for part in arguments if isinstance(part, str))
 
 
 def in_words(metric: dict) -> str:
-    """A metric with its standard error, where it has one."""
+    """A metric with its standard error, if it has one."""
     return f"{metric['value']:.4f}" + ("" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}")
 
 
 def record_of(found: dict, name: str, items: list[dict], settings: dict, seconds: float) -> dict:
-    """A task's record out of what the harness returned."""
+    """A task's record from the result of the harness."""
     values, better = found["results"][name], found["higher_is_better"].get(name, {})
     metrics = {}
     for key, value in values.items():
@@ -40,7 +40,7 @@ def record_of(found: dict, name: str, items: list[dict], settings: dict, seconds
 
 
 def items_of(samples: list[dict], truncated: set) -> list[dict]:
-    """One item a document out of the harness's samples, of which there is one for each way to read an answer (filter)."""
+    """One item for each document, from the harness's samples, of which a document has one for each filter (way to read an answer)."""
     items: dict[int, dict] = {}
     for sample in samples:
         requests = [request_key(arguments) for arguments in sample["arguments"]]
@@ -54,7 +54,7 @@ def items_of(samples: list[dict], truncated: set) -> list[dict]:
         }
         item = items.setdefault(sample["doc_id"], item)
         for metric in sample["metrics"]:
-            if isinstance(sample[metric], int | float):  # some are pairs that only their aggregate makes a number of
+            if isinstance(sample[metric], int | float):  # others are pairs, which only the aggregate turns into a number
                 item["metrics"][_metric(metric, sample["filter"])] = float(sample[metric])
         answers = [answers[0] for answers in sample["resps"]]
         if all(isinstance(answer, tuple | list | float) for answer in answers):

@@ -1,4 +1,4 @@
-"""What runs Python in a folder of task files: found before the harness reads them, and refused unless it is asked for."""
+"""Finds Python code that task files would run, before the harness reads them, and refuses it unless it is allowed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ _PLAIN = "tag:yaml.org,2002:"
 
 
 def refuse_task_code(folder: Path, harness: Path) -> None:
-    """UserError where a task file in the folder, or one that it includes, has Python run that is not the harness's own.
+    """UserError if a task file in the folder, or one that it includes, would run Python that is not the harness's own.
 
     harness  the folder of the installed harness, whose own files may be included whatever they hold
     """
@@ -23,14 +23,14 @@ def refuse_task_code(folder: Path, harness: Path) -> None:
 
 
 def _code_in(path: Path, harness: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
-    """(file:line, what is there) of everything in a file and those it includes that runs Python."""
+    """(file:line, the code) of everything that runs Python in a file and in those that it includes."""
     path = path.resolve()
     if path in seen or path.is_relative_to(harness):
         return
     seen.add(path)
     try:
         root = yaml.compose(read_file(path), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError):  # the harness says what is wrong with it, if it is a task that is asked for
+    except (OSError, yaml.YAMLError):  # the harness reports the error if the task is asked for
         return
     for node in _nodes(root, set()):
         where = f"{path}:{node.start_mark.line + 1}"
@@ -53,7 +53,7 @@ def _code_in(path: Path, harness: Path, seen: set[Path]) -> Iterator[tuple[str, 
 
 
 def _nodes(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
-    """A node and all below it, each once, since an anchor may stand in several places."""
+    """A node and all nodes below it, each once, since an anchor may occur in several places."""
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
@@ -68,7 +68,7 @@ def _nodes(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
 
 
 def sandbox_templates() -> None:
-    """Have the harness render the templates of task files in Jinja's sandbox, from which they reach no Python."""
+    """Make the harness render the templates of task files in Jinja's sandbox, which gives them no access to Python."""
     import jinja2.sandbox
     from lm_eval import utils
 

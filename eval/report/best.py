@@ -1,4 +1,4 @@
-"""The head of a sweep's report: the best arm, and the best distilled arm against the best plain one, each at its own best settings."""
+"""The first part of a sweep's report: the best arm, and the best distilled arm compared with the best plain one, each at its own best settings."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Best:
 
 
 def find_best(sweep: SweepFolder, rows: list[Row]) -> list[Best]:
-    """One for each task and metric that has a direction, of the arms that were measured on the same rows as the baseline."""
+    """The best arms for each task and metric with a direction, among the arms measured on the same rows as the baseline."""
     out = []
     for block in blocks(rows):
         known = [row for row in block if _known(sweep, row)]
@@ -56,7 +56,8 @@ def _pair(sweep: SweepFolder, plain: Row | None, distilled: Row | None) -> Row |
 
 
 def find_cross_fit(sweep: SweepFolder, rows: list[Row], one: Best) -> CrossFit | None:
-    """The best distilled arm against the best plain one, each chosen by the half of the rows that it is not compared on. None: there is no such comparison, as of a group of tasks."""
+    """The best distilled arm against the best plain one, each chosen on the half of the rows that it is not compared on. None if there is no
+    such comparison, as for a group of tasks."""
     block = [row for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric) and _known(sweep, row)]
     plain, distilled = (
         {row.arm: [run.folder for run in sweep.arms[row.arm].done] for row in block if sweep.arms[row.arm].distils == kind}
@@ -71,7 +72,7 @@ def find_cross_fit(sweep: SweepFolder, rows: list[Row], one: Best) -> CrossFit |
 
 
 def cross_fit_sentence(one: Best, fit: CrossFit) -> Text:
-    """One line: the difference of arms that were chosen by other rows, and which these were."""
+    """One line with the difference between arms that were chosen on other rows, and the chosen arms."""
     d, row = min(one.digits, 5), fit.row
     seeds = "" if not row.seed_interval else f", over {row.seeds} seeds {interval_text(row.seed_interval, d)}"
     numbers = f" ({row.difference:+.{d}f}, 95 % {interval_text(row.interval, d)}{seeds}, p {p_text(row.p)}). "
@@ -84,7 +85,7 @@ def cross_fit_sentence(one: Best, fit: CrossFit) -> Text:
 
 
 def headline(sweep: SweepFolder, rows: list[Row]) -> list:
-    """Blocks of the report: the best arms by every metric, and what stands against believing them. Empty where nothing is compared."""
+    """Blocks of the report: the best arms by every metric, with caveats. Empty if nothing is compared."""
     found = find_best(sweep, rows)
     if not found:
         return []
@@ -108,7 +109,7 @@ def headline(sweep: SweepFolder, rows: list[Row]) -> list:
 
 
 def best_sentence(sweep: SweepFolder, one: Best) -> Text:
-    """One line: the best arm by a metric, and the best of the other kind against it."""
+    """One line: the best arm by a metric, compared with the best of the other kind."""
     d, pair = min(one.digits, 5), one.pair
     out: list[str | Span] = [label(one.best.task, one.best.metric), ": ", *_named(sweep, one.best), f" is the best ({one.best.value:.{d}f}"]
     if pair is None:
@@ -136,7 +137,7 @@ def _judged(row: Row) -> Text:
 
 
 def _named(sweep: SweepFolder, row: Row) -> list[str | Span]:
-    """The arm, with its learning rate where the arms differ in it and its name does not say it."""
+    """The arm's name, with its learning rate if the arms differ in it and the name does not have it."""
     rates, own = {_lr(arm) for arm in sweep.arms.values()}, _lr(sweep.arms[row.arm])
     return [Span(row.arm), f" at lr {own:g}" if own and len(rates) > 1 and "lr-" not in row.arm else ""]
 
@@ -147,7 +148,7 @@ def _lr(arm: Arm) -> float | None:
 
 
 def baseline_at_its_best(sweep: SweepFolder, rows: list[Row], one: Best) -> list:
-    """A warning if an arm that differs from the baseline in optimizer settings alone is better by that metric."""
+    """A warning if an arm that differs from the baseline only in optimizer settings is better by that metric."""
     base = sweep.arms[sweep.baseline]
     block = [row for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric)]
     alike = [row for row in block if _without_optimizer(sweep.arms[row.arm]) == _without_optimizer(base)]
@@ -170,7 +171,7 @@ def _without_optimizer(arm: Arm) -> dict:
 
 
 def learning_rates(sweep: SweepFolder, one: Best) -> list:
-    """What is not known about the best learning rate of the two that are compared."""
+    """A caveat on the best learning rates of the two arms that are compared."""
     items: list[Text] = []
     for kind, row in (("distilled", one.distilled), ("plain", one.plain)) if one.pair else ():
         arm = sweep.arms[row.arm]

@@ -31,7 +31,7 @@ class Series:
 
 
 def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series], x_ticks: list[float] | None = None, log_x=False) -> Svg:
-    """Curves over a common axis. Raw series are cut where the others' range, widened, ends. `x_ticks`: the only values there are."""
+    """Curves over a common axis. Raw series are cut to the widened range of the others. `x_ticks`: all x values, if there are only few."""
     series = [_finite(s, log_x) for s in series]
     shown = [p for s in series if s.kind != "raw" for p in s.points] or [p for s in series for p in s.points]
     if not shown:
@@ -114,7 +114,7 @@ def heatmap(
     cells: dict[tuple[int, int], Cell],
     up: bool | None,
 ) -> Svg:
-    """cells by (row, column). The stronger the colour the better; `up`: whether higher is. The best is framed; what is missing is a hole."""
+    """cells by (row, column). Stronger colours are better; `up`: whether higher is. The best cell has a frame; missing ones stay empty."""
     good = {place: -cell.value if up is False else cell.value for place, cell in cells.items() if math.isfinite(cell.value)}
     low, high = (min(good.values()), max(good.values())) if good else (0.0, 0.0)
     cut = [label if len(label) <= 18 else label[:17] + "…" for label in rows]
@@ -164,7 +164,7 @@ class Interval:
 
 
 def forest(name: str, title: str, x_label: str, intervals: list[Interval]) -> Svg:
-    """Differences with their intervals round a line at 0, one below the other, each under its name."""
+    """Differences with their intervals around a line at 0, one below the other, each under its name."""
     intervals = [i for i in intervals if math.isfinite(i.value)]
     ends = [x for i in intervals for x in (i.value, *(i.interval or ())) if math.isfinite(x)]
     low, high = widened([0.0, *ends])

@@ -1,4 +1,4 @@
-"""The page of `llmkd doctor`: what each check found, as one HTML file."""
+"""The page of `llmkd doctor`: the result of each check, as one HTML file."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def doctor_page(results: list[Result], config: str) -> str:
 
 
 def blocks(results: list[Result]) -> list:
-    """What is to be done first, then every check under its group."""
+    """First what to fix, then every check under its group."""
     out: list = [Para(summary(results) + ".")]
     todo = [one for one in results if one.status in ("failed", "warned")]
     if todo:

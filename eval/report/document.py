@@ -44,7 +44,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells beyond the first `left` and before the last `words` columns are numbers and stand to the right."""
+    """A table. Cells after the first `left` and before the last `words` columns are numbers, which are aligned to the right."""
 
     head: list[Text]
     rows: list[list[Text]]
@@ -59,7 +59,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, or in Markdown its table; where it has none, a link to it in the HTML."""
+    """A chart; in Markdown its table or, if it has none, a link to the chart in the HTML file."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ class Chart:
 @dataclass(frozen=True)
 class Gallery:
     charts: list[Chart]
-    legend: list[tuple[Text, int | None]] = field(default_factory=list)  # label and number of the series; None: of those in grey
+    legend: list[tuple[Text, int | None]] = field(default_factory=list)  # label and number of a series; None for those in grey
 
 
 @dataclass(frozen=True)
