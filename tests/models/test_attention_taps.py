@@ -98,12 +98,10 @@ def test_maps_are_those_of_transformers(family, changes):
     assert (found[2][0].amax(-1) < 0.999).any(), "the maps say something"
 
 
-@pytest.mark.parametrize(
-    "family, words", [("llama4_text", "its own kind of attention"), ("gpt_oss", "of its own"), ("mamba", "of its own")]
-)
-def test_a_family_with_more_than_a_softmax_is_refused(family, words):
+@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss", "mamba"])
+def test_a_family_with_more_than_a_softmax_is_refused(family):
     model = LanguageModel(tiny(family), 90)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match="its own kind of attention"):
         enable_taps(model, (1,), "teacher.model")
 
 
