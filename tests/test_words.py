@@ -83,7 +83,7 @@ FILES = sorted(
         REPO / "README.md",
         *(path for room in ("llmkd", "eval", "recipes", "docs", "examples") for path in (REPO / room).rglob("*")),
     ]
-    if path.suffix in SUFFIXES and "results" not in path.parts
+    if path.suffix in SUFFIXES and "results" not in path.relative_to(REPO).parts
 )
 TEXTS = {path: path.read_text(encoding="utf-8") for path in FILES}
 
