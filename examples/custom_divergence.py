@@ -2,7 +2,7 @@
 
     python examples/custom_divergence.py
 
-The function knows nothing of labels, masks, temperature, chunks or devices. llmkd calls it with a few rows at a time and takes its
+The function knows nothing about labels, masks, temperature, chunks or devices. llmkd calls it with a few rows at a time and takes its
 gradient by autograd. A divergence with the same interface inside llmkd is one function in `llmkd/losses/divergences.py`, its name and
 options in `llmkd/config/recipe.py`, and, for speed, its closed form in `llmkd/losses/closed_form.py`.
 """

@@ -29,7 +29,7 @@ class TableSignal(llmkd.FullDistribution):
 
 
 class BigramTeacher:
-    """Counts which token follows which, with one count of every token added. Its signal needs the tokens before the targets alone."""
+    """Counts which token follows which, starting from one count of each. Its signal needs only the tokens before the targets."""
 
     metrics = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
