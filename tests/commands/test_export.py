@@ -134,7 +134,7 @@ def test_a_folder_of_several_runs_is_refused_with_one_of_them(tmp_path):
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     folder = tmp_path / "checkpoints/step-7"
     folder.mkdir(parents=True)
-    with pytest.raises(UserError, match="identity.json: cannot be read .*put it back"):
+    with pytest.raises(UserError, match="identity.json: cannot be read .*restore it"):
         checkpoint_folder(tmp_path, "7")
     (tmp_path / "identity.json").write_text('{"the training data": ""}')
     with pytest.raises(UserError, match=r"^--checkpoint: .*step-7 cannot be used \(manifest.json: no such file"):

@@ -239,7 +239,7 @@ def test_a_sweep_that_has_not_begun_and_a_folder_that_is_none(made, tmp_path, ca
     checked(html)
     for words in (
         "base recipe is not recorded yet",
-        "No arm has a teacher",
+        "No arm learns from a teacher",
         "No run has logged two steps",
         "No group of arms has been planned",
     ):

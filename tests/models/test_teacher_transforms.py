@@ -218,7 +218,7 @@ def test_an_unmerged_adapter_stays_as_it_is_on_top_of_8_bit_layers(wide, batches
 
 def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches):
     with pytest.raises(
-        UserError, match="teacher.quantization.type: found fp8, and .* has no linear layers whose sizes are multiples of 16"
+        UserError, match="teacher.quantization.type: found fp8, but .* has no linear layers whose sizes are multiples of 16"
     ):
         load_teacher(Teacher(model=str(world / "teacher"), quantization=FP8), LoadContext(640, "cpu"))
     from llmkd.models import float8
