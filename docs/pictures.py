@@ -239,9 +239,15 @@ def intervals(axes, rows, label):
     axes.tick_params(axis="y", length=0)
 
 
+def section(title: str) -> str:
+    """A section of eval/results/studies."""
+    text = (REPO / "eval/results/studies/README.md").read_text(encoding="utf-8")
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
 def study():
     """The first study of eval/results/studies: CE and KL, differences to plain tuning."""
-    text = (REPO / "eval/results/studies/README.md").read_text(encoding="utf-8")
+    text = section("Does distillation beat plain tuning?")
     shown = {
         "kd_0.25": "kd_ratio 0.25",
         "kd_0.5": "kd_ratio 0.5",
@@ -266,6 +272,39 @@ def study():
         intervals(axes, rows, "difference to plain tuning, 24 steps (nats)")
         axes.set_title(label, fontsize=11, loc="left")
         axes.axhline(6.5, color=SOFT, linewidth=0.8, linestyle=":")
+    figure.tight_layout()
+    return figure
+
+
+def quantised():
+    """The second study of eval/results/studies: KL and agreement to the unquantised model."""
+    shown = {
+        "nf4_untrained": "nf4, untrained",
+        "nf4_label_smoothing": "label smoothing",
+        "nf4_ce": "plain tuning",
+        "nf4_kd": "distilled, 24 steps",
+        "nf4_kd_longer": "distilled, 48 steps",
+        "fp4_untrained": "fp4, untrained",
+        "fp4_ce": "plain tuning",
+        "fp4_kd": "distilled, 24 steps",
+    }
+    row = r"^\| `([^`]+)` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|"
+    found = {name: values for name, *values in re.findall(row, section("Does distillation repair quantisation?"), re.MULTILINE)}
+    figure, both = plt.subplots(1, 2, figsize=(9.6, 3.5), sharey=True)
+    colours = [STUDENT if "distilled" in words else SOFT if "untrained" in words else DATA for words in shown.values()]
+    places = [i + 0.5 * name.startswith("fp4") for i, name in enumerate(shown)]
+    for axes, which, label in zip(both, (0, 1), ("KL to the unquantised model", "agreement with it"), strict=True):
+        values = [float(found[name][which]) for name in shown]
+        axes.barh(places, values, color=colours, height=0.65)
+        for place, value in zip(places, values, strict=True):
+            axes.text(value + 0.01 * max(values), place, f"{value:.3f}", va="center", fontsize=9)
+        axes.set_yticks(places, shown.values())
+        axes.tick_params(axis="y", length=0)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.set_title(label, fontsize=11, loc="left")
+        axes.margins(x=0.15)
+    both[0].invert_yaxis()
     figure.tight_layout()
     return figure
 
@@ -345,7 +384,7 @@ def layers():
     return figure
 
 
-PICTURES = (loss, stages, modes, temperature, sweep, comparison, study, head, layers)
+PICTURES = (loss, stages, modes, temperature, sweep, comparison, study, quantised, head, layers)
 
 
 def main(folder: Path) -> None:
