@@ -9,7 +9,7 @@ import numpy as np
 
 from llmkd.errors import UserError
 
-from ..harness.record_files import GROUP, in_words
+from ..harness.record_files import GROUP, in_words, results_folder
 from . import stats
 from .group_results import group_of, joined, read_group
 from .item_results import HELD_OUT, Measured, groups_of, read, seed_of, tasks_of
@@ -148,7 +148,9 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[
         as_group = next((read_group(run, task) for run in there if task in groups_of(run)), None)
         fix = f"; llmkd eval {runs[0]} --tasks {task} records it, and measures nothing twice" if as_group else ""
         if wanted:
-            file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else f"eval/{task}{GROUP}" if as_group else f"eval/{task}.json with {task}.jsonl"
+            files = f"{task}{GROUP}" if as_group else f"{task}.json with {task}.jsonl"
+            place = results_folder(Path(runs[0])).relative_to(runs[0])
+            file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else place / files
             raise UserError(f"--tasks {task}: {runs[0]} has no {file}; it has {', '.join(there[Path(runs[0])]) or 'no results'}{fix}")
         info(
             f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of {'this group' if as_group else 'it'}{fix}"

@@ -9,7 +9,7 @@ import numpy as np
 from llmkd.errors import UserError
 from llmkd.output.run_files import read_run_file
 
-from ..harness.record_files import GROUP
+from ..harness.record_files import GROUP, results_folder
 from .item_results import Measured
 
 WEIGHTINGS = {"items": "by items", "tasks": "each alike"}
@@ -17,7 +17,7 @@ WEIGHTINGS = {"items": "by items", "tasks": "each alike"}
 
 def read_group(run: Path, name: str) -> dict:
     """A group's file: its `tasks`, and the weighting of each metric in `means`. UserError where it is damaged."""
-    path, fix = run / "eval" / f"{name}{GROUP}", f"evaluate {run} on {name} again, which measures nothing twice"
+    path, fix = results_folder(run) / f"{name}{GROUP}", f"evaluate {run} on {name} again, which measures nothing twice"
     found = read_run_file(path, fix)
     tasks, means = found.get("tasks"), found.get("means")
     if not (isinstance(tasks, list) and tasks and isinstance(means, dict) and set(means.values()) <= WEIGHTINGS.keys()):

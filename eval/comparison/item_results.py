@@ -1,4 +1,4 @@
-"""Reads results item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
+"""Reads results item by item: <task>.json with <task>.jsonl in `results_folder(RUN)`, and RUN/held_out.jsonl as the task `held_out`."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from llmkd.files import Damaged, read_file, read_object
 from llmkd.output.metrics import WEIGHED_BY
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
-from ..harness.record_files import GROUP
+from ..harness.record_files import GROUP, results_folder
 
 HELD_OUT = "held_out"
 
@@ -77,13 +77,13 @@ def tasks_of(run: Path) -> list[str]:
     """The tasks that a run's folder has results of, then its groups, `held_out` last. A task without a record, which is written last, was not finished."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run that was evaluated, or NAME=RUN[,RUN...]")
-    tasks = sorted(path.stem for path in (run / "eval").glob("*.json") if _is_record(path))
+    tasks = sorted(path.stem for path in results_folder(run).glob("*.json") if _is_record(path))
     return tasks + groups_of(run) + [HELD_OUT] * (run / f"{HELD_OUT}.jsonl").exists()
 
 
 def groups_of(run: Path) -> list[str]:
     """The groups of tasks that a run was evaluated on, by their files (`group_results`)."""
-    return sorted(path.name.removesuffix(GROUP) for path in (run / "eval").glob(f"*{GROUP}"))
+    return sorted(path.name.removesuffix(GROUP) for path in results_folder(run).glob(f"*{GROUP}"))
 
 
 def _is_record(path: Path) -> bool:
@@ -98,7 +98,7 @@ def _is_record(path: Path) -> bool:
 
 def read(run: Path, task: str) -> Measured:
     """One task's items, in the order of their ids' text. Damaged files are refused with their line."""
-    path = run / f"{HELD_OUT}.jsonl" if task == HELD_OUT else run / "eval" / f"{task}.jsonl"
+    path = run / f"{HELD_OUT}.jsonl" if task == HELD_OUT else results_folder(run) / f"{task}.jsonl"
     of = run / SUMMARY if task == HELD_OUT else path.with_suffix(".json")
     fix = f"name other tasks with --tasks, or train {run} again" if task == HELD_OUT else f"evaluate {run} again"
     made = read_run_file(of, fix) if of.exists() or task != HELD_OUT else {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmkd.errors import UserError, fix_of
 from llmkd.files import read_jsonl, remove_leftovers, sha256_file, write_atomic, write_sealed
 from llmkd.model_folder.identity import WHOLE
-from llmkd.output.run_files import read_run_file
+from llmkd.output.run_files import RECIPE, read_run_file
 
 GROUP = ".group.json"
 #: Settings that two evaluations of a task must share to be the same evaluation.
@@ -82,6 +82,12 @@ def _at(record: dict, dotted: str):
     for key in dotted.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
+
+
+def results_folder(run: Path) -> Path:
+    """The folder with a run's results: its `eval`, or the folder itself where it is no run but what `llmkd eval` made for a model."""
+    inside = run / "eval"
+    return inside if inside.is_dir() or (run / RECIPE).exists() else run
 
 
 def _path(place: Path | str, task: str, ending: str) -> Path:

@@ -10,6 +10,7 @@ import pytest
 from llmkd_eval.comparison.compare import compare
 from llmkd_eval.comparison.compare_text import as_numbers, as_text, words
 
+from llmkd.errors import UserError
 from tests.kit.comparison import answers, arms, evaluated, held_out, of_items
 
 
@@ -35,6 +36,16 @@ def test_answers_of_single_runs_are_recomputed_from_the_files(home):
         and row.p < 0.05
         and row.detectable == pytest.approx(2.8016 * row.difference_stderr, rel=1e-4)
     )
+
+
+def test_what_a_model_scored_is_compared_with_its_run(home):
+    """Results of a model that is no run stand in a folder of their own, as in runs/eval/NAME."""
+    evaluated("run", {"acc": answers(600, 0.56, 2)}, seed=0)
+    Path(evaluated("x", {"acc": answers(600, 0.5, 1)}), "eval").rename("model")
+    base, row = compare(arms("model", "run"))
+    assert (base.value, row.value) == (np.mean(answers(600, 0.5, 1)), pytest.approx(np.mean(answers(600, 0.56, 2))))
+    with pytest.raises(UserError, match="^--tasks exam: model has no exam.json with exam.jsonl; it has quiz$"):
+        compare(arms("model", "run"), tasks=["exam"])
 
 
 def test_seeds_are_averaged_item_by_item_and_their_spread_stands_beside_it(home):

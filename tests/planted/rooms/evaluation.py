@@ -249,6 +249,13 @@ FAULTS = [
     *in_file(
         "eval/harness/record_files.py",
         (
+            "results-of-runs-alone",
+            "results of a model that is no run cannot be compared",
+            "return inside if inside.is_dir() or (run / RECIPE).exists() else run",
+            "return inside",
+            "eval/test_compare.py",
+        ),
+        (
             "edited-evaluation",
             "edited items of an evaluation are read",
             'if found != record.get("items_sha256"):',
