@@ -49,7 +49,7 @@ def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
 
 
 def write_groups(folder: Path, groups: dict[str, Any], records: dict[str, dict]) -> None:
-    """Write a file beside a model's results for each group whose tasks all have a record: its tasks, and the metrics and weights of its mean."""
+    """Write a file next to a model's results for each group whose tasks all have a record: its tasks, and the metrics and weights of its mean."""
     rows = group_means(groups, records)
     for name, group in groups.items():
         names = [task.task_name for task in group.get_all_tasks()]

@@ -96,7 +96,7 @@ def _folder(name: str) -> tuple[Path, Path | None]:
 def _find(
     name: str, folder: Path, run: Path | None, files: ModelFiles, out: Path | None, several: bool, dtype: str | None
 ) -> ModelToEvaluate:
-    """UserError if a file of the model does not match the record beside it."""
+    """UserError if a file of the model does not match the record in its folder."""
     from llmkd.models.saved_student import as_trained
 
     settings = as_trained(files.adapter) if files.adapter else Teacher(model=str(files.base))
@@ -123,7 +123,7 @@ def _find(
 
 
 def _base(name: str, kind: str, folder: Path, run: Path | None) -> str | None:
-    """The model that a model was made from, if the files beside it say so; for a base the base itself."""
+    """The model that a model was made from, if the files in its folder say so; for a base the base itself."""
     adapter = (folder if kind == "adapter" else folder.parent / "adapter") / "adapter_config.json"
     if kind == "full" and (run / "recipe.yaml").exists():
         return read_placed(run / "recipe.yaml").get("student", {}).get("model")

@@ -176,7 +176,7 @@ def _version(name: str) -> str | None:
 def footing(setup: Setup) -> list[str]:
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[setup.dtype]
     return [
-        "Medians over all steps but each round's first. Peak: beside the weights, of the last round. The last column but one: the relative "
+        "Medians over all steps but each round's first. Peak: without the weights, of the last round. The last column but one: the relative "
         "difference of the first step's mean CE and KL from those of plain transformers' whole logits; "
         f"{TOLERANCE[setup.dtype]:.0e} is accepted in {name}. The products alone are those of the linear layers of both bodies (frozen weights "
         "have no gradient) and of the heads at the targets, without those of attention. For llmkd's rows the norm of the first step's gradient is "

@@ -319,7 +319,7 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
 def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
     """A text that is equal for arms that can train together: all settings but loss, optimizer and adapter.
 
-    Two settings of the loss are in it, since they change what is read inside the teacher: which of several teachers hidden states are
+    Two settings of the loss are in it, since they change which layers of the teacher are read: which of several teachers hidden states are
     compared with, and attention relations. These read the teacher's last layer at every position instead of at the targets, by matrix
     products of other shapes, which agree with the usual ones up to rounding only.
     """

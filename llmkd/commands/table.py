@@ -79,7 +79,7 @@ COMMANDS = (
         "sweep",
         "Train every configuration of a sweep, then measure, compare and report them",
         "--config SWEEP [--section.name VALUE ...] [--resume] [--json FILE]",
-        "Train every configuration of a sweep (a recipe and a grid of changes), several at a time beside one teacher where their data\n"
+        "Train every configuration of a sweep (a recipe and a grid of changes), several at a time before one teacher where their data\n"
         "agree; then evaluate, compare and report them. A setting that is not the sweep's own applies to every configuration.",
         "llmkd sweep --config recipes/ablation.yaml --students_per_teacher 4",
         (

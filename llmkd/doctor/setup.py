@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
 from ..config.recipe import Recipe, at_the_middle, distils, divergences_of
@@ -28,19 +27,9 @@ from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
 from ..teachers.connect import open_served
 from ..teachers.fidelity import measured_transform
-from ..training.attention import attention_terms
-from ..training.build import (
-    build_student,
-    build_terms,
-    check_servers,
-    keep_of,
-    load,
-    longest_row,
-    open_teacher,
-    teacher_probe,
-    teacher_taps,
-)
-from ..training.features import feature_terms, start_features
+from ..training.build import check_servers, load, longest_row, open_teacher, teacher_probe, teacher_taps
+from ..training.build_student import build_student, build_terms, keep_of, layer_terms
+from ..training.features import start_features
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
@@ -89,18 +78,17 @@ class Setup:
         settings = [recipe.student], live, context, recipe.data.share_prefixes
         (self.student,), teachers = load(*settings, compile=False, attention=[recipe.loss.attention])
         self.live: dict[str, LanguageModel] = {name: model for (name, _), model in zip(live, teachers, strict=True)}
-        attention = attention_terms(recipe.loss.attention, self.student, teachers)
-        of = feature_teacher(recipe.loss.features, recipe.teacher)
-        states = feature_terms(recipe.loss.features, of, self.student, self.live, recipe.seed)
+        terms = layer_terms(recipe, self.student, self.live)
         steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
         self.state: StudentState = build_student(
-            recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, [*states, *attention], self.divergences
+            recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, terms, self.divergences
         )
         taps = teacher_taps([recipe], [self.state])
         served = open_served(prepared.teachers, self.device, prepared.vocab)
         check_servers(served.values(), prepared)
         self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device, served)
-        for term in states:
+        if recipe.loss.features:
+            term = unwrap(self.state).terms["features"]
             start_features(recipe.loss.features, term, self.student, self.teacher, ([self.batch()], [self.batch()]))
         self.student.eval()
 

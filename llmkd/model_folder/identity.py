@@ -1,4 +1,4 @@
-"""Checks that a model's files have not changed, by hashes of everything it consists of and the record beside a student of llmkd. No torch."""
+"""Checks that a model's files have not changed, by hashes of everything it consists of and the record that llmkd writes with a student. No torch."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from ..files import open_file, sha256_file
 from .hashes import stamp, tensor_hashes
 from .weights import INDEX, read_json, tensors, weight_files
 
-RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
+RECORD = "llmkd.json"  # in a student's folder that llmkd wrote: the hashes of its files, and of the base of an adapter
 WHOLE = "sha256:"  # the beginning of fingerprints of all bytes, which those of earlier versions do not have
 CONFIGS = ("adapter_config.json", "config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -70,7 +70,7 @@ def sampled_fingerprint(folder: Path, setting: str) -> str:
 
 
 def config_hash(folder: Path, setting: str) -> str:
-    """A hash of the configuration beside the weights: the same adapter weights with another lora_alpha are another model."""
+    """A hash of the configuration next to the weights: the same adapter weights with another lora_alpha are another model."""
     return _config_hash(folder / next(name for name in CONFIGS if (folder / name).exists()), setting)
 
 
@@ -105,7 +105,7 @@ def weights_of(base: Path, adapter: Path | None, setting: str) -> dict[str, str 
 
 
 def record_of(folder: Path, setting: str = "model") -> dict:
-    """The record beside a student that llmkd wrote, checked against its own hash; empty for other models.
+    """The record in the folder of a student that llmkd wrote, checked against its own hash; empty for other models.
 
     Of an adapter it has base_fingerprint, base_config, dtype and quantization; of every student weights and files, which are hashes.
     """
@@ -140,7 +140,7 @@ def _file_hash(path: Path, setting: str) -> str:
 
 
 def verify(base: Path, adapter: Path | None, setting: str) -> None:
-    """UserError unless the model, the adapter and the adapter's base match the records beside them. All weights are read."""
+    """UserError unless the model, the adapter and the adapter's base match the records in their folders. All weights are read."""
     for folder in (base, adapter):
         if folder and (record := record_of(folder, setting)):
             _verify_files(folder, record, setting)

@@ -286,8 +286,8 @@ def load_models(students: list[Student], teachers: list[tuple[str, Teacher]], co
         for name, one in teachers
         if one.ema is not None
     ]
-    beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
-    shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *beside))
+    sharing = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
+    shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *sharing))
     if learning and students[0].keep_encoded:
         keep_states(learning, ((name, model) for (name, _), model in zip(teachers, models, strict=True)), students[0].keep_encoded)
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):

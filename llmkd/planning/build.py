@@ -14,7 +14,8 @@ from ..teachers.live import LiveTeacher
 from ..teachers.mixture import combine_teachers
 from ..training.attention import enable_attention
 from ..training.auto_batch import chunk_rows
-from ..training.build import build_student, layer_terms, longest_row, teacher_taps
+from ..training.build import longest_row, teacher_taps
+from ..training.build_student import build_student, layer_terms
 from .cache_records import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .find import Found

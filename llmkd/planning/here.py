@@ -13,7 +13,8 @@ from ..data.batch_source import Step
 from ..errors import UserError
 from ..models.load import LoadContext
 from ..training.auto_batch import head_chunk_size
-from ..training.build import build_student, layer_terms, load, longest_row, open_teacher, teacher_taps
+from ..training.build import load, longest_row, open_teacher, teacher_taps
+from ..training.build_student import build_student, layer_terms
 from ..training.loop import StepHooks, train
 from ..training.prepare import Prepared, prepare
 from .step import OneProcess, OneStep, Ready, watched_step

@@ -94,7 +94,7 @@ def test_calls_before_the_content_of_their_turn_are_supervised():
 def test_a_content_that_is_not_shown_beside_calls_is_refused():
     template = HEAD.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}") + CALLS["tojson"] + TAIL
     with pytest.raises(
-        UserError, match=r"^f.jsonl:1: the chat template does not show the content of messages\[1\] beside its tool calls; remove it"
+        UserError, match=r"^f.jsonl:1: the chat template does not show the content of messages\[1\] next to its tool calls; remove it"
     ):
         said(calling({"a": 3}, content="hm"), template)
 

@@ -27,7 +27,7 @@ from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.teachers.live import LiveTeacher
 from llmkd.teachers.mixture import Mixture
-from llmkd.training.build import build_terms, long_horizon_terms
+from llmkd.training.build_student import build_terms, long_horizon_terms
 from llmkd.training.distiller import Distiller
 from tests.kit.families import tiny
 

@@ -27,7 +27,7 @@ from llmkd.models.lora import Lora, add_lora
 from llmkd.signals import Dense, Taps
 from llmkd.tasks.classification import ClassMeasures, names_of, refuse_unknown_classes
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training.build import build_student
+from llmkd.training.build_student import build_student
 from llmkd.training.distiller import Distiller
 from llmkd.training.loop import forward_backward
 

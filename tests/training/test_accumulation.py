@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
-from llmkd.training.build import build_student
+from llmkd.training.build_student import build_student
 from llmkd.training.loop import accumulate_gradients, count_targets
 from llmkd.training.prepare import prepare
 from llmkd.training.step_result import Accumulated, StepResult, TargetCounts

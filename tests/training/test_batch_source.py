@@ -16,7 +16,8 @@ from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
 from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training.build import build_student, longest_row
+from llmkd.training.build import longest_row
+from llmkd.training.build_student import build_student
 from llmkd.training.launch import start
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare

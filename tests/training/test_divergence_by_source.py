@@ -6,7 +6,7 @@ import pytest
 
 from llmkd.config.recipe import Data, Loss, Source, divergences_of
 from llmkd.errors import UserError
-from llmkd.training.build import build_terms
+from llmkd.training.build_student import build_terms
 from tests.conftest import distance
 
 FEW = {"train__max_steps": 3, "optim__warmup_steps": 0, "validation__teacher_check": 0, "train__batch_size": 16}

@@ -18,7 +18,7 @@ from llmkd.data.examples import Collator, Draw
 from llmkd.models.dropout import ExampleDropout, drop, hashed
 from llmkd.models.families import layers_of
 from llmkd.models.load import LoadContext, load_students
-from llmkd.training.build import build_student
+from llmkd.training.build_student import build_student
 from llmkd.training.loop import StudentState, accumulate_gradients, count_targets, unwrap
 from llmkd.training.prepare import prepare
 from tests.conftest import plain_recipe

@@ -36,7 +36,7 @@ from llmkd.losses.terms import Term
 from llmkd.models.language_model import LanguageModel
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.attention import attention_terms, enable_attention
-from llmkd.training.build import build_student, long_horizon_terms
+from llmkd.training.build_student import build_student, long_horizon_terms
 from llmkd.training.loop import train
 
 FILE, TOLERANCE, STEPS, V = Path(__file__).with_name("golden_losses.json"), 1e-5, 20, 40

@@ -14,7 +14,7 @@ from llmkd.errors import UserError
 from llmkd.files import read_jsonl
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm, RowTerm
-from llmkd.training.build import build_terms
+from llmkd.training.build_student import build_terms
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_resume import comparable, unfinish

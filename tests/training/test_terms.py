@@ -17,7 +17,7 @@ from llmkd.files import read_jsonl
 from llmkd.losses.long_horizon import LongHorizonTerm
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm, RowTerm, by_name
-from llmkd.training import build
+from llmkd.training import build_student
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
@@ -25,7 +25,7 @@ from tests.kit.processes import launch
 from tests.training.test_resume import LONG, comparable, unfinish
 
 WIDTH, WEIGHT = 16, 0.3
-BUILD_TERMS = build.build_terms
+BUILD_TERMS = build_student.build_terms
 
 
 class Probe(RowTerm):
@@ -48,7 +48,7 @@ def with_probe(loss, *sizes):
 
 @pytest.fixture
 def probed(monkeypatch):
-    monkeypatch.setattr(build, "build_terms", with_probe)
+    monkeypatch.setattr(build_student, "build_terms", with_probe)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def whole(world, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("whole")
     (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "build_terms", with_probe)
+        patch.setattr(build_student, "build_terms", with_probe)
         run(loader.load_recipe(root / "r.yaml", {name.replace("__", "."): value for name, value in LONG.items()}))
     return root / "out"
 
@@ -89,7 +89,7 @@ def test_it_moves_the_student_and_its_gradient_is_clipped_with_the_others(probed
     one = {"train__max_steps": 2, "student__method": "full", "optim__max_grad_norm": None}
     with_it = trained("with", **one)
     norm = read_jsonl(tmp_path / "with/metrics.jsonl")[-1]["grad_norm"]
-    monkeypatch.setattr(build, "build_terms", BUILD_TERMS)
+    monkeypatch.setattr(build_student, "build_terms", BUILD_TERMS)
     without = trained("without", **one)
     assert with_it.keys() == without.keys(), "a whole model holds no term either"
     assert distance(with_it, without) > 1e-6 and norm != read_jsonl(tmp_path / "without/metrics.jsonl")[-1]["grad_norm"]
@@ -151,7 +151,7 @@ def test_only_the_term_that_is_asked_about_explains(monkeypatch):
 
 
 def train_with_probe(recipe: str) -> int:
-    build.build_terms = with_probe
+    build_student.build_terms = with_probe
     return main(["train", "--config", recipe])
 
 

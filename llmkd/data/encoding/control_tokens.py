@@ -40,7 +40,7 @@ class Control:
 
     any: re.Pattern
     unmarked: re.Pattern | None  # role tokens that are not marked special
-    strips_spaces: dict[int, str]  # {id: token} of added tokens whose match includes the white space beside them
+    strips_spaces: dict[int, str]  # {id: token} of added tokens whose match includes the white space around them
 
 
 def controls(tokenizer) -> Control:

@@ -258,7 +258,7 @@ def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
 
 
 def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dict[int, str]) -> tuple[list[int], list[Span]]:
-    """The ids, and offsets without the white space that some control tokens include beside their own characters."""
+    """The ids, and offsets without the white space that some control tokens include around their own characters."""
     if strips_spaces:
         places = list(places)
         for n, i in enumerate(ids):

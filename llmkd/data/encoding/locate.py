@@ -128,7 +128,7 @@ def _refuse_hidden_calls(messages: list[dict], turns: list[int], probe: Template
             raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
         if messages[i].get("tool_calls") and messages[i]["content"].strip() and (i, "content") not in probe.found:
             raise ValueError(
-                f"the chat template does not show the content of messages[{i}] beside its tool calls; remove it, or use a tokenizer whose template does"
+                f"the chat template does not show the content of messages[{i}] next to its tool calls; remove it, or use a tokenizer whose template does"
             )
 
 

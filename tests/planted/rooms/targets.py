@@ -365,7 +365,7 @@ FAULTS = [
     Fault(
         "first-step-for-all",
         "the loss keeps the first step's values",
-        "llmkd/training/build.py",
+        "llmkd/training/build_student.py",
         "scheduled(loss, step, total_steps)[name]",
         "scheduled(loss, 1, total_steps)[name]",
         f"{HAND} {SCHEDULES}::test_the_teacher_is_needed_if_any_step_needs_it",
@@ -373,7 +373,7 @@ FAULTS = [
     Fault(
         "teacher-by-the-first-step",
         "no teacher is asked where the first step has no need of one",
-        "llmkd/training/build.py",
+        "llmkd/training/build_student.py",
         "Objective(middle(loss.kd_ratio),",
         "Objective(loss.kd_ratio if isinstance(loss.kd_ratio, float) else float(loss.kd_ratio['from']),",
         f"{SCHEDULES}::test_the_teacher_is_needed_if_any_step_needs_it",

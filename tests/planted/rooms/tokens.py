@@ -198,7 +198,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/training/build.py",
+        "llmkd/training/build_student.py",
         (
             "sources-numbered-with-the-loss",
             "sources are numbered from the loss on",

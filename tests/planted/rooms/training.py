@@ -205,7 +205,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/training/build.py",
+        "llmkd/training/build_student.py",
         (
             "warm-up-rounded-down",
             "the warm-up's share is rounded down",
@@ -228,6 +228,9 @@ FAULTS = [
             "make_divergence(loss.divergence)",
             GOLDEN,
         ),
+    ),
+    *in_file(
+        "llmkd/training/build.py",
         (
             "stream-not-restored",
             "a resumed stream does not know which rows were there",
