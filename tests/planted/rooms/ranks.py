@@ -237,6 +237,27 @@ FAULTS = [
     *in_file(
         "llmkd/training/trainer.py",
         (
+            "end-not-validated",
+            "a run that has its last checkpoint alone is not validated",
+            "if self.done in (0, self.source.total_steps) or",
+            "if self.done == 0 or",
+            "training/test_trainer.py",
+        ),
+        (
+            "none-left-goes-on",
+            "a step after which no student is left is saved, and counts as stopped",
+            "        if not self.active:\n            return\n        if last or due(self.settings.validation.every",
+            "        if last or due(self.settings.validation.every",
+            "training/test_trainer.py",
+        ),
+        (
+            "unread-step-saved",
+            "after an error a step is saved that may not be finite",
+            "if self.is_read(self.step) and all(",
+            "if all(",
+            "training/test_trainer.py",
+        ),
+        (
             "written-at-a-question",
             "a student that is written after questions may take no longer than a micro-batch",
             '            heartbeat.at("the writing of the student", patient=True)\n',

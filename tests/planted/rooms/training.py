@@ -228,6 +228,20 @@ FAULTS = [
             "make_divergence(loss.divergence)",
             GOLDEN,
         ),
+        (
+            "unused-parameters",
+            "processes wait for gradients that never come",
+            "accelerator.ddp_handler.find_unused_parameters = True",
+            "accelerator.ddp_handler.find_unused_parameters = False",
+            "training/test_batch_source.py::test_processes_do_not_wait_for_gradients_that_never_come",
+        ),
+        (
+            "chunk-setting-ignored",
+            "loss.chunk_size is ignored",
+            "loss.chunk_size or chunk_size, loss",
+            "chunk_size, loss",
+            "training/test_auto_batch.py::test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to",
+        ),
     ),
     *in_file(
         "llmkd/training/build.py",
@@ -244,20 +258,6 @@ FAULTS = [
             "checkpoint.drop_after(folder.checkpoints, done)",
             "pass",
             f"{RESUME}::test_checkpoints_after_the_one_that_is_resumed_from_are_removed",
-        ),
-        (
-            "unused-parameters",
-            "processes wait for gradients that never come",
-            "accelerator.ddp_handler.find_unused_parameters = True",
-            "accelerator.ddp_handler.find_unused_parameters = False",
-            "training/test_batch_source.py::test_processes_do_not_wait_for_gradients_that_never_come",
-        ),
-        (
-            "chunk-setting-ignored",
-            "loss.chunk_size is ignored",
-            "loss.chunk_size or chunk_size, loss",
-            "chunk_size, loss",
-            "training/test_auto_batch.py::test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to",
         ),
     ),
     *in_file(
