@@ -13,6 +13,7 @@ from llmkd.errors import Stopped, UserError
 from llmkd.process.machine_errors import is_out_of_memory
 
 from .samples import request_key
+from .shared_prefix import SharedPrefix
 
 
 class LiveModel(HFLM):
@@ -22,12 +23,14 @@ class LiveModel(HFLM):
     others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
 
     `truncated` holds the requests (as `request_key` gives them) that were longer than the model's context, so that their beginning was dropped.
+    `prefix` is what all requests of the present call begin with, if the model has read that once for all of them.
     """
 
     def __init__(self, model, tokenizer, batch_size, accelerator, stop):
         with _weights_as_they_are(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.launch, self.stop, self.truncated, self.no_system = accelerator, stop, set(), False
+        self.prefix: SharedPrefix | None = None
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return self._shared(super().loglikelihood, requests)
@@ -54,7 +57,18 @@ class LiveModel(HFLM):
         for words, context, continuation in requests:
             if words is not None and len(context) + len(continuation) > self.max_length + 1:  # parts of a rolling text come without words
                 self.truncated.add(request_key(words))
-        return super()._loglikelihood_tokens(requests, **options)
+        total = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+        self.prefix = SharedPrefix.of(self.model, [context for _, context, _ in requests], total, self.max_length + 1)
+        if self.prefix:
+            read = len(self.prefix.tokens)
+            requests = [(words, context[read:], continuation) for words, context, continuation in requests]
+        try:
+            return super()._loglikelihood_tokens(requests, **options)
+        finally:
+            self.prefix = None
+
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        return self.prefix.logits(self.model, inps) if self.prefix else super()._model_call(inps, attn_mask, labels)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """Rendered as in training: in a separate process, with a fixed date. `no_system` is set if the template takes no system message."""

@@ -1,15 +1,16 @@
-"""python recipes/on_policy/own_text.py TEACHER RUN [RUN ...]
+"""python recipes/on_policy/own_text.py [--config RECIPE] TEACHER RUN [RUN ...]
 
-What finished runs of the quickstart's students write to its 400 held-out questions, and how far that is from the teacher: TEACHER is its
-adapter. Results go to RUN/eval/own_text.json and .jsonl, as those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares
-them question by question.
+What finished runs write to held-out prompts, and how far that is from the teacher: TEACHER is its adapter. RECIPE, which has on_policy, gives
+the held-out rows and the longest answer; without it they are the quickstart's 400 questions. Results go to RUN/eval/own_text.json and .jsonl, as
+those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares them prompt by prompt.
 
-right            the most likely answer says what is right, in any of the data's wordings
-right_sampled    the same of answers that are sampled at temperature 1, as are those below: the mean of two to each question
-reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is
+reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is; the
+                 mean of two answers to each prompt, sampled at temperature 1, as are all below
 forward_kl       the sum over the same tokens of KL(teacher || student)
-..._per_token    these two over the tokens of the answers to the question, which is what a step's loss is made of
-length, finished tokens, and whether it ended by itself within 24 tokens
+..._per_token    these two over the tokens of the answers to the prompt, which is what a step's loss is made of
+length, finished tokens, and whether it ended by itself
+right            of the quickstart's questions: the most likely answer says what is right, in any of the data's wordings
+right_sampled    the same of the sampled answers
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLES, LONGEST, TASK = 2, 24, "own_text"
+SAMPLES, TASK = 2, "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
 BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
 BETTER |= {f"{name}_per_token": False for name in ("reverse_kl", "forward_kl")}
@@ -27,6 +28,7 @@ RECIPE = Path(__file__).with_name("on_policy.yaml")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe whose held-out prompts are answered")
     parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
@@ -46,61 +48,64 @@ def main() -> None:
     quiet()
     students = {run: student_folder(str(run)) for run in options.runs}
     first = next(iter(students.values()))
-    changes = {"student.model": str(first), "teacher.model": str(options.teacher), "on_policy.max_new_tokens": LONGEST}
-    prepared, accelerator = prepare(load_recipe(RECIPE, changes)), start()
+    recipe = load_recipe(options.config, {"student.model": str(first), "teacher.model": str(options.teacher)})
+    prepared, accelerator, longest = prepare(recipe), start(), recipe.on_policy.max_new_tokens
     context = LoadContext(prepared.vocab, accelerator.device)
     teacher = LiveTeacher(load_teacher(as_trained(options.teacher), context))
     evaluator = Evaluator(accelerator, 64)
-    right = [answer for _, answer, _, _ in question_splits()["validation"]]
+    rows = np.flatnonzero(prepared.validation_prompts.may).tolist()
+    right = [answer for _, answer, _, _ in question_splits()["validation"]] if options.config == RECIPE else None
+    if right and len(right) != len(rows):
+        raise SystemExit("the held-out rows are not the questions whose answers are known")
     for run, folder in students.items():
         student = load_teacher(as_trained(folder), context)
-        values = measured(student, teacher, prepared, evaluator, right)
+        values = measured(student, teacher, prepared, evaluator, rows, longest, right)
         items = [
-            {"id": i, "hash": prepared.validation.student_hash(i), "metrics": {name: float(of_E[i]) for name, of_E in values.items()}}
-            for i in range(len(right))
+            {"id": i, "hash": prepared.validation.student_hash(i), "metrics": {name: float(of_E[k]) for name, of_E in values.items()}}
+            for k, i in enumerate(rows)
         ]
         metrics = {
-            name: {"value": float(of_E.mean()), "stderr": float(of_E.std(ddof=1) / len(right) ** 0.5), "higher_is_better": BETTER[name]}
+            name: {"value": float(of_E.mean()), "stderr": float(of_E.std(ddof=1) / len(rows) ** 0.5), "higher_is_better": BETTER[name]}
             for name, of_E in values.items()
         }
         write_task(run / "eval", {"task": TASK, "version": 1, "n": len(items), "metrics": metrics}, items)
         print(f"{run.name}: " + "  ".join(f"{name} {one['value']:.4f}" for name, one in metrics.items()), flush=True)
 
 
-def measured(student, teacher, prepared, evaluator, right: list[str]) -> dict[str, np.ndarray]:
-    """Each metric of each question, [questions]."""
+def measured(student, teacher, prepared, evaluator, rows: list[int], longest: int, right: list[str] | None) -> dict[str, np.ndarray]:
+    """Each metric of the answer to each of the held-out `rows` in at most `longest` tokens, [rows]."""
     from llmkd.data.written import answered
     from llmkd.rollouts.sampling import Sampling
     from llmkd.rollouts.writer import text_key
     from llmkd.training.writing import local_writer
 
-    data, prompts, every = prepared.validation, prepared.validation_prompts, list(range(len(right)))
-    if len(data) != len(right) or not prompts.may.all():
-        raise SystemExit("the held-out rows are not the questions whose answers are known")
-    writer, asked = local_writer(student, prepared, 200), prompts.ids(data, every)
+    data, prompts = prepared.validation, prepared.validation_prompts
+    writer, asked = local_writer(student, prepared, 200), prompts.ids(data, rows)
 
     def is_right(ids: tuple[int, ...], answer: str) -> bool:
         found = WORDING.fullmatch(prepared.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return bool(found) and found[1] == answer
 
     def mean(of: list) -> np.ndarray:
-        return np.array(of, float).reshape(SAMPLES, len(right)).mean(0)
+        return np.array(of, float).reshape(SAMPLES, len(rows)).mean(0)
 
-    greedy = writer.write(asked, [0] * len(right), Sampling(0.0, LONGEST))
-    keys = [text_key(TASK, data.content_hash(i), sample) for sample in range(SAMPLES) for i in every]
-    written = writer.write(asked * SAMPLES, keys, Sampling(1.0, LONGEST))
-    texts = answered(data, prompts, every * SAMPLES, [one.ids for one in written]).unweighted()
+    keys = [text_key(TASK, data.content_hash(i), sample) for sample in range(SAMPLES) for i in rows]
+    written = writer.write(asked * SAMPLES, keys, Sampling(1.0, longest))
+    texts = answered(data, prompts, rows * SAMPLES, [one.ids for one in written]).unweighted()
     (found,) = evaluator.validate([student], teacher, texts)
     divergences = {name: mean(found.sums[name]) for name in ("reverse_kl", "forward_kl")}
     length = mean([len(one.ids) for one in written])
-    return {
-        "right": np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float),
-        "right_sampled": mean([is_right(one.ids, answer) for one, answer in zip(written, right * SAMPLES, strict=True)]),
+    values = {
         **divergences,
         **{f"{name}_per_token": of_E / length for name, of_E in divergences.items()},
         "length": length,
         "finished": mean([one.finished for one in written]),
     }
+    if right:
+        greedy = writer.write(asked, [0] * len(rows), Sampling(0.0, longest))
+        values["right"] = np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float)
+        values["right_sampled"] = mean([is_right(one.ids, answer) for one, answer in zip(written, right * SAMPLES, strict=True)])
+    return values
 
 
 if __name__ == "__main__":

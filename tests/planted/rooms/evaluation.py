@@ -4,6 +4,7 @@ from tests.planted.fault import in_file
 
 STATS, COMPARE, COMPARED = "eval/test_stats.py", "eval/test_compare.py", "eval/test_compared_files.py"
 HANDOFF, COMMAND = "eval/test_handoff.py", "eval/test_eval_command.py"
+PREFIX = "eval/test_shared_prefix.py"
 
 FAULTS = [
     *in_file(
@@ -245,6 +246,26 @@ FAULTS = [
             "if not items:",
             f"{COMPARED} {COMMAND}::test_other_items_or_torn_files_are_no_result",
         ),
+    ),
+    *in_file(
+        "eval/harness/shared_prefix.py",
+        (
+            "prefix-of-long-prompts",
+            "prompts that the harness cuts share their beginning",
+            "if len(contexts) < 2 or longest > limit:",
+            "if len(contexts) < 2:",
+            PREFIX,
+        ),
+        ("prefix-whole-prompt", "a prompt may be all prefix", "[: min(map(len, contexts)) - 1]", "[: min(map(len, contexts))]", PREFIX),
+        (
+            "prefix-own-tokens",
+            "a model's own tokens are taken for the prefix",
+            "if cache.get_seq_length() != len(tokens):",
+            "if False:",
+            PREFIX,
+        ),
+        ("prefix-of-recurrent", "recurrent states are shared", "if type(cache) is not DynamicCache or", "if cache is not None and", PREFIX),
+        ("prefix-grows", "the cache of one batch stays for the next", "cache = copy.deepcopy(self.cache)", "cache = self.cache", PREFIX),
     ),
     *in_file(
         "eval/harness/record_files.py",
