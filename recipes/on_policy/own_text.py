@@ -1,11 +1,11 @@
-"""python recipes/on_policy/own_text.py [--config RECIPE] TEACHER RUN [RUN ...]
+"""python recipes/on_policy/own_text.py [--config RECIPE] [--samples N] TEACHER RUN [RUN ...]
 
 What finished runs write to held-out prompts, and how far that is from the teacher: TEACHER is its adapter. RECIPE, which has on_policy, gives
 the held-out rows and the longest answer; without it they are the quickstart's 400 questions. Results go to RUN/eval/own_text.json and .jsonl, as
 those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares them prompt by prompt.
 
 reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is; the
-                 mean of two answers to each prompt, sampled at temperature 1, as are all below
+                 mean of N answers to each prompt, sampled at temperature 1, as are all below
 forward_kl       the sum over the same tokens of KL(teacher || student)
 ..._per_token    these two over the tokens of the answers to the prompt, which is what a step's loss is made of
 length, finished tokens, and whether it ended by itself
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLES, TASK = 2, "own_text"
+TASK = "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
 BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
 BETTER |= {f"{name}_per_token": False for name in ("reverse_kl", "forward_kl")}
@@ -29,6 +29,7 @@ RECIPE = Path(__file__).with_name("on_policy.yaml")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe whose held-out prompts are answered")
+    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
     parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
         raise SystemExit("the held-out rows are not the questions whose answers are known")
     for run, folder in students.items():
         student = load_teacher(as_trained(folder), context)
-        values = measured(student, teacher, prepared, evaluator, rows, longest, right)
+        values = measured(student, teacher, prepared, evaluator, rows, options.samples, longest, right)
         items = [
             {"id": i, "hash": prepared.validation.student_hash(i), "metrics": {name: float(of_E[k]) for name, of_E in values.items()}}
             for k, i in enumerate(rows)
@@ -72,8 +73,10 @@ def main() -> None:
         print(f"{run.name}: " + "  ".join(f"{name} {one['value']:.4f}" for name, one in metrics.items()), flush=True)
 
 
-def measured(student, teacher, prepared, evaluator, rows: list[int], longest: int, right: list[str] | None) -> dict[str, np.ndarray]:
-    """Each metric of the answer to each of the held-out `rows` in at most `longest` tokens, [rows]."""
+def measured(
+    student, teacher, prepared, evaluator, rows: list[int], samples: int, longest: int, right: list[str] | None
+) -> dict[str, np.ndarray]:
+    """Each metric of `samples` answers of at most `longest` tokens to each of the held-out `rows`, [rows]."""
     from llmkd.data.written import answered
     from llmkd.rollouts.sampling import Sampling
     from llmkd.rollouts.writer import text_key
@@ -87,11 +90,11 @@ def measured(student, teacher, prepared, evaluator, rows: list[int], longest: in
         return bool(found) and found[1] == answer
 
     def mean(of: list) -> np.ndarray:
-        return np.array(of, float).reshape(SAMPLES, len(rows)).mean(0)
+        return np.array(of, float).reshape(samples, len(rows)).mean(0)
 
-    keys = [text_key(TASK, data.content_hash(i), sample) for sample in range(SAMPLES) for i in rows]
-    written = writer.write(asked * SAMPLES, keys, Sampling(1.0, longest))
-    texts = answered(data, prompts, rows * SAMPLES, [one.ids for one in written]).unweighted()
+    keys = [text_key(TASK, data.content_hash(i), sample) for sample in range(samples) for i in rows]
+    written = writer.write(asked * samples, keys, Sampling(1.0, longest))
+    texts = answered(data, prompts, rows * samples, [one.ids for one in written]).unweighted()
     (found,) = evaluator.validate([student], teacher, texts)
     divergences = {name: mean(found.sums[name]) for name in ("reverse_kl", "forward_kl")}
     length = mean([len(one.ids) for one in written])
@@ -104,7 +107,7 @@ def measured(student, teacher, prepared, evaluator, rows: list[int], longest: in
     if right:
         greedy = writer.write(asked, [0] * len(rows), Sampling(0.0, longest))
         values["right"] = np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float)
-        values["right_sampled"] = mean([is_right(one.ids, answer) for one, answer in zip(written, right * SAMPLES, strict=True)])
+        values["right_sampled"] = mean([is_right(one.ids, answer) for one, answer in zip(written, right * samples, strict=True)])
     return values
 
 
