@@ -77,7 +77,7 @@ def compare(
 
     An arm is a list of runs that differ in their seed. Its value for an item is the mean over its seeds, and the test asks whether
     the arms' means differ *on items like these, for these trained models*: items are drawn anew, seeds are not. More seeds make a
-    mean that depends less on one lucky run, but the test doesn't know how much runs differ; so the spread over seeds stands beside
+    mean that depends less on one lucky run, but the test doesn't know how much runs differ; so the spread over seeds stands next to
     it, and where both arms have two or more, the t interval of the difference over seeds, in which the items are fixed and
     the seeds are drawn (paired where both have the same seeds). A difference that should hold for training again and for other
     questions has to show in both. With one seed an arm nothing is known about training again. Arms with unequal numbers of seeds

@@ -100,7 +100,7 @@ def as_plain(text: Text) -> str:
 
 
 def as_markdown(title: str, blocks: list, foot: Text, page: str) -> str:
-    """`page`: the HTML file beside it, to which charts are linked."""
+    """`page`: the HTML file next to it, to which charts are linked."""
     return "\n\n".join([f"# {markdown.escape(title)}", *(_md(block, page) for block in blocks), f"*{_md_inline(foot)}*"]) + "\n"
 
 

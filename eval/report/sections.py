@@ -1,4 +1,4 @@
-"""Sections of a sweep's report without statistics: what was run, the teacher beside the students, the cost."""
+"""Sections of a sweep's report without statistics: what was run, the teacher next to the students, the cost."""
 
 import json
 import math
@@ -244,11 +244,11 @@ def cost(sweep: SweepFolder) -> list:
     return out
 
 
-def published_beside(sweep: SweepFolder, rows: list, versions: str) -> list:
-    """torchtune's results with ours beside them; nothing where the recipe isn't that of the study."""
+def published_results(sweep: SweepFolder, rows: list, versions: str) -> list:
+    """torchtune's results next to ours; nothing where the recipe isn't that of the study."""
     if not published.applies(sweep.base, sweep.path):
         return []
-    out: list = [Heading("Published results beside ours", "published")]
+    out: list = [Heading("Published results next to ours", "published")]
     out.append(Para(f"Published: {published.TITLE}, {published.SOURCE}. Ours: measured here, ± one standard error over questions."))
     ours = {(row.task, row.metric, row.arm): row for row in rows}
     body: list[list[Text]] = []

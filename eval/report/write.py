@@ -90,7 +90,7 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
     out += [Para(f"Measured with {measured}.", "small")] if (measured := harness(sweep, tasks)) else []
     out += settings_map(sweep, rows)
-    out += sections.published_beside(sweep, rows, harness(sweep, tasks))
+    out += sections.published_results(sweep, rows, harness(sweep, tasks))
     out += sections.cost(sweep)
     if compared(rows):
         out += [Heading("How to read the comparisons", "reading"), Para(" ".join(EXPLANATION), "small")]

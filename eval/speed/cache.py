@@ -5,7 +5,7 @@
 Sizes and errors are of distributions over --vocab tokens, drawn after Zipf's law with entropies of 0.8 to 7.6 nats, for a student
 whose distribution differs from the teacher's. The loss of a step and its gradient with respect to the student's logits are compared with those
 from the whole distribution in float64. Reading is timed on a teacher cache of --cache_mb, in batches of 8 examples of 70 targets in random order, decoding
-included, beside the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
+included, next to the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
 epoch.py. Prints Markdown.
 """
 
@@ -158,7 +158,7 @@ def _row(name: str, size: int, share: float, error: float) -> dict:
 
 
 def reading(options) -> list[dict]:
-    """Targets a second from a teacher cache on disk, decoded, beside the fused head on as many."""
+    """Targets a second from a teacher cache on disk, decoded, and of the fused head on as many."""
     rows, vocab, width = [], options.vocab, 2048
     head = Head(torch.nn.Linear(256, vocab, bias=False).requires_grad_(False), vocab)
     hidden = torch.randn(560, 256, requires_grad=True)

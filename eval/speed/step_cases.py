@@ -47,7 +47,7 @@ class Measurement:
     ce: float | None = None  # means over the first step's targets
     kl: float | None = None
     gradient: dict[float, float] = field(default_factory=dict)  # of the first step, its norm by kd_ratio
-    bytes: int = 0  # beside the weights
+    bytes: int = 0  # in addition to the weights
     remark: str = ""
 
     def __post_init__(self):

@@ -117,7 +117,7 @@ class Setup:
 
     @functools.cached_property
     def float8_teacher(self) -> LanguageModel:
-        """The teacher's body in 8-bit floats, beside the one it is made of. Made before anything is compiled."""
+        """The teacher's body in 8-bit floats, next to the one it is made of. Made before anything is compiled."""
         float8.refuse_without_products(self.device, "--float8")
         model = LanguageModel(shared_weights.copy_sharing_weights(self.teacher.base_model), self.vocab).eval()
         float8.convert(model.base_model)

@@ -22,9 +22,10 @@ def recipe_file(options: argparse.Namespace) -> str:
         file = loader.read(config)[0]
         stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
         named = [
-            os.path.relpath(Path(config).parent / str(one["recipe"]))
+            os.path.relpath(Path(config).parent / str(one[key]))
             for one in (file, *stages)
-            if isinstance(one, dict) and one.get("recipe")
+            for key in ("recipe", "cache")
+            if isinstance(one, dict) and one.get(key)
         ]
         raise UserError(
             f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"

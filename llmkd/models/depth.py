@@ -196,7 +196,7 @@ def smaller_config(config: dict, whole_config, kept: tuple[int, ...]) -> dict:
     for now, before in enumerate(kept):
         if place := _difference(layers[before], new[now], before, now):
             raise _unlike(kind, f"layer {before} would not compute as it did ({place})")
-    of_whole, of_few = _beside(whole, layers), _beside(few, new)
+    of_whole, of_few = _outside_layers(whole, layers), _outside_layers(few, new)
     if of_whole != of_few:
         place = min(name for name in of_whole.keys() | of_few.keys() if of_whole.get(name) != of_few.get(name))
         raise _unlike(kind, f"{place} depends on the number of layers")
@@ -238,7 +238,7 @@ def _values(module: nn.Module) -> dict[str, object]:
     }
 
 
-def _beside(model: nn.Module, layers: nn.ModuleList) -> dict[str, tuple]:
+def _outside_layers(model: nn.Module, layers: nn.ModuleList) -> dict[str, tuple]:
     """The shapes of a model's parameters and buffers outside its layers, by name."""
     inside = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
     every = (*model.named_parameters(), *model.named_buffers())

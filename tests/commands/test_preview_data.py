@@ -86,7 +86,7 @@ def test_settings_on_the_command_line_and_a_stream(command):
 
 def test_a_pipeline_and_a_missing_recipe_are_refused(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "s.yaml").write_text("output_dir: o\nstages: {a: {recipe: a.yaml}, b: {recipe: b.yaml}}\nteacher: a\nstudents: [b]\n")
+    (tmp_path / "s.yaml").write_text("output_dir: o\nstages: {a: {recipe: a.yaml}, b: {cache: b.yaml}}\nteacher: a\nstudents: [a]\n")
     assert cli.main(["data", "--config", str(tmp_path / "s.yaml")]) == 2
     assert "is a pipeline; name the recipe of one of its runs: a.yaml, b.yaml" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path.parent)  # by the names that they have from here
