@@ -49,7 +49,8 @@ def main() -> None:
     quiet()
     students = {run: student_folder(str(run)) for run in options.runs}
     first = next(iter(students.values()))
-    recipe = load_recipe(options.config, {"student.model": str(first), "teacher.model": str(options.teacher)})
+    changes = {"student.model": str(first), "teacher.model": str(options.teacher), "on_policy.validation_prompts": 1}
+    recipe = load_recipe(options.config, changes)
     prepared, accelerator, longest = prepare(recipe), start(), recipe.on_policy.max_new_tokens
     context = LoadContext(prepared.vocab, accelerator.device)
     teacher = LiveTeacher(load_teacher(as_trained(options.teacher), context))

@@ -1,4 +1,4 @@
-"""Scripts beside the package, loaded as modules: those of docs/ and examples/."""
+"""Scripts outside the package, loaded as modules: those of docs/, examples/ and recipes/."""
 
 import importlib.util
 from pathlib import Path

@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from llmkd.config.loader import load_recipe
 from llmkd.config.on_policy import OnPolicy
 from llmkd.data.written import held_out_prompts_for, prompts_of
 from llmkd.models.load import LoadContext, load_teacher
@@ -90,3 +92,47 @@ def test_a_student_that_writes_nothing_has_a_length_of_0(make_recipe, world):
         assert len(own.chosen) == 9
         data, found = own.write(0, 1)
         assert len(data) == examples and found == {"own_length": share, "own_finished": share}
+
+
+def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, world, tmp_path, monkeypatch, capsys):
+    """`recipes/on_policy/own_text.py`: sums over each answer, against plain forward passes; a run's own recipe gives the prompts."""
+    pytest.importorskip("lm_eval")
+    from llmkd_eval.harness.record_files import read_items
+
+    from llmkd.models.saved_student import as_trained
+    from tests.kit.scripts import load_script
+
+    held = {"data__validation__path": str(world / "held.jsonl"), "on_policy__validation_prompts": 0}
+    for name, rate in (("one", 1e-2), ("two", 0.3)):
+        trained(name, **SETTINGS, **held, optim__lr=rate)
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = one / "recipe.yaml"
+    monkeypatch.setattr("sys.argv", ["own_text.py", "--samples", "1", "--config", str(config), str(one / "adapter"), str(two)])
+    load_script(Path(__file__).parents[2] / "recipes/on_policy/own_text.py").main()
+    assert "\ntwo: reverse_kl " in capsys.readouterr().out
+    items = read_items(two / "eval", "own_text")
+
+    prepared = prepare(load_recipe(config, {"on_policy.validation_prompts": 1}))
+    context = LoadContext(prepared.vocab, "cpu")
+    teacher, student = (load_teacher(as_trained(folder / "adapter"), context).eval() for folder in (one, two))
+    assert len(items) == int(prepared.validation_prompts.may.sum()) > 3
+    for item in items[:4]:
+        ids, mask = prepared.validation.example(item["id"])
+        prompt = ids[: mask.argmax()].tolist()
+        ends = {prepared.tokenizer.eos_token_id, *prepared.end_tokens, 1}
+        key = text_key("own_text", prepared.validation.content_hash(item["id"]), 0)
+        (written,) = generate(student, [prompt], Sampling(1.0, 6), ends, keys=[key])
+        with torch.no_grad():
+            q, p = (
+                torch.log_softmax(m.model(torch.tensor([[*prompt, *written.ids]])).logits[0, len(prompt) - 1 : -1, : prepared.vocab], -1)
+                for m in (student, teacher)
+            )
+        expected = {"reverse_kl": float((q.exp() * (q - p)).sum()), "forward_kl": float((p.exp() * (p - q)).sum())}
+        length = len(written.ids)
+        assert expected["reverse_kl"] > 0.01
+        assert item["metrics"] == {
+            **{name: pytest.approx(value, rel=1e-4) for name, value in expected.items()},
+            **{f"{name}_per_token": pytest.approx(value / length, rel=1e-4) for name, value in expected.items()},
+            "length": length,
+            "finished": written.finished,
+        }
