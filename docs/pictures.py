@@ -276,24 +276,11 @@ def study():
     return figure
 
 
-def quantised():
-    """The second study of eval/results/studies: KL and agreement to the unquantised model."""
-    shown = {
-        "nf4_untrained": "nf4, untrained",
-        "nf4_label_smoothing": "label smoothing",
-        "nf4_ce": "plain tuning",
-        "nf4_kd": "distilled, 24 steps",
-        "nf4_kd_longer": "distilled, 48 steps",
-        "fp4_untrained": "fp4, untrained",
-        "fp4_ce": "plain tuning",
-        "fp4_kd": "distilled, 24 steps",
-    }
-    row = r"^\| `([^`]+)` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|"
-    found = {name: values for name, *values in re.findall(row, section("Does distillation repair quantisation?"), re.MULTILINE)}
-    figure, both = plt.subplots(1, 2, figsize=(9.6, 3.5), sharey=True)
-    colours = [STUDENT if "distilled" in words else SOFT if "untrained" in words else DATA for words in shown.values()]
-    places = [i + 0.5 * name.startswith("fp4") for i, name in enumerate(shown)]
-    for axes, which, label in zip(both, (0, 1), ("KL to the unquantised model", "agreement with it"), strict=True):
+def measured(shown, row, title, columns, colours, places, height):
+    """Bars with their values, for each of two columns: {group of `row`: label}; `shown` names the rows of the section's table."""
+    found = {name: values for name, *values in re.findall(row, section(title), re.MULTILINE)}
+    figure, both = plt.subplots(1, 2, figsize=(9.6, height), sharey=True)
+    for axes, (which, label) in zip(both, columns.items(), strict=True):
         values = [float(found[name][which]) for name in shown]
         axes.barh(places, values, color=colours, height=0.65)
         for place, value in zip(places, values, strict=True):
@@ -307,6 +294,46 @@ def quantised():
     both[0].invert_yaxis()
     figure.tight_layout()
     return figure
+
+
+def quantised():
+    """The second study of eval/results/studies: KL and agreement to the unquantised model."""
+    shown = {
+        "nf4_untrained": "nf4, untrained",
+        "nf4_label_smoothing": "label smoothing",
+        "nf4_ce": "plain tuning",
+        "nf4_kd": "distilled, 24 steps",
+        "nf4_kd_longer": "distilled, 48 steps",
+        "fp4_untrained": "fp4, untrained",
+        "fp4_ce": "plain tuning",
+        "fp4_kd": "distilled, 24 steps",
+    }
+    row = r"^\| `([^`]+)` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|"
+    columns = {0: "KL to the unquantised model", 1: "agreement with it"}
+    colours = [STUDENT if "distilled" in words else SOFT if "untrained" in words else DATA for words in shown.values()]
+    places = [i + 0.5 * name.startswith("fp4") for i, name in enumerate(shown)]
+    return measured(shown, row, "Does distillation repair quantisation?", columns, colours, places, 3.5)
+
+
+def on_policy():
+    """The third study of eval/results/studies: KL on the data's answers, and reverse KL on the student's own."""
+    shown = {
+        "before": "before",
+        "ce": "plain tuning",
+        "forward_kl": "forward KL, data",
+        "reverse_kl": "reverse KL, data",
+        "jsd": "JSD, data",
+        "on_policy_half": "reverse KL, half own text",
+        "on_policy": "reverse KL, own text",
+        "on_policy_jsd": "JSD, own text",
+        "forward_kl_longer": "forward KL, data, 72 steps",
+        "reverse_kl_longer": "reverse KL, data, 72 steps",
+    }
+    row = r"^\| `([^`]+)` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|"
+    columns = {0: "KL to the teacher on the data's answers", 1: "reverse KL to it on the student's own text"}
+    colours = [STUDENT if "own" in words else SOFT if words == "before" else DATA for words in shown.values()]
+    places = [i + 0.5 * name.endswith("longer") for i, name in enumerate(shown)]
+    return measured(shown, row, "On-policy or off?", columns, colours, places, 3.9)
 
 
 def head():
@@ -384,7 +411,7 @@ def layers():
     return figure
 
 
-PICTURES = (loss, stages, modes, temperature, sweep, comparison, study, quantised, head, layers)
+PICTURES = (loss, stages, modes, temperature, sweep, comparison, study, quantised, on_policy, head, layers)
 
 
 def main(folder: Path) -> None:

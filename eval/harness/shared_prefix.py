@@ -22,7 +22,7 @@ class SharedPrefix:
         longest  tokens of the longest request, its continuation included
         limit    tokens that the harness gives to the model at most; it cuts the beginning of a longer request
         """
-        if len(contexts) < 2 or longest > limit:
+        if len(contexts) < 2 or longest > limit or _positions_by_length(model.config):
             return None
         tokens = os.path.commonprefix(contexts)[: min(map(len, contexts)) - 1]
         if len(tokens) < LEAST:
@@ -41,3 +41,9 @@ class SharedPrefix:
         cache.batch_repeat_interleave(len(ids_BT))
         with torch.no_grad():
             return model(ids_BT, past_key_values=cache, use_cache=True).logits
+
+
+def _positions_by_length(config) -> bool:
+    """Whether a model encodes positions by how much it reads at once (longrope, dynamic NTK): a prefix that is read alone would be encoded otherwise."""
+    rope = str(getattr(config.get_text_config(), "rope_parameters", None))  # of the whole model, or of each type of layer
+    return "longrope" in rope or "dynamic" in rope

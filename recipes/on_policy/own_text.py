@@ -7,7 +7,7 @@ those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares
 reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is; the
                  mean of N answers to each prompt, sampled at temperature 1, as are all below
 forward_kl       the sum over the same tokens of KL(teacher || student)
-..._per_token    these two over the tokens of the answers to the prompt, which is what a step's loss is made of
+..._per_token    these two over the tokens of the answers to the prompt, a mean over prompts; a step's loss is a mean over tokens
 length, finished tokens, and whether it ended by itself
 right            of the quickstart's questions: the most likely answer says what is right, in any of the data's wordings
 right_sampled    the same of the sampled answers
@@ -23,7 +23,7 @@ TASK = "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
 BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
 BETTER |= {f"{name}_per_token": False for name in ("reverse_kl", "forward_kl")}
-RECIPE = Path(__file__).with_name("on_policy.yaml")
+RECIPE = Path(__file__).resolve().with_name("on_policy.yaml")
 
 
 def main() -> None:
@@ -33,12 +33,13 @@ def main() -> None:
     parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
+    from llmkd_eval.harness.model_refs import weights_of
     from llmkd_eval.harness.record_files import write_task
 
     from llmkd.cli import quiet
     from llmkd.config.loader import load_recipe
     from llmkd.data.reading.skills import question_splits
-    from llmkd.model_folder.files import student_folder
+    from llmkd.model_folder.files import find, student_folder
     from llmkd.models.load import LoadContext, load_teacher
     from llmkd.models.saved_student import as_trained
     from llmkd.teachers.live import LiveTeacher
@@ -55,8 +56,9 @@ def main() -> None:
     context = LoadContext(prepared.vocab, accelerator.device)
     teacher = LiveTeacher(load_teacher(as_trained(options.teacher), context))
     evaluator = Evaluator(accelerator, 64)
+    conditions = f"{options.samples} of at most {longest} tokens, teacher {weights_of(find(str(options.teacher), 'TEACHER'))}"
     rows = np.flatnonzero(prepared.validation_prompts.may).tolist()
-    right = [answer for _, answer, _, _ in question_splits()["validation"]] if options.config == RECIPE else None
+    right = [answer for _, answer, _, _ in question_splits()["validation"]] if options.config.resolve() == RECIPE else None
     if right and len(right) != len(rows):
         raise SystemExit("the held-out rows are not the questions whose answers are known")
     for run, folder in students.items():
@@ -70,7 +72,7 @@ def main() -> None:
             name: {"value": float(of_E.mean()), "stderr": float(of_E.std(ddof=1) / len(rows) ** 0.5), "higher_is_better": BETTER[name]}
             for name, of_E in values.items()
         }
-        write_task(run / "eval", {"task": TASK, "version": 1, "n": len(items), "metrics": metrics}, items)
+        write_task(run / "eval", {"task": TASK, "version": conditions, "n": len(items), "metrics": metrics}, items)
         print(f"{run.name}: " + "  ".join(f"{name} {one['value']:.4f}" for name, one in metrics.items()), flush=True)
 
 

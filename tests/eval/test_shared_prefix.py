@@ -51,6 +51,12 @@ def test_recurrent_states_long_prompts_and_short_beginnings_are_not_shared():
     assert len(SharedPrefix.of(llama, [prompts[0], prompts[0]], 40, 60).tokens) == LEAST + 1  # a token of each is left
 
 
+def test_models_that_encode_positions_by_the_length_of_what_they_read_share_nothing():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0, "partial_rotary_factor": 1.0}
+    for family, rope in (("phi3", {"rope_type": "longrope"} | factors), ("llama", {"rope_type": "dynamic", "factor": 2.0})):
+        assert gap(tiny(family, rope_parameters=rope | {"rope_theta": 1e4}, original_max_position_embeddings=45).eval()) is None
+
+
 def test_examples_of_a_task_are_read_once_with_the_same_log_likelihoods(base, tasks_dir, tmp_path, monkeypatch):
     """TruthfulQA's prompt begins with six examples. The log-likelihoods are those of the harness on whole prompts to 1e-9, in float64."""
     from llmkd_eval.harness.live_model import LiveModel

@@ -97,7 +97,7 @@ def test_a_student_that_writes_nothing_has_a_length_of_0(make_recipe, world):
 def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, world, tmp_path, monkeypatch, capsys):
     """`recipes/on_policy/own_text.py`: sums over each answer, against plain forward passes; a run's own recipe gives the prompts."""
     pytest.importorskip("lm_eval")
-    from llmkd_eval.harness.record_files import read_items
+    from llmkd_eval.harness.record_files import read_items, read_record
 
     from llmkd.models.saved_student import as_trained
     from tests.kit.scripts import load_script
@@ -111,6 +111,7 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
     load_script(Path(__file__).parents[2] / "recipes/on_policy/own_text.py").main()
     assert "\ntwo: reverse_kl " in capsys.readouterr().out
     items = read_items(two / "eval", "own_text")
+    assert read_record(two / "eval", "own_text")["version"].startswith("1 of at most 6 tokens, teacher ")
 
     prepared = prepare(load_recipe(config, {"on_policy.validation_prompts": 1}))
     context = LoadContext(prepared.vocab, "cpu")

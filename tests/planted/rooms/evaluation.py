@@ -249,11 +249,12 @@ FAULTS = [
     ),
     *in_file(
         "eval/harness/shared_prefix.py",
+        ("prefix-of-longrope", "positions by length are shared", 'return "longrope" in rope or "dynamic" in rope', "return False", PREFIX),
         (
             "prefix-of-long-prompts",
             "prompts that the harness cuts share their beginning",
-            "if len(contexts) < 2 or longest > limit:",
-            "if len(contexts) < 2:",
+            "if len(contexts) < 2 or longest > limit or _positions_by_length(model.config):",
+            "if len(contexts) < 2 or _positions_by_length(model.config):",
             PREFIX,
         ),
         ("prefix-whole-prompt", "a prompt may be all prefix", "[: min(map(len, contexts)) - 1]", "[: min(map(len, contexts))]", PREFIX),
