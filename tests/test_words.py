@@ -49,6 +49,7 @@ ALLOWED = {
     ("eval/speed/plots.py", "figures?"): "matplotlib's figure",
     ("eval/report/report.css", "figures?"): "the element of HTML",
     ("docs/pictures.py", "figures?"): "matplotlib's figure",
+    ("docs/charts.py", "figures?"): "matplotlib's figure",
     ("examples/quickstart.ipynb", "figures?"): "matplotlib's figure",
     ("llmkd/config/sweep.py", "arms?"): "a sweep's arms",
     ("llmkd/config/loader.py", "arms?"): "a sweep's arms",

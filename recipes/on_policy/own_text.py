@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
+    if options.samples < 1:
+        parser.error(f"--samples: found {options.samples}, expected a whole number >= 1")
     from llmkd_eval.harness.model_refs import weights_of
     from llmkd_eval.harness.record_files import write_task
 
@@ -59,7 +61,7 @@ def main() -> None:
     conditions = f"{options.samples} of at most {longest} tokens, teacher {weights_of(find(str(options.teacher), 'TEACHER'))}"
     rows = np.flatnonzero(prepared.validation_prompts.may).tolist()
     right = [answer for _, answer, _, _ in question_splits()["validation"]] if options.config.resolve() == RECIPE else None
-    if right and len(right) != len(rows):
+    if right and not len(right) == len(rows) == len(prepared.validation):
         raise SystemExit("the held-out rows are not the questions whose answers are known")
     for run, folder in students.items():
         student = load_teacher(as_trained(folder), context)

@@ -61,15 +61,17 @@ def test_examples_of_a_task_are_read_once_with_the_same_log_likelihoods(base, ta
     """TruthfulQA's prompt begins with six examples. The log-likelihoods are those of the harness on whole prompts to 1e-9, in float64."""
     from llmkd_eval.harness.live_model import LiveModel
 
-    widths, own = [], LiveModel._model_call
+    widths, models, own = [], set(), LiveModel._model_call
 
     def call(self, inps, *more):
         widths.append(inps.shape[1])
+        models.add(self)
         return own(self, inps, *more)
 
     monkeypatch.setattr(LiveModel, "_model_call", call)
     evaluate(base, ["truthfulqa_mc2"], tasks_dir=tasks_dir, out=tmp_path / "shared")
     shared = max(widths)
+    assert [model.prefix for model in models] == [None], "the cache is not kept for longer than its task"
     widths.clear()
     monkeypatch.setattr(SharedPrefix, "of", lambda *_: None)
     evaluate(base, ["truthfulqa_mc2"], tasks_dir=tasks_dir, out=tmp_path / "whole")

@@ -14,8 +14,11 @@ from llmkd.models.load import LoadContext, load_teacher
 from llmkd.rollouts.generate import generate
 from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.writer import LocalWriter, text_key
+from llmkd.teachers.live import LiveTeacher
+from llmkd.training.launch import start
 from llmkd.training.own_text import OwnText
 from llmkd.training.prepare import prepare
+from llmkd.training.validate import Evaluator
 from tests.conftest import distance
 from tests.kit.models import load_student
 
@@ -107,11 +110,12 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
         trained(name, **SETTINGS, **held, optim__lr=rate)
     one, two = tmp_path / "one", tmp_path / "two"
     config = one / "recipe.yaml"
-    monkeypatch.setattr("sys.argv", ["own_text.py", "--samples", "1", "--config", str(config), str(one / "adapter"), str(two)])
-    load_script(Path(__file__).parents[2] / "recipes/on_policy/own_text.py").main()
+    monkeypatch.setattr("sys.argv", ["own_text.py", "--samples", "2", "--config", str(config), str(one / "adapter"), str(two)])
+    script = load_script(Path(__file__).parents[2] / "recipes/on_policy/own_text.py")
+    script.main()
     assert "\ntwo: reverse_kl " in capsys.readouterr().out
     items = read_items(two / "eval", "own_text")
-    assert read_record(two / "eval", "own_text")["version"].startswith("1 of at most 6 tokens, teacher ")
+    assert read_record(two / "eval", "own_text")["version"].startswith("2 of at most 6 tokens, teacher ")
 
     prepared = prepare(load_recipe(config, {"on_policy.validation_prompts": 1}))
     context = LoadContext(prepared.vocab, "cpu")
@@ -121,19 +125,36 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
         ids, mask = prepared.validation.example(item["id"])
         prompt = ids[: mask.argmax()].tolist()
         ends = {prepared.tokenizer.eos_token_id, *prepared.end_tokens, 1}
-        key = text_key("own_text", prepared.validation.content_hash(item["id"]), 0)
-        (written,) = generate(student, [prompt], Sampling(1.0, 6), ends, keys=[key])
-        with torch.no_grad():
-            q, p = (
-                torch.log_softmax(m.model(torch.tensor([[*prompt, *written.ids]])).logits[0, len(prompt) - 1 : -1, : prepared.vocab], -1)
-                for m in (student, teacher)
-            )
-        expected = {"reverse_kl": float((q.exp() * (q - p)).sum()), "forward_kl": float((p.exp() * (p - q)).sum())}
-        length = len(written.ids)
-        assert expected["reverse_kl"] > 0.01
+        answers = []
+        for sample in range(2):
+            key = text_key("own_text", prepared.validation.content_hash(item["id"]), sample)
+            (written,) = generate(student, [prompt], Sampling(1.0, 6), ends, keys=[key])
+            with torch.no_grad():
+                q, p = (
+                    torch.log_softmax(
+                        m.model(torch.tensor([[*prompt, *written.ids]])).logits[0, len(prompt) - 1 : -1, : prepared.vocab], -1
+                    )
+                    for m in (student, teacher)
+                )
+            kls = float((q.exp() * (q - p)).sum()), float((p.exp() * (p - q)).sum())
+            answers.append((*kls, len(written.ids), written.finished))
+        reverse, forward, length, finished = (sum(values) / 2 for values in zip(*answers, strict=True))
+        assert reverse > 0.01 and answers[0] != answers[1]
         assert item["metrics"] == {
-            **{name: pytest.approx(value, rel=1e-4) for name, value in expected.items()},
-            **{f"{name}_per_token": pytest.approx(value / length, rel=1e-4) for name, value in expected.items()},
+            "reverse_kl": pytest.approx(reverse, rel=1e-4),
+            "forward_kl": pytest.approx(forward, rel=1e-4),
+            "reverse_kl_per_token": pytest.approx(reverse / length, rel=1e-4),
+            "forward_kl_per_token": pytest.approx(forward / length, rel=1e-4),
             "length": length,
-            "finished": written.finished,
+            "finished": finished,
         }
+
+    # of questions whose answers are known, the share that is right: here the wording is the whole text
+    rows, decode = [item["id"] for item in items], prepared.tokenizer.decode
+    asked = prepared.validation_prompts.ids(prepared.validation, rows)
+    greedy = [generate(student, [prompt], Sampling(0.0, 6), ends)[0].ids for prompt in asked]
+    known = [decode(ids, skip_special_tokens=True).strip() if k < 3 else "something else" for k, ids in enumerate(greedy)]
+    monkeypatch.setattr(script, "WORDING", re.compile("(.*)", re.DOTALL))
+    values = script.measured(student, LiveTeacher(teacher), prepared, Evaluator(start(), 4), rows, 2, 6, known)
+    assert values["right"].tolist() == [k < 3 for k in range(len(rows))] and set(values["right_sampled"]) <= {0, 0.5, 1}
+    assert values["reverse_kl"].tolist() == pytest.approx([item["metrics"]["reverse_kl"] for item in items], rel=1e-4)

@@ -1,4 +1,4 @@
-"""What the trainer does before, after and between steps, with parts that record what is asked of them."""
+"""What the trainer does before, after and between steps, with parts that record their calls."""
 
 from types import SimpleNamespace
 
