@@ -81,7 +81,7 @@ COSTS = (
     Cost("qwen3_8b_to_0.6b_base/on_policy", study="qwen3_8b_to_0.6b_base/study"),
     Cost("sdft_toolalpaca/1_sdft", changes=_steps(125), study="sdft_toolalpaca/study"),
     Cost("qwen3_32b_to_8b/1_start", "h200"),
-    Cost("qwen3_32b_to_8b/2_on_policy", "h200"),
+    Cost("qwen3_32b_to_8b/2_on_policy", "h200", study="qwen3_32b_to_8b/study"),
     Cost("qwen3_32b_to_8b/3_off_policy", "h200"),
     Cost("qwen3_32b_to_8b/4_rolled"),
 )

@@ -71,6 +71,7 @@ ALLOWED = {
     ("recipes/studies/*", "arms?"): "a sweep's arms",
     ("docs/plan.md", "arms?"): "a sweep's arms",
     ("docs/making_data.md", "arms?"): "a sweep's setting",
+    ("docs/rolling.md", "arms?"): "a sweep's setting",
     ("docs/evaluation.md", "arms?"): "a sweep's arms",
     ("docs/settings.md", "arms?"): "settings of a sweep",
     ("docs/glossary.md", "arms?"): "says what an arm is",

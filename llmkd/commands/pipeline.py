@@ -22,6 +22,7 @@ from ..training.run import run
 from .cache import cache
 from .cache_selection import check_stage_caches, refuse_without_cache
 from .make import make_of_stage, overrides_of, run_make
+from .roll_stage import refuse_unrollable, roll_stage
 
 
 def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
@@ -39,6 +40,8 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
             run_make(makes[name])
         elif pipeline.stages[name].cache:
             cache(recipes[name])
+        elif pipeline.stages[name].roll:
+            roll_stage(recipes[name])
         else:
             run(recipes[name], resume)
     held_out = ", ".join(source.path for source in as_tuple(recipes[pipeline.students[0]].data.validation))
@@ -53,7 +56,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
 
 
 def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_inputs: bool = True) -> dict[str, Recipe]:
-    """The recipe of every stage that trains or writes caches, all checked before the first one runs.
+    """The recipe of every stage that trains or writes caches or answers, all checked before the first one runs.
 
     check_inputs   refuse paths that do not exist, other than those that an earlier stage writes
     """
@@ -68,9 +71,13 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict, check_input
         try:
             changes = place_changes(stage.set, str(config.parent), pipeline.output_dir)
             changes |= overrides | {"output_dir": f"{pipeline.output_dir}/{name}"}
-            recipes[name] = load_recipe(stage.recipe or stage.cache, changes, check_inputs=check_inputs, written_later=pipeline.output_dir)
+            recipes[name] = load_recipe(
+                stage.recipe or stage.cache or stage.roll, changes, check_inputs=check_inputs, written_later=pipeline.output_dir
+            )
             if stage.cache:
                 refuse_without_cache(recipes[name])
+            elif stage.roll:
+                refuse_unrollable(recipes[name])
             else:
                 check_stage_caches(recipes[name], {before: recipe for before, recipe in recipes.items() if pipeline.stages[before].cache})
         except UserError as error:

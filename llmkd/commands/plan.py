@@ -62,7 +62,9 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
     parts = [count(len(part), name) for part, name in ((stages, "stage"), (groups, "group")) if part]
     print(f"{' and '.join(parts)} one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
     if planned.made:
-        print(f"- not planned: what llmkd make writes ({', '.join(planned.made)}); llmkd make --dry_run counts its asks and tokens")
+        print(
+            f"- not planned: the rows that stages write ({', '.join(planned.made)}); llmkd make --dry_run counts the asks and tokens of those of llmkd make"
+        )
     return numbers
 
 

@@ -51,7 +51,7 @@ class Planned:
     """All runs of a file, in the order in which they run.
 
     kind   of the file: recipe, pipeline or sweep
-    made   names of its `make:` stages, which are not planned
+    made   names of its stages that write rows (`make:`, `roll:`), which are not planned
     """
 
     kind: str
@@ -80,7 +80,9 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
         folder = Path(whole.output_dir)
 
     def staged(change: dict[str, Any]) -> dict[str, Recipe]:
-        stages = {name: stage if stage.make else dataclasses.replace(stage, set=stage.set | change) for name, stage in whole.stages.items()}
+        stages = {
+            name: stage if stage.writes_rows else dataclasses.replace(stage, set=stage.set | change) for name, stage in whole.stages.items()
+        }
         changed = dataclasses.replace(whole, stages=stages)
         if isinstance(changed, Pipeline):
             return stage_recipes(changed, where, others, check_inputs=False)
@@ -88,13 +90,13 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
         return load.stages() | load.caches()
 
     recipes = staged({})
-    stages = {name: (stage, recipes[name]) for name, stage in whole.stages.items() if not stage.make}
+    stages = {name: (stage, recipes[name]) for name, stage in whole.stages.items() if not stage.writes_rows}
     coming = {
         Path(os.path.abspath(one.output_dir)): (Path(stage.recipe), one.student, one.data.features)
         for stage, one in stages.values()
         if stage.recipe
     }
-    made = {Path(os.path.abspath(folder / name)): name for name, stage in whole.stages.items() if stage.make}
+    made = {Path(os.path.abspath(folder / name)): name for name, stage in whole.stages.items() if stage.writes_rows}
     out = []
     for name, (stage, recipe) in stages.items():
         load = lambda change, name=name: [staged(change)[name]]  # noqa: E731

@@ -1,5 +1,6 @@
 """`llmkd roll`: a model answers the prompts of a recipe's training rows; the answers become a data file of `format: tokens`, with the sampled ids."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -32,6 +33,7 @@ from ..model_folder.identity import verify
 from ..output.run_folder import refuse_unwritable
 from ..rollouts.answer_file import AnswerFile, refuse_foreign
 from ..rollouts.batches import by_length
+from ..rollouts.sampling import Sampling
 from ..teachers.resolve import TeacherSource
 from ..teachers.served_models import served_model, server_of
 from ..training.rolled_data import learnt_from
@@ -39,7 +41,6 @@ from ..training.shutdown import ShutdownRequest
 from .sample import finished, refuse_unfit, trained, untrained
 
 if TYPE_CHECKING:
-    from ..rollouts.sampling import Sampling
     from ..rollouts.writer import Writer
 
 BATCH = 32  # answers that are generated at a time
@@ -74,7 +75,7 @@ def roll(
     writer: str,
     recipe: Recipe,
     to: Path,
-    sampling: "Sampling",
+    sampling: Sampling,
     samples: int = 1,
     prompts: Path | None = None,
     limit: int | None = None,
@@ -87,7 +88,7 @@ def roll(
     samples   answers to each prompt
     prompts   a file of prompts, read as for `llmkd sample`, instead of the recipe's training rows
     limit     only the first so many prompts
-    stop      a ShutdownRequest
+    stop      a ShutdownRequest that the caller has entered
 
     UserError for a user's mistake; Stopped after a signal: what is written is kept, and the same call continues.
     """
@@ -115,7 +116,8 @@ def roll(
     asked = list(_asked(found, samples, depends, source.part == "teacher"))
     about = {"writer": {"part": source.part, "model": settings.label, "weights": weights}, "learnt_from": learnt_from(source.run)}
     file, started = AnswerFile(to, depends, about), time.monotonic()
-    with stop or ShutdownRequest("finishing this batch; what is written is kept") as stop, file.open([one.key for one in asked]):
+    entered = contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing this batch; what is written is kept")
+    with entered as stop, file.open([one.key for one in asked]):
         there = len(file.written)
         if left := [
             batch for batch in by_length(asked, batch_size, lambda one: len(one.ids)) if any(one.key not in file.written for one in batch)
@@ -134,7 +136,8 @@ def _source(writer: str, recipe: Recipe) -> Source:
             raise UserError(
                 f"roll: which layers the student keeps is chosen when it trains ({own.layers.by}); name a finished run, or list them"
             )
-        return Source("student", "student.model", untrained(own))
+        run = Path(own.model).expanduser().parent
+        return Source("student", "student.model", untrained(own), run if (run / "recipe.yaml").exists() else None)
     if writer in named or writer == "teacher":
         if not named:
             raise UserError("roll: the recipe names no teacher; give --teacher.model, or name a model's folder")
@@ -186,9 +189,7 @@ def _prompts(recipe: Recipe, file: Path | None, rows: list[Rows], tokenizer) -> 
     return prompts_of(whole.examples, whole.places, tokenizer), sum(part.examples.counts["unsupervised"] for part in parts)
 
 
-def _depends_on(
-    source: Source, files: ModelFiles | None, weights: dict, sampling: "Sampling", tokenizer, ends: list[int]
-) -> dict[str, Any]:
+def _depends_on(source: Source, files: ModelFiles | None, weights: dict, sampling: Sampling, tokenizer, ends: list[int]) -> dict[str, Any]:
     """Everything that an answer depends on apart from its prompt, as values of JSON."""
     one = source.settings
     return {
@@ -220,7 +221,7 @@ def _write(
     file: AnswerFile,
     source: Source,
     files: ModelFiles | None,
-    sampling: "Sampling",
+    sampling: Sampling,
     ends: list[int],
     vocab: int,
     tokenizer,

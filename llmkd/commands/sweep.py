@@ -38,6 +38,7 @@ from .cache import cache
 from .cache_selection import check_stage_caches, refuse_without_cache
 from .make import make_of_stage, run_make
 from .other_tasks import refuse_other_task
+from .roll_stage import refuse_unrollable, roll_stage
 from .sweep_state import Group, SweepState
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     specs = {spec.name: spec for spec in expand(sweep)}
     load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
     recipes = load.recipes()  # every problem before anything runs
-    load.makes(), load.caches()
+    load.makes(), load.caches(), load.rolled()
     check_recipes_unchanged(recipes)
     for recipe in recipes.values() if sweep.eval.tasks else ():
         refuse_other_task(recipe, "eval")
@@ -67,7 +68,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
         with state.lock():
-            stages, makes, caches = load.stages(), load.makes(), load.caches()
+            stages, makes, caches, rolled = load.stages(), load.makes(), load.caches(), load.rolled()
             if sweep.stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
                 info(f"{count(len(sweep.stages), 'stage')} first ({', '.join(sweep.stages)}), then {count(len(specs), 'arm')}")
             for name in sweep.stages:
@@ -79,6 +80,8 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                         run(stages[name], resume, stop)
                     elif name in makes:
                         run_make(makes[name], stop=stop)
+                    elif name in rolled:
+                        roll_stage(rolled[name], stop)
                     else:
                         cache(caches[name], stop=stop)
                 finally:
@@ -206,6 +209,18 @@ class SweepRecipes:
                 return None
             recipe = self._load(stage.cache, stage.set, f"stages/{name}")
             refuse_without_cache(recipe)
+            return recipe
+
+        return self._of_stages(load)
+
+    def rolled(self) -> dict[str, Recipe]:
+        """The recipes of the stages that write answers."""
+
+        def load(name: str, stage: Stage) -> Recipe | None:
+            if not stage.roll:
+                return None
+            recipe = self._load(stage.roll, stage.set, f"stages/{name}")
+            refuse_unrollable(recipe)
             return recipe
 
         return self._of_stages(load)

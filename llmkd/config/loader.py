@@ -172,7 +172,7 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
         for setting, name in named
         if name not in pipeline.stages
     ]
-    untrained = {name: "make" if one.make else "cache" for name, one in pipeline.stages.items() if one.make or one.cache}
+    untrained = {name: kind for name, one in pipeline.stages.items() for kind in ("make", "cache", "roll") if getattr(one, kind)}
     problems += [
         f"{where((setting,))}: found {name}, which is a stage of llmkd {untrained[name]}, and trains no model"
         for setting, name in named
@@ -189,7 +189,7 @@ def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) ->
     named = [
         (keys, mapping[key])
         for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded))
-        if key in ("recipe", "make", "cache")
+        if key in ("recipe", "make", "cache", "roll")
     ]
     problems = []
     for keys, recipe in named:
@@ -207,10 +207,10 @@ def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> li
 def _bad_stage(name: str, stage: Stage) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         return "a stage's name has letters, digits, '.', '_' and '-' only"
-    given = sum(one is not None for one in (stage.recipe, stage.make, stage.cache))
+    given = sum(one is not None for one in (stage.recipe, stage.make, stage.cache, stage.roll))
     if given == 1:
         return None
-    others = "in its place a file of llmkd make (make:) or a recipe whose caches are written (cache:)"
+    others = "in its place a file of llmkd make (make:), or a recipe whose caches (cache:) or answers (roll:) are written"
     return f"a stage has a recipe, or {others}; {'keep one' if given else 'give one'}"
 
 

@@ -27,7 +27,18 @@ class Stage:
         None,
         description="Instead of a recipe to train: a recipe whose teacher caches are written, for later stages and runs.",
     )
+    roll: str | None = path_to(
+        "file",
+        None,
+        description="Instead of a recipe to train: a recipe whose student, or teacher, answers its prompts once, as its on_policy says, into "
+        "train.jsonl in the stage's folder.",
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="Changes to the settings of the recipe, or of make, by dotted path.")
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether it leaves data, and no model or cache."""
+        return bool(self.make or self.roll)
 
 
 @config_dataclass

@@ -64,7 +64,9 @@ def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, ca
     code = main(["plan", "--config", str(tmp_path / "sweep.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
     numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert code == 0 and "which has not run yet" in said and "2 stages and 4 groups one after another" in said
-    assert "not planned: what llmkd make writes (made)" in said and "one arm (slow): as " in said and said.count("llmkd cache writes") == 1
+    assert (
+        "not planned: the rows that stages write (made)" in said and "one arm (slow): as " in said and said.count("llmkd cache writes") == 1
+    )
     first, kept = numbers["stages"]
     assert first["stage"] == "first" and kept["caches"][0]["targets"] == 1180 and numbers["made"] == ["made"]
     both, alone, slow, from_cache = numbers["groups"]

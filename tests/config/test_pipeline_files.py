@@ -29,7 +29,9 @@ def test_a_pipeline_loads(load, tmp_path):
             "{recipe: a.yaml}",
             "{}",
             "r.yaml:3: stages.a: ",
-            ["has a recipe, or in its place a file of llmkd make (make:) or a recipe whose caches are written"],
+            [
+                "has a recipe, or in its place a file of llmkd make (make:), or a recipe whose caches (cache:) or answers (roll:) are written"
+            ],
         ),
         ("{recipe: a.yaml}", "{recipe: a.yaml, st: {}}", "r.yaml:3: stages.a.st", ["did you mean stages.a.set"]),
         ("[b]", "[]", "r.yaml:6: students: ", []),

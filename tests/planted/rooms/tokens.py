@@ -4,7 +4,12 @@ from tests.planted.fault import in_file
 
 ROWS = "data/test_token_rows.py"
 DIVERGENCE, RUNS = "losses/test_by_source.py", "training/test_divergence_by_source.py"
-ROLL, FILE, WRITERS = "commands/test_roll.py", "rollouts/test_answer_file.py", "training/test_rolled_data.py"
+ROLL, STAGE, FILE, WRITERS = (
+    "commands/test_roll.py",
+    "commands/test_sweep_rolled.py",
+    "rollouts/test_answer_file.py",
+    "training/test_rolled_data.py",
+)
 
 FAULTS = [
     *in_file(
@@ -67,7 +72,46 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/commands/roll_stage.py",
+        (
+            "stage-of-the-other-writer",
+            "a stage's student writes where its teacher is to",
+            'writer = "teacher" if says.teacher_writes else',
+            'writer = "student" if says.teacher_writes else',
+            STAGE,
+        ),
+        (
+            "stage-of-another-seed",
+            "a stage draws by no seed of its recipe",
+            "says.max_new_tokens, recipe.seed,",
+            "says.max_new_tokens, 0,",
+            STAGE,
+        ),
+        ("stage-of-one-sample", "a stage writes one answer to each prompt", "says.samples, batch_size", "1, batch_size", STAGE),
+        (
+            "stage-of-both-writers",
+            "a stage of which no writer is named runs",
+            "not in ((1, 0), (0, 1))",
+            "not in ((1, 0), (0, 1), (0.5, 0))",
+            STAGE,
+        ),
+        (
+            "stage-of-a-mixture",
+            "a stage forgets that the teacher was to mix in",
+            "if says.long_horizon and says.long_horizon.teacher_mix:",
+            "if False:",
+            STAGE,
+        ),
+    ),
+    *in_file(
         "llmkd/commands/roll.py",
+        (
+            "stage-without-its-teacher",
+            "what the recipe's student learnt from is not recorded",
+            'run if (run / "recipe.yaml").exists() else None',
+            "None",
+            STAGE,
+        ),
         (
             "draws-by-the-batch",
             "what is drawn depends on the place in the batch",
