@@ -203,27 +203,18 @@ class SweepRecipes:
 
     def caches(self) -> dict[str, Recipe]:
         """The recipes of the stages that write their teachers' caches."""
-
-        def load(name: str, stage: Stage) -> Recipe | None:
-            if not stage.cache:
-                return None
-            recipe = self._load(stage.cache, stage.set, f"stages/{name}")
-            refuse_without_cache(recipe)
-            return recipe
-
-        return self._of_stages(load)
+        return self._of_stages(lambda name, stage: self._checked(stage.cache, name, stage, refuse_without_cache))
 
     def rolled(self) -> dict[str, Recipe]:
         """The recipes of the stages that write answers."""
+        return self._of_stages(lambda name, stage: self._checked(stage.roll, name, stage, refuse_unrollable))
 
-        def load(name: str, stage: Stage) -> Recipe | None:
-            if not stage.roll:
-                return None
-            recipe = self._load(stage.roll, stage.set, f"stages/{name}")
-            refuse_unrollable(recipe)
-            return recipe
-
-        return self._of_stages(load)
+    def _checked(self, file: str | None, name: str, stage: Stage, refuse: Callable[[Recipe], None]) -> Recipe | None:
+        if file is None:
+            return None
+        recipe = self._load(file, stage.set, f"stages/{name}")
+        refuse(recipe)
+        return recipe
 
     def makes(self) -> dict[str, MakeSettings]:
         """The settings of the stages that make data."""
