@@ -4,7 +4,7 @@ import contextlib
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from .console import first_process, printable
@@ -63,6 +63,15 @@ class Stopped(Exception):
     """A signal stopped the run. A checkpoint is saved; `--resume` continues from it."""
 
     exit_code = 75
+
+
+@contextlib.contextmanager
+def resumable(stage: str) -> Iterator[None]:
+    """Says how a pipeline or sweep goes on that was stopped in a stage whose own command would go on without `--resume`."""
+    try:
+        yield
+    except Stopped:
+        raise Stopped(f"stopped by a signal in stage {stage}; what it has written is kept; continue with --resume") from None
 
 
 @contextlib.contextmanager

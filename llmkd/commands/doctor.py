@@ -13,7 +13,7 @@ from ..config import loader
 from ..config.fields import with_setting_names
 from ..config.recipe import Recipe, Student, used_teachers
 from ..console import count, info, printable
-from ..doctor.check import Check, ChecksFailed, Result
+from ..doctor.check import Check, ChecksFailed, Result, not_asked
 from ..errors import UserError
 from ..teachers.served_models import refuse_absent
 from .other_tasks import refuse_other_task
@@ -31,18 +31,33 @@ def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
 
         overrides = dict(overrides)
         pipeline = loader.load_pipeline(config, overrides.pop("output_dir", None))
-        stages = stage_recipes(pipeline, Path(config), overrides)
+        recipes = stage_recipes(pipeline, Path(config), overrides)
+        stages = {name: recipe for name, recipe in recipes.items() if not pipeline.stages[name].roll}
+        written = {name: Path(pipeline.output_dir, name) for name, stage in pipeline.stages.items() if stage.writes_rows}
     else:
-        stages = {"": loader.load_recipe(config, overrides, check_inputs=True)}
+        stages, written = {"": loader.load_recipe(config, overrides, check_inputs=True)}, {}
     for recipe in stages.values():
         refuse_other_task(recipe, "doctor")
         refuse_absent(used_teachers(recipe), recipe.data)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     info(f"examining the recipe on at most {rows} rows of each source; a minute or two" + (" a stage" if len(stages) > 1 else ""))
-    results = [result for name in stages for result in examined(name, stages, rows)]
+    results = [result for name in stages for result in _to_come(name, stages[name], written) or examined(name, stages, rows)]
     print(f"\n{summary(results)}", flush=True)
     return results
+
+
+def _to_come(stage: str, recipe: Recipe, written: dict[str, Path]) -> list[Result]:
+    """A result that says so if the stage reads rows that an earlier stage has yet to write. `written`: the folders of stages that write rows."""
+    for _, source in (*with_setting_names(recipe.data.train, "data.train"), *with_setting_names(recipe.data.validation, "data.validation")):
+        path = Path(source.path).expanduser().absolute()
+        for name, folder in written.items():
+            if folder.expanduser().absolute() in path.parents and not path.exists():
+                why = f"{source.path} is written by the stage {name}; ask again after it"
+                found = dataclasses.replace(not_asked(why), check="the stage's rows are there", group="Data", stage=stage)
+                print(f"\n{stage}: Data\n" + printable("\n".join(as_text(found))), flush=True)
+                return [found]
+    return []
 
 
 def examined(stage: str, recipes: dict[str, Recipe], rows: int) -> list[Result]:

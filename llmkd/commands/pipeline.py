@@ -12,7 +12,7 @@ from ..config.recipe import Recipe
 from ..config.sweep import Pipeline
 from ..config.views import views_of
 from ..console import info, progress_bar, table
-from ..errors import UserError
+from ..errors import UserError, resumable
 from ..files import write_atomic
 from ..model_folder.files import student_folder
 from ..training.environment import check_environment
@@ -36,14 +36,17 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
         raise UserError(f"output_dir: {folder} holds a finished pipeline; choose another folder by --output_dir, or remove it")
     for number, name in enumerate(pipeline.stages, 1):
         info(f"\n[{number}/{len(pipeline.stages)}] {name}")
-        if name in makes:
-            run_make(makes[name])
-        elif pipeline.stages[name].cache:
-            cache(recipes[name])
-        elif pipeline.stages[name].roll:
-            roll_stage(recipes[name])
-        else:
+        stage = pipeline.stages[name]
+        if stage.recipe:
             run(recipes[name], resume)
+            continue
+        with resumable(name):
+            if stage.make:
+                run_make(makes[name])
+            elif stage.roll:
+                roll_stage(recipes[name])
+            else:
+                cache(recipes[name])
     held_out = ", ".join(source.path for source in as_tuple(recipes[pipeline.students[0]].data.validation))
     info(f"\ncomparing on {held_out}")
     results = compare(pipeline, recipes)

@@ -58,13 +58,12 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
         return {"recipe": config} | found[0]
     stages = [{"stage": runs.stage} | one for runs, one in zip(planned.runs, found, strict=True) if runs.stage]
     groups = [one for runs, one in zip(planned.runs, found, strict=True) if not runs.stage]
-    numbers = {planned.kind: config, "stages": stages, "groups": groups, "made": planned.made, "devices": _sums(found)}
+    numbers = {planned.kind: config, "stages": stages, "groups": groups, "made": list(planned.made), "devices": _sums(found)}
     parts = [count(len(part), name) for part, name in ((stages, "stage"), (groups, "group")) if part]
     print(f"{' and '.join(parts)} one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
     if planned.made:
-        print(
-            f"- not planned: the rows that stages write ({', '.join(planned.made)}); llmkd make --dry_run counts the asks and tokens of those of llmkd make"
-        )
+        counts = "; llmkd make --dry_run counts asks and tokens of those by llmkd make" * ("make" in planned.made.values())
+        print(f"- not planned: the rows that stages write ({', '.join(planned.made)}){counts}")
     return numbers
 
 

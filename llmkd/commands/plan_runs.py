@@ -51,12 +51,12 @@ class Planned:
     """All runs of a file, in the order in which they run.
 
     kind   of the file: recipe, pipeline or sweep
-    made   names of its stages that write rows (`make:`, `roll:`), which are not planned
+    made   {name: make or roll} of its stages that write rows, which are not planned
     """
 
     kind: str
     runs: list[Runs]
-    made: list[str]
+    made: dict[str, str]
 
 
 def runs_of(config: str, overrides: dict[str, Any]) -> Planned:
@@ -65,7 +65,7 @@ def runs_of(config: str, overrides: dict[str, Any]) -> Planned:
     if kind in ("pipeline", "sweep"):
         return _of_stages(config, overrides, kind)
     load = lambda change: [load_recipe(config, overrides | change)]  # noqa: E731
-    return Planned("recipe", [Runs(config, [], load, find(load({}), Path(config).parent))], [])
+    return Planned("recipe", [Runs(config, [], load, find(load({}), Path(config).parent))], {})
 
 
 def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
@@ -87,6 +87,7 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
         if isinstance(changed, Pipeline):
             return stage_recipes(changed, where, others, check_inputs=False)
         load = SweepRecipes(changed, where, {})
+        load.rolled()  # its mistakes, since it is not planned
         return load.stages() | load.caches()
 
     recipes = staged({})
@@ -104,7 +105,7 @@ def _of_stages(config: str, overrides: dict[str, Any], kind: str) -> Planned:
         out.append(Runs(f"{config} [stage {name}]", [], load, found, name, bool(stage.cache)))
     if isinstance(whole, Sweep):
         out += _groups(config, overrides, whole, coming, made)
-    return Planned(kind, out, list(made.values()))
+    return Planned(kind, out, {name: "make" if whole.stages[name].make else "roll" for name in made.values()})
 
 
 def _groups(config: str, overrides: dict[str, Any], sweep: Sweep, coming: Coming, made: Made) -> list[Runs]:

@@ -98,7 +98,7 @@ def roll(
         raise UserError("data.streaming: found true, and roll reads all rows before it writes; set it to false")
     refuse_unwritable(to.parent, "--to")
     refuse_foreign(to, "--to")
-    source = _source(writer, recipe)
+    source = source_of(writer, recipe)
     settings = source.settings
     if settings.server and not to.exists():  # otherwise all answers may be in the file, and no server is needed
         served_model(source.setting, settings)
@@ -127,7 +127,8 @@ def roll(
     return _counts(file, source, len(found), samples, left_out, there, recipe.data.max_length, time.monotonic() - started)
 
 
-def _source(writer: str, recipe: Recipe) -> Source:
+def source_of(writer: str, recipe: Recipe) -> Source:
+    """The model that writes. UserError if there is none that could."""
     own, named = recipe.student, dict(with_setting_names(recipe.teacher, "teacher"))
     if writer == "student":
         if not own.model:

@@ -21,7 +21,7 @@ from ..config.recipe import Recipe, Student, distils, used_teachers, uses_teache
 from ..config.sweep import ArmSpec, Stage, Sweep, expand
 from ..console import count, info
 from ..data.encoding.tokenizer import student_tokenizer
-from ..errors import Stopped, UserError, attribute_to_student, of_the_machine
+from ..errors import Stopped, UserError, attribute_to_student, of_the_machine, resumable
 from ..files import is_leftover
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import read_json
@@ -78,12 +78,14 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                 try:
                     if name in stages:
                         run(stages[name], resume, stop)
-                    elif name in makes:
-                        run_make(makes[name], stop=stop)
-                    elif name in rolled:
-                        roll_stage(rolled[name], stop)
                     else:
-                        cache(caches[name], stop=stop)
+                        with resumable(name):
+                            if name in makes:
+                                run_make(makes[name], stop=stop)
+                            elif name in rolled:
+                                roll_stage(rolled[name], stop)
+                            else:
+                                cache(caches[name], stop=stop)
                 finally:
                     state.record_stage(name, time.monotonic() - before)
             recipes = load.recipes()

@@ -184,16 +184,23 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
     return pipeline
 
 
+#: The kinds of files, for messages.
+_KINDS = {"recipe": "a recipe", "pipeline": "a pipeline", "sweep": "a sweep", "make": "a file of llmkd make"}
+
+
 def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) -> None:
-    """UserError for every `recipe:` of a pipeline or a sweep that is not a file, with its line."""
+    """UserError for every file of a pipeline or a sweep that is not there, or of another kind than its stage's, with its line."""
     named = [
-        (keys, mapping[key])
+        (keys, key, mapping[key])
         for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded))
         if key in ("recipe", "make", "cache", "roll")
     ]
     problems = []
-    for keys, recipe in named:
+    for keys, key, recipe in named:
         problem = paths.missing(recipe, "file", "") or (f"{recipe} is a folder; name a file in it" if Path(recipe).is_dir() else "")
+        wanted = "make" if key == "make" else "recipe"
+        if not problem and (kind := file_kind(recipe)) != wanted:
+            problem = f"{recipe} is {_KINDS[kind]}, expected {_KINDS[wanted]}; name one"
         problems += [f"{where(keys)}: {problem}"] if problem else []
     if problems:
         raise UserError(*problems)

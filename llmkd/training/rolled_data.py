@@ -20,7 +20,12 @@ def learnt_from(run: Path | None) -> list[dict]:
     """The teachers of a run, and the models that wrote its training data, as {model, weights}; without those whose files are gone."""
     if run is None:
         return []
-    recipe, found = load_recipe(run / "recipe.yaml"), []
+    found = []
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+    except UserError:  # of another version, or no recipe of llmkd
+        warn(f"note: {run}: its recipe cannot be read, so the teachers that it learnt from are not known")
+        return []
     for setting, one in used_teachers(recipe):
         try:
             (teacher,) = resolve_teachers([(setting, one)])

@@ -211,7 +211,7 @@ def test_who_cannot_write_is_refused(make_recipe, tmp_path, writer, change, word
 
 
 def test_what_needs_no_model_is_refused_before_one_is_looked_for(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_source", lambda *_: pytest.fail("a model is looked for"))
+    monkeypatch.setattr(command, "source_of", lambda *_: pytest.fail("a model is looked for"))
     (tmp_path / "r.jsonl").write_text("something else\n")
     with pytest.raises(UserError, match="^--to: .*r.jsonl was not written by llmkd roll"):
         roll("student", make_recipe(), tmp_path / "r.jsonl", DRAWN)

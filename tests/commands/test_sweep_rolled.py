@@ -1,15 +1,17 @@
 """A stage of a sweep or a pipeline that writes a model's answers, a cache of the teacher on them, and arms that train on both."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from llmkd.commands.doctor import doctor
 from llmkd.commands.pipeline import run_pipeline
 from llmkd.commands.roll import roll
 from llmkd.commands.roll_stage import refuse_unrollable, roll_stage
-from llmkd.commands.sweep import run_sweep
-from llmkd.config.loader import load_recipe
-from llmkd.errors import UserError
+from llmkd.commands.sweep import SweepRecipes, run_sweep
+from llmkd.config.loader import load_recipe, load_sweep
+from llmkd.errors import Stopped, UserError
 from llmkd.rollouts.answer_file import read_about
 from llmkd.rollouts.sampling import Sampling
 
@@ -83,10 +85,10 @@ def test_a_pipeline_has_such_stages_too(world, sweep, tmp_path):
             {"on_policy": {"share": 1, "engine": {"server": "http://x:1"}}},
             "on_policy.engine: given, and a stage writes with the model in this process",
         ),
-        (
-            {"on_policy": {"share": 1, "long_horizon": {"teacher_mix": 0.2}}, "loss.divergence": "reverse_kl"},
-            "teacher_mix: given, .* set it to 0",
-        ),
+        ({"on_policy": {"share": 1, "replay": {}}}, "on_policy.replay: given, and it is about training alone"),
+        ({"on_policy": {"share": {"from": 0, "to": 1}}}, "found a schedule and 0.0"),
+        (WRITES | {"student": {"architecture": {"model_type": "llama"}}}, "stage rolled: .*new random weights"),
+        (WRITES | {"student.layers": {"count": 1, "by": "block_influence"}}, "which layers the student keeps is chosen when it trains"),
     ],
 )
 def test_mistakes_are_refused_before_a_stage_runs(sweep, tmp_path, changes, message):
@@ -94,3 +96,61 @@ def test_mistakes_are_refused_before_a_stage_runs(sweep, tmp_path, changes, mess
     with pytest.raises(UserError, match=message):
         run_sweep(sweep(stages=stages, output_dir=str(tmp_path / "no")), {}, False)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_stage_that_has_begun_keeps_its_settings(sweep, tmp_path):
+    """Other answers under runs that have trained on the first ones would be compared with them. Nothing is written or trained."""
+    stages = {"rolled": {"roll": "base.yaml", "set": WRITES | {"data.train.limit": 2}}}
+    spec = {"stages": stages, "arms": {"kd": {}}, "grid": {}}
+    folder = run_sweep(sweep(**spec), {"train.max_steps": 1}, False)
+    before = (folder / "stages/rolled/train.jsonl").read_bytes()
+    for setting, found, now in (("on_policy.samples", 2, 3), ("on_policy.temperature", 0.7, 0.5), ("data.train.limit", 2, 3)):
+        stages["rolled"]["set"] = WRITES | {"data.train.limit": 2, setting: now}
+        with pytest.raises(UserError, match=rf"stage rolled: {setting}: {found} in the run that is to be resumed and {now} now"):
+            run_sweep(sweep(**spec), {"train.max_steps": 1}, True)
+    assert (folder / "stages/rolled/train.jsonl").read_bytes() == before
+
+
+def test_several_processes_use_what_one_has_written(sweep, tmp_path, monkeypatch):
+    stages = {"rolled": {"roll": "base.yaml", "set": WRITES | {"data.train.limit": 2}}}
+    path = sweep(stages=stages, arms={"kd": {}}, grid={})
+    (recipe,) = SweepRecipes(load_sweep(path), Path(path), {}).rolled().values()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match="train.jsonl is not complete, and a stage writes answers in one process; run this without accelerate launch"
+    ):
+        refuse_unrollable(recipe)
+    monkeypatch.delenv("WORLD_SIZE")
+    roll_stage(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_unrollable(recipe)
+    roll_stage(recipe)
+
+
+def test_a_stop_says_how_the_sweep_goes_on(sweep, monkeypatch):
+    def stopped(*_):
+        raise Stopped("stopped by a signal, and the same command goes on")
+
+    monkeypatch.setattr("llmkd.commands.sweep.roll_stage", stopped)
+    with pytest.raises(Stopped, match="stopped by a signal in stage rolled; what it has written is kept; continue with --resume"):
+        run_sweep(sweep(stages={"rolled": {"roll": "base.yaml", "set": WRITES}}, arms={"kd": {}}, grid={}), {}, False)
+
+
+def test_the_doctor_says_that_rows_are_to_come(world, sweep, tmp_path):
+    sweep()
+    stages = {
+        "rolled": {"roll": "base.yaml", "set": WRITES},
+        "kd": {"recipe": "base.yaml", "set": {"data.train": {"path": "{output_dir}/rolled/train.jsonl", "format": "tokens"}}},
+    }
+    spec = {"output_dir": str(tmp_path / "p"), "stages": stages, "teacher": "kd", "students": ["kd"]}
+    stages["kd"]["set"]["data.validation"] = {"path": str(world / "held.jsonl")}
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(spec))
+    (found,) = doctor(str(tmp_path / "pipeline.yaml"), {})
+    assert (found.status, found.stage) == ("not asked", "kd") and "is written by the stage rolled" in found.found
+
+
+def test_a_stage_of_another_kind_of_file_is_refused(sweep):
+    for key, wanted in (("roll", "a recipe"), ("cache", "a recipe"), ("make", "a file of llmkd make")):
+        path = sweep(stages={"one": {key: "sweep.yaml"}})
+        with pytest.raises(UserError, match=f"stages.one.{key}: .*sweep.yaml is a sweep, expected {wanted}; name one"):
+            load_sweep(path)
