@@ -157,6 +157,7 @@ def quantised():
         "fp4_untrained": "fp4, untrained",
         "fp4_ce": "plain tuning",
         "fp4_kd": "distilled, 24 steps",
+        "fp4_kd_longer": "distilled, 48 steps",
     }
     labels = "KL to the unquantised model", "agreement with it"
     colours = [STUDENT if "distilled" in words else SOFT if "untrained" in words else DATA for words in shown.values()]

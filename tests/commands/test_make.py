@@ -43,7 +43,9 @@ def test_a_sweep_makes_its_data_and_trains_on_them(files, tmp_path, capsys):
     )
     planned = runs_of(config, {"train.max_steps": 1})
     assumed = {name: one.found.data.assumed for one in planned.runs for name in one.arms}
-    assert planned.made == {"data": "make"} and "is made by the stage data, which has not run yet" in assumed["seqkd"] and not assumed["data"]
+    assert (
+        planned.made == {"data": "make"} and "is made by the stage data, which has not run yet" in assumed["seqkd"] and not assumed["data"]
+    )
     folder = run_sweep(config, {"train.max_steps": 1}, False)
     assert len(lines(folder / "stages/data/train.jsonl")) == 6
     said = capsys.readouterr().err
