@@ -155,6 +155,7 @@ def quantised():
         "nf4_kd": "distilled, 24 steps",
         "nf4_kd_longer": "distilled, 48 steps",
         "fp4_untrained": "fp4, untrained",
+        "fp4_label_smoothing": "label smoothing",
         "fp4_ce": "plain tuning",
         "fp4_kd": "distilled, 24 steps",
         "fp4_kd_longer": "distilled, 48 steps",
