@@ -1,14 +1,15 @@
 """python recipes/on_policy/own_text.py [--config RECIPE] [--samples N] TEACHER RUN [RUN ...]
 
-What finished runs write to held-out prompts, and how far that is from the teacher: TEACHER is its adapter. RECIPE, which has on_policy, gives
+What finished runs write to held-out prompts, and how far that is from the teacher: TEACHER is its adapter or model. RECIPE, which has on_policy, gives
 the held-out rows and the longest answer; without it they are the quickstart's 400 questions. Results go to RUN/eval/own_text.json and .jsonl, as
-those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares them prompt by prompt.
+those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares them prompt by prompt. Needs the extra eval.
 
 reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is; the
                  mean of N answers to each prompt, sampled at temperature 1, as are all below
 forward_kl       the sum over the same tokens of KL(teacher || student)
 ..._per_token    these two over the tokens of the answers to the prompt, a mean over prompts; a step's loss is a mean over tokens
 length, finished tokens, and whether it ended by itself
+rouge_l          ROUGE-L of the answer to the data's own (F1 of the longest common subsequence of stemmed words), 0 to 1
 right            of the quickstart's questions: the most likely answer says what is right, in any of the data's wordings
 right_sampled    the same of the sampled answers
 """
@@ -21,7 +22,7 @@ import numpy as np
 
 TASK = "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
-BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
+BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True, "rouge_l": True}
 BETTER |= {f"{name}_per_token": False for name in ("reverse_kl", "forward_kl")}
 RECIPE = Path(__file__).resolve().with_name("on_policy.yaml")
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe whose held-out prompts are answered")
     parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
-    parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
+    parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter or model")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
     if options.samples < 1:
@@ -82,6 +83,8 @@ def measured(
     student, teacher, prepared, evaluator, rows: list[int], samples: int, longest: int, right: list[str] | None
 ) -> dict[str, np.ndarray]:
     """Each metric of `samples` answers of at most `longest` tokens to each of the held-out `rows`, [rows]."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     from llmkd.data.written import answered
     from llmkd.rollouts.sampling import Sampling
     from llmkd.rollouts.writer import text_key
@@ -90,8 +93,11 @@ def measured(
     data, prompts = prepared.validation, prepared.validation_prompts
     writer, asked = local_writer(student, prepared, 200), prompts.ids(data, rows)
 
+    def text(ids) -> str:
+        return prepared.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
     def is_right(ids: tuple[int, ...], answer: str) -> bool:
-        found = WORDING.fullmatch(prepared.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        found = WORDING.fullmatch(text(ids))
         return bool(found) and found[1] == answer
 
     def mean(of: list) -> np.ndarray:
@@ -102,18 +108,27 @@ def measured(
     texts = answered(data, prompts, rows * samples, [one.ids for one in written]).unweighted()
     (found,) = evaluator.validate([student], teacher, texts)
     divergences = {name: mean(found.sums[name]) for name in ("reverse_kl", "forward_kl")}
-    length = mean([len(one.ids) for one in written])
+    length, scorer = mean([len(one.ids) for one in written]), RougeScorer(["rougeL"], use_stemmer=True)
+    own = [text(first_answer(*data.example(i))) for i in rows] * samples
     values = {
         **divergences,
         **{f"{name}_per_token": of_E / length for name, of_E in divergences.items()},
         "length": length,
         "finished": mean([one.finished for one in written]),
+        "rouge_l": mean([scorer.score(answer, text(one.ids))["rougeL"].fmeasure for answer, one in zip(own, written, strict=True)]),
     }
     if right:
         greedy = writer.write(asked, [0] * len(rows), Sampling(0.0, longest))
         values["right"] = np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float)
         values["right_sampled"] = mean([is_right(one.ids, answer) for one, answer in zip(written, right * samples, strict=True)])
     return values
+
+
+def first_answer(ids: np.ndarray, mask: np.ndarray) -> list[int]:
+    """The tokens of an example's first run of targets. `ids`, `mask`: [tokens]."""
+    start = int(mask.argmax())
+    end = start + int(np.append(mask[start:], False).argmin())
+    return ids[start:end].tolist()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Validation of an on-policy run: the student's own text on held-out prompts against plain forward passes, and a training that it does not change."""
 
+import functools
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +99,26 @@ def test_a_student_that_writes_nothing_has_a_length_of_0(make_recipe, world):
         assert len(data) == examples and found == {"own_length": share, "own_finished": share}
 
 
+def words_of(prepared, ids) -> list[str]:
+    """Stems of the words of a text, as ROUGE reads it: lower case, letters and digits, words of up to three letters as they are."""
+    from nltk.stem.porter import PorterStemmer
+
+    words = re.findall("[a-z0-9]+", prepared.tokenizer.decode(ids, skip_special_tokens=True).lower())
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+
+
+def rouge_l(a: list[str], b: list[str]) -> float:
+    """F1 of the longest common subsequence: of its shares of `a` and of `b`."""
+
+    @functools.cache
+    def common(i: int, j: int) -> int:
+        if i == len(a) or j == len(b):
+            return 0
+        return 1 + common(i + 1, j + 1) if a[i] == b[j] else max(common(i + 1, j), common(i, j + 1))
+
+    return 2 * common(0, 0) / (len(a) + len(b)) if a and b else 0.0
+
+
 def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, world, tmp_path, monkeypatch, capsys):
     """`recipes/on_policy/own_text.py`: sums over each answer, against plain forward passes; a run's own recipe gives the prompts."""
     pytest.importorskip("lm_eval")
@@ -121,11 +143,12 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
     context = LoadContext(prepared.vocab, "cpu")
     teacher, student = (load_teacher(as_trained(folder / "adapter"), context).eval() for folder in (one, two))
     assert len(items) == int(prepared.validation_prompts.may.sum()) > 3
+    wrote = {}
     for item in items[:4]:
         ids, mask = prepared.validation.example(item["id"])
         prompt = ids[: mask.argmax()].tolist()
         ends = {prepared.tokenizer.eos_token_id, *prepared.end_tokens, 1}
-        answers = []
+        answers, texts = [], []
         for sample in range(2):
             key = text_key("own_text", prepared.validation.content_hash(item["id"]), sample)
             (written,) = generate(student, [prompt], Sampling(1.0, 6), ends, keys=[key])
@@ -137,6 +160,7 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
                     for m in (student, teacher)
                 )
             kls = float((q.exp() * (q - p)).sum()), float((p.exp() * (p - q)).sum())
+            texts.append(written.ids)
             answers.append((*kls, len(written.ids), written.finished))
         reverse, forward, length, finished = (sum(values) / 2 for values in zip(*answers, strict=True))
         assert reverse > 0.01 and answers[0] != answers[1]
@@ -147,7 +171,9 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
             "forward_kl_per_token": pytest.approx(forward / length, rel=1e-4),
             "length": length,
             "finished": finished,
+            "rouge_l": 0,  # it has learnt no word of them
         }
+        wrote[ids.tobytes()] = texts
 
     # of questions whose answers are known, the share that is right: here the wording is the whole text
     rows, decode = [item["id"] for item in items], prepared.tokenizer.decode
@@ -158,3 +184,12 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
     values = script.measured(student, LiveTeacher(teacher), prepared, Evaluator(start(), 4), rows, 2, 6, known)
     assert values["right"].tolist() == [k < 3 for k in range(len(rows))] and set(values["right_sampled"]) <= {0, 0.5, 1}
     assert values["reverse_kl"].tolist() == pytest.approx([item["metrics"]["reverse_kl"] for item in items], rel=1e-4)
+
+    # ROUGE-L, as if the data's answers were the beginning of what it wrote first and the end of the other
+    assert script.first_answer(np.arange(5), np.array([False, True, True, False, True])) == [1, 2]
+    own = {key: [*first[:4], *second[3:]] for key, (first, second) in wrote.items()}
+    monkeypatch.setattr(script, "first_answer", lambda ids, mask: own.get(ids.tobytes(), []))
+    values = script.measured(student, LiveTeacher(teacher), prepared, Evaluator(start(), 4), rows, 2, 6, None)
+    expected = [[rouge_l(words_of(prepared, own[key]), words_of(prepared, ids)) for ids in texts] for key, texts in wrote.items()]
+    assert values["rouge_l"][:4].tolist() == pytest.approx([sum(both) / 2 for both in expected]) and len({*map(sum, expected)}) > 1
+    assert not values["rouge_l"][4:].any()
