@@ -15,6 +15,11 @@ from collections.abc import Sequence
 logger = logging.getLogger("llmkd")
 
 
+def several_processes() -> bool:
+    """Whether this process is one of a launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def first_process() -> bool:
     """Whether this is rank 0 of a launch, or the only process. Works before any process group exists."""
     return os.environ.get("RANK", "0") == "0"

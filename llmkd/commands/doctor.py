@@ -1,7 +1,6 @@
 """`llmkd doctor`: runs the checks of `llmkd/doctor/` on a recipe and prints a line for each."""
 
 import dataclasses
-import os
 import shutil
 import sys
 import textwrap
@@ -12,7 +11,7 @@ from .. import __version__
 from ..config import loader
 from ..config.fields import with_setting_names
 from ..config.recipe import Recipe, Student, used_teachers
-from ..console import count, info, printable
+from ..console import count, info, printable, several_processes
 from ..doctor.check import Check, ChecksFailed, Result, not_asked
 from ..errors import UserError
 from ..teachers.served_models import refuse_absent
@@ -24,7 +23,7 @@ _INDENT = 11
 
 def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
     """Run every check on a recipe, or on each stage of a pipeline, and print each result as it comes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise UserError("doctor: runs in one process; leave accelerate launch, or torchrun, out")
     if loader.file_kind(config) == "pipeline":
         from .pipeline import stage_recipes

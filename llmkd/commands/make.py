@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 from ..config.make import MakeSettings, load_make
 from ..config.make_changes import place_make_changes
 from ..config.sweep import Stage
+from ..console import several_processes
 from ..errors import UserError
 from ..making.pipeline import StageCount, report
 from ..making.pipeline import make as run_stages
@@ -27,7 +27,7 @@ def make(config: str, overrides: dict[str, Any], dry_run: bool = False) -> dict[
 
 def run_make(settings: MakeSettings, dry_run: bool = False, stop: ShutdownRequest | None = None) -> dict[str, Any]:
     """As `make`, of loaded settings. `stop`: a ShutdownRequest that the caller has entered."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise UserError("make: runs in one process; run it by llmkd make without accelerate launch first")
     refuse_unwritable(Path(settings.make.output_dir).expanduser(), "output_dir")
     with contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing what is asked; what is written is kept") as stop:

@@ -62,8 +62,9 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
     parts = [count(len(part), name) for part, name in ((stages, "stage"), (groups, "group")) if part]
     print(f"{' and '.join(parts)} one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
     if planned.made:
-        counts = "; llmkd make --dry_run counts asks and tokens of those by llmkd make" * ("make" in planned.made.values())
-        print(f"- not planned: the rows that stages write ({', '.join(planned.made)}){counts}")
+        print(f"- not planned: the rows that stages write ({', '.join(planned.made)})")
+        if "make" in planned.made.values():
+            print("- llmkd make --dry_run counts the asks and tokens of a file of llmkd make")
     return numbers
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, Teacher
-from ..console import count, first_process, info, warn
+from ..console import count, first_process, info, several_processes, warn
 from ..data.dataset import encode_sources, hold_out, join
 from ..data.encoding import template_process
 from ..data.encoding.same_tokenizer import refuse_other_tokens
@@ -92,7 +91,7 @@ def roll(
 
     UserError for a user's mistake; Stopped after a signal: what is written is kept, and the same call continues.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise UserError("roll: runs in one process; leave accelerate launch out")
     if recipe.data.streaming and not prompts:
         raise UserError("data.streaming: found true, and roll reads all rows before it writes; set it to false")

@@ -1,10 +1,10 @@
 """A stage of a pipeline or a sweep that rolls: a recipe's `on_policy` says who answers its prompts, how often and how."""
 
-import os
 from pathlib import Path
 
 from ..config.loader import dump
 from ..config.recipe import Recipe
+from ..console import several_processes
 from ..errors import UserError
 from ..files import write_atomic
 from ..output.run_files import RECIPE
@@ -25,12 +25,11 @@ def roll_stage(recipe: Recipe, stop: ShutdownRequest | None = None) -> None:
     Expects `refuse_unrollable` to have passed. The same call continues a file, and writes nothing if all answers are there. In a launch of
     several processes they are.
     """
-    if _processes() > 1:
+    if several_processes():
         return
-    folder, says = RunFolder(recipe, resume=True), recipe.on_policy
-    folder.check()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder.path / RECIPE, dump(recipe, folder.path))  # a later call with other settings is refused
+    says, folder = recipe.on_policy, _rows(recipe).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / RECIPE, dump(recipe, folder))  # `refuse_unrollable` compares with it
     sampling = Sampling(says.temperature, says.max_new_tokens, recipe.seed, says.top_p, says.top_k, says.min_p)
     roll(_writer(recipe), recipe, _rows(recipe), sampling, says.samples, batch_size=says.batch_size, stop=stop)
 
@@ -56,18 +55,18 @@ def refuse_unrollable(recipe: Recipe) -> None:
         for name in _OF_TRAINING
         if getattr(says, name) is not None
     ]
-    if not problems and (
-        _writer(recipe) == "teacher" or not isinstance(recipe.student.layers, tuple)
-    ):  # the layers may be of a model to come
+    if problems:
+        raise UserError(*problems)
+    if _writer(recipe) == "teacher" or not isinstance(recipe.student.layers, tuple):  # of layers the model may be yet to come
         source_of(_writer(recipe), recipe)
-    if not problems and _processes() > 1 and not ((about := read_about(_rows(recipe))) and about["complete"]):
-        problems.append(
+    if several_processes() and not ((about := read_about(_rows(recipe))) and about["complete"]):
+        raise UserError(
             f"{_rows(recipe)} is not complete, and a stage writes answers in one process; run this without accelerate launch until it is, and then go "
             "on with both accelerate launch and --resume"
         )
-    if problems:
-        raise UserError(*problems)
-    RunFolder(recipe, resume=True).check()
+    folder = RunFolder(recipe, resume=True)
+    if folder.path.exists():
+        folder.check()
 
 
 def _writer(recipe: Recipe) -> str:
@@ -76,7 +75,3 @@ def _writer(recipe: Recipe) -> str:
 
 def _rows(recipe: Recipe) -> Path:
     return Path(recipe.output_dir).expanduser() / "train.jsonl"
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

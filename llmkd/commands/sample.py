@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ..config.fields import as_tuple, with_setting_names
 from ..config.loader import load_recipe
 from ..config.recipe import Data, Recipe, Student, Teacher
-from ..console import info, progress_bar
+from ..console import info, progress_bar, several_processes
 from ..data.dataset import Dataset, encode_sources, hold_out, join
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.prompt_files import read_prompts
@@ -88,7 +87,7 @@ def sample(
     count     the first so many prompts of the file (default all), or so many held-out rows (default 8), the same ones every time
     models    some of MODELS
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise UserError("sample: runs in one process; leave accelerate launch out")
     recipe, student = finished(run)
     wanted = dict(models_to_ask(recipe, student, models))

@@ -6,7 +6,6 @@ others run one after another. `--resume` continues a sweep that was stopped or k
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..config.on_policy import writes
 from ..config.paths import place_changes
 from ..config.recipe import Recipe, Student, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Stage, Sweep, expand
-from ..console import count, info
+from ..console import count, info, several_processes
 from ..data.encoding.tokenizer import student_tokenizer
 from ..errors import Stopped, UserError, attribute_to_student, of_the_machine, resumable
 from ..files import is_leftover
@@ -154,7 +153,7 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, res
                 student = getattr(error, "student", None)
                 if of_the_machine(error) not in (None, OUT_OF_MEMORY):
                     raise
-                if student is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                if student is None and several_processes():
                     raise
                 reason = failure_message(error, len(names))
                 lost = names if student is None else [names[student]]

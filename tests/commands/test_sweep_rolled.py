@@ -7,6 +7,7 @@ import pytest
 
 from llmkd.commands.doctor import doctor
 from llmkd.commands.pipeline import run_pipeline
+from llmkd.commands.plan_runs import runs_of
 from llmkd.commands.roll import roll
 from llmkd.commands.roll_stage import refuse_unrollable, roll_stage
 from llmkd.commands.sweep import SweepRecipes, run_sweep
@@ -15,7 +16,7 @@ from llmkd.errors import Stopped, UserError
 from llmkd.rollouts.answer_file import read_about
 from llmkd.rollouts.sampling import Sampling
 
-WRITES = {"on_policy": {"share": 1, "samples": 2, "max_new_tokens": 5, "temperature": 0.7, "top_k": 20}}
+WRITES = {"on_policy": {"share": 1, "samples": 2, "max_new_tokens": 5, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02}}
 
 
 def rows(path) -> list:
@@ -38,7 +39,7 @@ def test_a_stage_writes_the_answers_that_a_cache_and_an_arm_read(world, sweep, t
     expected = load_recipe(
         folder / "stages/start/recipe.yaml", {"data.train.limit": 3, "student.model": str(folder / "stages/start/adapter")}
     )
-    roll("student", expected, tmp_path / "by_hand.jsonl", Sampling(0.7, 5, 3, top_k=20), samples=2)
+    roll("student", expected, tmp_path / "by_hand.jsonl", Sampling(0.7, 5, 3, 0.9, 20, 0.02), samples=2)
     assert len(rows(written)) == 6 and rows(written) == rows(tmp_path / "by_hand.jsonl") and about["complete"]
     assert [one["model"] for one in about["learnt_from"]] == [expected.teacher.model], "the stage's run, whose teacher training is told of"
     losses = [json.loads(line) for line in (folder / "arms/rolled/metrics.jsonl").read_text().splitlines()]
@@ -56,23 +57,27 @@ def test_a_teacher_writes_where_the_recipe_says_so(make_recipe, tmp_path):
     assert read_about(tmp_path / "rolled/train.jsonl")["writer"]["part"] == "teacher"
 
 
+def pipeline_with_rows(world, folder: Path, **more) -> str:
+    """A pipeline whose student trains on what its start writes. Expects base.yaml in the folder."""
+    rows = {"path": "{output_dir}/rolled/train.jsonl", "format": "tokens"}
+    kd = {"data.train": rows, "train.max_steps": 1, "data.validation": {"path": str(world / "held.jsonl")}}
+    stages = {"rolled": {"roll": "base.yaml", "set": WRITES | {"data.train.limit": 3}}, "kd": {"recipe": "base.yaml", "set": kd}}
+    spec = {"output_dir": str(folder / "p"), "stages": stages, "teacher": "kd", "students": ["kd"]}
+    (folder / "pipeline.yaml").write_text(json.dumps(spec | more))
+    return str(folder / "pipeline.yaml")
+
+
 def test_a_pipeline_has_such_stages_too(world, sweep, tmp_path):
+    """The doctor examines its student once the rows are there."""
     sweep()  # writes base.yaml
-    tokens = {"path": "{output_dir}/rolled/train.jsonl", "format": "tokens"}
-    stages = {
-        "rolled": {"roll": "base.yaml", "set": WRITES | {"data.train.limit": 3}},
-        "kd": {
-            "recipe": "base.yaml",
-            "set": {"data.train": tokens, "train.max_steps": 1, "data.validation": {"path": str(world / "held.jsonl")}},
-        },
-    }
-    spec = {"output_dir": str(tmp_path / "p"), "stages": stages, "teacher": "kd", "students": ["kd"]}
-    (tmp_path / "pipeline.yaml").write_text(json.dumps(spec))
-    run_pipeline(str(tmp_path / "pipeline.yaml"), {}, False)
+    path = pipeline_with_rows(world, tmp_path)
+    (found,) = doctor(path, {})
+    assert (found.status, found.stage) == ("not asked", "kd") and "is written by the stage rolled" in found.found
+    run_pipeline(path, {}, False)
     assert len(rows(tmp_path / "p/rolled/train.jsonl")) == 6
-    (tmp_path / "pipeline.yaml").write_text(json.dumps(spec | {"teacher": "rolled"}))
+    assert len(doctor(path, {}, 4)) > 1
     with pytest.raises(UserError, match="teacher: found rolled, which is a stage of llmkd roll, and trains no model"):
-        run_pipeline(str(tmp_path / "pipeline.yaml"), {}, False)
+        run_pipeline(pipeline_with_rows(world, tmp_path, teacher="rolled"), {}, False)
 
 
 @pytest.mark.parametrize(
@@ -127,29 +132,36 @@ def test_several_processes_use_what_one_has_written(sweep, tmp_path, monkeypatch
     roll_stage(recipe)
 
 
-def test_a_stop_says_how_the_sweep_goes_on(sweep, monkeypatch):
+def test_a_stop_says_how_the_sweep_or_pipeline_goes_on(world, sweep, tmp_path, monkeypatch):
     def stopped(*_):
         raise Stopped("stopped by a signal, and the same command goes on")
 
     monkeypatch.setattr("llmkd.commands.sweep.roll_stage", stopped)
+    monkeypatch.setattr("llmkd.commands.pipeline.roll_stage", stopped)
     with pytest.raises(Stopped, match="stopped by a signal in stage rolled; what it has written is kept; continue with --resume"):
         run_sweep(sweep(stages={"rolled": {"roll": "base.yaml", "set": WRITES}}, arms={"kd": {}}, grid={}), {}, False)
+    with pytest.raises(Stopped, match="in stage rolled; .* continue with --resume"):
+        run_pipeline(pipeline_with_rows(world, tmp_path), {}, False)
 
 
-def test_the_doctor_says_that_rows_are_to_come(world, sweep, tmp_path):
-    sweep()
-    stages = {
-        "rolled": {"roll": "base.yaml", "set": WRITES},
-        "kd": {"recipe": "base.yaml", "set": {"data.train": {"path": "{output_dir}/rolled/train.jsonl", "format": "tokens"}}},
-    }
-    spec = {"output_dir": str(tmp_path / "p"), "stages": stages, "teacher": "kd", "students": ["kd"]}
-    stages["kd"]["set"]["data.validation"] = {"path": str(world / "held.jsonl")}
-    (tmp_path / "pipeline.yaml").write_text(json.dumps(spec))
-    (found,) = doctor(str(tmp_path / "pipeline.yaml"), {})
-    assert (found.status, found.stage) == ("not asked", "kd") and "is written by the stage rolled" in found.found
+def test_a_plan_refuses_a_stage_that_cannot_roll(sweep):
+    with pytest.raises(UserError, match="stage rolled: on_policy: not given"):
+        runs_of(str(sweep(stages={"rolled": {"roll": "base.yaml"}}, arms={"kd": {}}, grid={})), {})
+
+
+def test_a_student_in_a_folder_that_is_no_run_of_this_version_rolls(make_recipe, world, tmp_path, caplog):
+    """Its teachers are not known, which is said."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/recipe.yaml").write_text("of: another program")
+    (tmp_path / "old/model").symlink_to(world / "student")
+    recipe = make_recipe(student__model=str(tmp_path / "old/model"), data__train__limit=1)
+    roll("student", recipe, tmp_path / "r.jsonl", Sampling(0.0, 2))
+    assert "its recipe cannot be read" in caplog.text and read_about(tmp_path / "r.jsonl")["learnt_from"] == []
 
 
 def test_a_stage_of_another_kind_of_file_is_refused(sweep):
+    with pytest.raises(UserError, match="stages.one: a stage has a recipe, or .*; keep one"):
+        load_sweep(sweep(stages={"one": {"roll": "base.yaml", "recipe": "base.yaml"}}))
     for key, wanted in (("roll", "a recipe"), ("cache", "a recipe"), ("make", "a file of llmkd make")):
         path = sweep(stages={"one": {key: "sweep.yaml"}})
         with pytest.raises(UserError, match=f"stages.one.{key}: .*sweep.yaml is a sweep, expected {wanted}; name one"):

@@ -99,14 +99,14 @@ FAULTS = [
         (
             "stage-of-other-settings",
             "a stage that has begun goes on with other settings",
-            "    RunFolder(recipe, resume=True).check()",
-            "    pass",
+            "        folder.check()",
+            "        pass",
             STAGE,
         ),
         (
             "stage-in-two-processes",
             "each process of a launch writes the file",
-            "if not problems and _processes() > 1 and not",
+            "if several_processes() and not",
             "if False and not",
             STAGE,
         ),
