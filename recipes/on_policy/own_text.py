@@ -83,8 +83,6 @@ def measured(
     student, teacher, prepared, evaluator, rows: list[int], samples: int, longest: int, right: list[str] | None
 ) -> dict[str, np.ndarray]:
     """Each metric of `samples` answers of at most `longest` tokens to each of the held-out `rows`, [rows]."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     from llmkd.data.written import answered
     from llmkd.rollouts.sampling import Sampling
     from llmkd.rollouts.writer import text_key
@@ -108,20 +106,28 @@ def measured(
     texts = answered(data, prompts, rows * samples, [one.ids for one in written]).unweighted()
     (found,) = evaluator.validate([student], teacher, texts)
     divergences = {name: mean(found.sums[name]) for name in ("reverse_kl", "forward_kl")}
-    length, scorer = mean([len(one.ids) for one in written]), RougeScorer(["rougeL"], use_stemmer=True)
+    length = mean([len(one.ids) for one in written])
     own = [text(first_answer(*data.example(i))) for i in rows] * samples
     values = {
         **divergences,
         **{f"{name}_per_token": of_E / length for name, of_E in divergences.items()},
         "length": length,
         "finished": mean([one.finished for one in written]),
-        "rouge_l": mean([scorer.score(answer, text(one.ids))["rougeL"].fmeasure for answer, one in zip(own, written, strict=True)]),
+        "rouge_l": mean(rouge_l(own, [text(one.ids) for one in written])),
     }
     if right:
         greedy = writer.write(asked, [0] * len(rows), Sampling(0.0, longest))
         values["right"] = np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float)
         values["right_sampled"] = mean([is_right(one.ids, answer) for one, answer in zip(written, right * samples, strict=True)])
     return values
+
+
+def rouge_l(answers: list[str], written: list[str]) -> list[float]:
+    """ROUGE-L of each text to the answer in its place, as MiniLLM's program measures it: words are stemmed."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in zip(answers, written, strict=True)]
 
 
 def first_answer(ids: np.ndarray, mask: np.ndarray) -> list[int]:

@@ -99,12 +99,11 @@ def test_a_student_that_writes_nothing_has_a_length_of_0(make_recipe, world):
         assert len(data) == examples and found == {"own_length": share, "own_finished": share}
 
 
-def words_of(prepared, ids) -> list[str]:
-    """Stems of the words of a text, as ROUGE reads it: lower case, letters and digits, words of up to three letters as they are."""
+def stems(text: str) -> list[str]:
+    """The words of a text as ROUGE reads it: lower case, letters and digits, stemmed if they have more than three letters."""
     from nltk.stem.porter import PorterStemmer
 
-    words = re.findall("[a-z0-9]+", prepared.tokenizer.decode(ids, skip_special_tokens=True).lower())
-    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
 
 
 def rouge_l(a: list[str], b: list[str]) -> float:
@@ -186,10 +185,15 @@ def test_the_recipes_script_measures_finished_runs_prompt_by_prompt(trained, wor
     assert values["reverse_kl"].tolist() == pytest.approx([item["metrics"]["reverse_kl"] for item in items], rel=1e-4)
 
     # ROUGE-L, as if the data's answers were the beginning of what it wrote first and the end of the other
+    assert script.rouge_l(["The robins were singing."], ["A robin sings"]) == [
+        pytest.approx(rouge_l(stems("The robins were singing."), ["a", "robin", "sing"]))
+    ]
     assert script.first_answer(np.arange(5), np.array([False, True, True, False, True])) == [1, 2]
     own = {key: [*first[:4], *second[3:]] for key, (first, second) in wrote.items()}
     monkeypatch.setattr(script, "first_answer", lambda ids, mask: own.get(ids.tobytes(), []))
     values = script.measured(student, LiveTeacher(teacher), prepared, Evaluator(start(), 4), rows, 2, 6, None)
-    expected = [[rouge_l(words_of(prepared, own[key]), words_of(prepared, ids)) for ids in texts] for key, texts in wrote.items()]
+    expected = [
+        [rouge_l(stems(decode(own[key])), stems(decode(ids, skip_special_tokens=True))) for ids in texts] for key, texts in wrote.items()
+    ]
     assert values["rouge_l"][:4].tolist() == pytest.approx([sum(both) / 2 for both in expected]) and len({*map(sum, expected)}) > 1
     assert not values["rouge_l"][4:].any()
