@@ -123,7 +123,7 @@ def measured(
 
 
 def rouge_l(answers: list[str], written: list[str]) -> list[float]:
-    """ROUGE-L of each text to the answer in its place, as MiniLLM's program measures it: words are stemmed."""
+    """ROUGE-L of each text to the answer in its place, 0 to 1; words are stemmed."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
